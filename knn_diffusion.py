@@ -1,0 +1,601 @@
+"""kNN-Diffusion (Sheynin et al., 2204.02849, ICLR 2023): condition, diffusion, samplers.
+
+The model never sees a text in training. With f_img, f_txt CLIP's encoders and H an index of image
+embeddings (kNN-Diffusion Sec. 3):
+
+    training     condition on f_img(x_0) and the k rows of H nearest to it
+    inference    condition on f_txt(text) and the k rows of H nearest to that
+
+    continuous   x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε,  t = 1 … T, ᾱ_0 = 1; the U-Net predicts ε or v
+    guidance     out = uncond + s·(cond − uncond), s = 1 is off
+
+    paper        code                            paper        code
+    x_t, ε, v    xt, eps, v                      ᾱ_t, β_t     alpha_bar[t], beta[t]
+    f_img, f_txt query                           kNN(·)       neighbors
+    λ_t          log_snr / 2                     s (scale)    guidance
+
+Shapes: B batch, C channels, H W picture, L image tokens (h·w), D width of the condition, E CLIP
+dimension, K neighbours, T steps. Pictures are in [-1, 1]. t is the step: 1 … T; x_0 is the picture.
+
+Left out so far: the discrete backbone (VQ-Diffusion), editing.
+"""
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_model import attention, load_model, save_model
+
+# ---------------------------------------------------------------- configuration
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The continuous backbone. Defaults: the sizes of ADM's 64-pixel U-Net (2105.05233)."""
+    image_size: int = 64                      # pixels a side
+    embed_dim: int = 512                      # E, CLIP's dimension
+    n_neighbors: int = 10                     # K in training; this many null tokens stand for none
+    widths: tuple[int, ...] = (192, 384, 576, 768)   # channels, a level each, full size first
+    blocks: int = 3                           # residual blocks a level
+    norm_groups: int = 32                     # of every GroupNorm
+    head_channels: int = 64                   # a head
+    condition_width: int = 768                # D
+    time_width: int = 768                     # of the time embedding
+    attention: tuple[int, ...] = (32, 16, 8)  # feature sizes at which pixels see the condition
+    self_attention: tuple[int, ...] = (32, 16, 8)    # ... and also each other
+    dropout: float = 0.1
+    T: int = 1000                             # steps of the diffusion
+    target: str = "eps"                       # what is predicted: "eps" or "v"
+    learned_variance: bool = True             # as in ADM, with the hybrid loss
+    noise_shift: float = 1.0                  # √SNR is multiplied by it; below 1: noisier
+    unshuffle: int = 1                        # Ours: pixels of r x r squares become channels
+    position_map: bool = False                # Ours: a learned map is added to the input features
+    query_map: int = 0                        # Ours: channels of a map made from the query
+
+
+PRESETS = {
+    # About 400M parameters, as the paper says of its models; the layout is ADM's and GLIDE's.
+    "paper": UNetConfig(widths=(224, 448, 672, 896), condition_width=512, time_width=640),
+    # A consumer GPU of 12 GB.
+    "gpu": UNetConfig(widths=(128, 256, 384, 512), blocks=2, condition_width=512, time_width=512,
+                      self_attention=(16, 8), attention=(16, 8), target="v",
+                      learned_variance=False),
+    # Two CPU cores: everything happens on 16x16 and 8x8 features.
+    "stickers": UNetConfig(
+        embed_dim=256, widths=(96, 192), blocks=1, norm_groups=8, head_channels=32,
+        condition_width=256, time_width=192, attention=(16, 8), self_attention=(8,), dropout=0.0,
+        target="v", learned_variance=False, noise_shift=0.5, unshuffle=4, position_map=True,
+        query_map=16),
+}
+
+
+# ---------------------------------------------------------------- schedule
+
+class Schedule:
+    """The squared-cosine schedule (Nichol & Dhariwal, 2102.09672 Eq. 17), float64, index 0 … T.
+
+    ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + s)/(1 + s) · π/2), s = 0.008; β_t = 1 − ᾱ_t/ᾱ_{t−1} ≤ 0.999.
+    noise_shift c multiplies the signal-to-noise ratio ᾱ/(1−ᾱ) by c² (Hoogeboom et al., 2301.11093
+    Sec. 3.1): a picture of twice the side hides half the noise, c = 1/2 gives it back.
+    """
+
+    def __init__(self, T: int, noise_shift: float = 1.0) -> None:
+        t = torch.arange(T + 1, dtype=torch.float64)
+        f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
+        alpha_bar = f / f[0]
+        snr = alpha_bar / (1 - alpha_bar) * noise_shift ** 2               # inf at t = 0
+        alpha_bar = torch.where(t == 0, 1.0, snr / (1 + snr))
+        beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+        self.T = T
+        self.beta = torch.cat([beta.new_zeros(1), beta])                   # (T+1,), beta[0] = 0
+        self.alpha_bar = torch.cumprod(1 - self.beta, 0)                   # (T+1,), 1 at 0
+        assert (self.alpha_bar.diff() < 0).all() and self.alpha_bar[-1] > 0
+
+    def at(self, t: int | Tensor, x: Tensor) -> Tensor:
+        """ᾱ_t in float32, shaped to multiply x (B, ...)."""
+        alpha_bar = self.alpha_bar[torch.as_tensor(t).cpu()].float().to(x.device)
+        return alpha_bar.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """x_t = √ᾱ x_0 + √(1−ᾱ) ε (Ho et al., 2006.11239 Eq. 4)."""
+    return alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+
+
+def to_v(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho, 2202.00512 App. D)."""
+    return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+
+
+def x0_from(output: Tensor, xt: Tensor, alpha_bar: Tensor, target: str) -> Tensor:
+    """x_0 from a prediction: √ᾱ x_t − √(1−ᾱ) v, or (x_t − √(1−ᾱ) ε)/√ᾱ."""
+    if target == "v":
+        return alpha_bar.sqrt() * xt - (1 - alpha_bar).sqrt() * output
+    return (xt - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
+
+
+def eps_from(x0: Tensor, xt: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The ε that leads from x_0 to x_t: (x_t − √ᾱ x_0)/√(1−ᾱ)."""
+    return (xt - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+
+def posterior(x0: Tensor, xt: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
+              ) -> tuple[Tensor, Tensor, Tensor]:
+    """q(x_s | x_t, x_0) for any s < t: mean, variance β̃, and the forward variance β_{t|s}.
+
+    With α_{t|s} = ᾱ_t/ᾱ_s and β_{t|s} = 1 − α_{t|s}:
+    mean = √ᾱ_s β_{t|s}/(1−ᾱ_t) x_0 + √α_{t|s} (1−ᾱ_s)/(1−ᾱ_t) x_t,
+    β̃ = (1−ᾱ_s)/(1−ᾱ_t) β_{t|s}. For s = t − 1: Ho et al. (2006.11239) Eq. 6, 7.
+    """
+    alpha = alpha_bar_t / alpha_bar_s
+    beta = 1 - alpha
+    mean = (alpha_bar_s.sqrt() * beta * x0 + alpha.sqrt() * (1 - alpha_bar_s) * xt) / (
+        1 - alpha_bar_t)
+    return mean, (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta, beta
+
+
+def learned_log_variance(fraction: Tensor, beta_tilde: Tensor, beta: Tensor) -> Tensor:
+    """log Σ = f log β + (1 − f) log β̃ with f = (output + 1)/2 (2102.09672 Eq. 15)."""
+    f = (fraction + 1) / 2
+    return f * beta.log() + (1 - f) * beta_tilde.clamp(min=1e-20).log()
+
+
+# ---------------------------------------------------------------- the condition (Sec. 3.2)
+
+class Condition(nn.Module):
+    """[query; n_1 … n_K] as tokens, and the query as a vector, with learned nulls.
+
+    One linear map serves all; a type embedding tells the query from the neighbours, nothing tells
+    the neighbours' ranks: they are a set, and any K works at inference. A null is a learned CLIP
+    vector put in *before* every path that reads the condition, so that no path can miss it.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        E, D = config.embed_dim, config.condition_width
+        self.n_neighbors = config.n_neighbors
+        self.null_query = nn.Parameter(torch.randn(E) * E ** -0.5)         # norm about 1, as CLIP's
+        self.null_neighbor = nn.Parameter(torch.randn(E) * E ** -0.5)
+        self.to_width = nn.Linear(E, D)
+        self.type_embedding = nn.Parameter(torch.randn(2, D) * 0.02)       # query, neighbour
+        self.scale = math.sqrt(E)          # unit-norm vectors have entries of 1/√E: make them 1
+
+    def forward(self, query: Tensor | None, neighbors: Tensor | None, batch: int,
+                drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None
+                ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, 1+K, D) and the query (B, E), nulls put in, entries of order 1.
+
+        query: unit-norm (B, E); neighbors: unit-norm (B, K, E); None, or K = 0, is the null.
+        drop_query, drop_neighbors: bool (B,), the samples to blind.
+        """
+        if query is None:
+            query = self.null_query.expand(batch, -1)                      # (B, E)
+        elif drop_query is not None:
+            query = torch.where(drop_query[:, None], self.null_query, query)
+        if neighbors is None or neighbors.shape[1] == 0:
+            neighbors = self.null_neighbor.expand(batch, self.n_neighbors, -1)     # (B, K, E)
+        elif drop_neighbors is not None:
+            neighbors = torch.where(drop_neighbors[:, None, None], self.null_neighbor, neighbors)
+        query, neighbors = self.scale * query, self.scale * neighbors
+        tokens = torch.cat([query[:, None], neighbors], dim=1)             # (B, 1+K, E)
+        types = torch.cat([self.type_embedding[:1],
+                           self.type_embedding[1:].expand(neighbors.shape[1], -1)])
+        return self.to_width(tokens) + types, query
+
+
+def draw_drops(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which samples lose their query and which their neighbours: two bool (B,), on the CPU.
+
+    Exclusive, per sample: 10 % both, 10 % the neighbours only, 10 % the query only. So one set of
+    weights serves `both`, `query`, `neighbors` and the unconditional half of the guidance.
+    """
+    u = torch.rand(batch, generator=generator)
+    both, neighbors, query = u < 0.1, (0.1 <= u) & (u < 0.2), (0.2 <= u) & (u < 0.3)
+    return both | query, both | neighbors
+
+
+# ---------------------------------------------------------------- the U-Net (Sec. 3.2, continuous)
+
+def zeroed(layer: nn.Module) -> nn.Module:
+    """Start a residual branch at zero: the block is the identity at first."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def time_embedding(t: Tensor, width: int) -> Tensor:
+    """Cosines, then sines of t at geometric frequencies from 1 down to 1/10000: (B, width)."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
+    angles = t[:, None].float() * freqs                                    # (B, width/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class ResBlock(nn.Module):
+    """ADM's residual block: norm → SiLU → (resize) → conv → norm·(1 + scale) + shift → SiLU → conv.
+
+    scale and shift come from the time embedding, which carries the query too.
+    """
+
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int, resize: str = "") -> None:
+        super().__init__()
+        self.resize = resize                                               # "", "up" or "down"
+        self.norm_in = nn.GroupNorm(config.norm_groups, c_in)
+        self.conv_in = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.modulation = nn.Linear(config.time_width, 2 * c_out)
+        self.norm_out = nn.GroupNorm(config.norm_groups, c_out)
+        self.dropout = nn.Dropout(config.dropout)
+        self.conv_out = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def resized(self, x: Tensor) -> Tensor:
+        if self.resize == "down":
+            return F.avg_pool2d(x, 2)
+        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resize == "up" else x
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:                  # (B, C, h, w)
+        h = self.conv_in(self.resized(F.silu(self.norm_in(x))))            # (B, C', h', w')
+        scale, shift = self.modulation(time)[:, :, None, None].chunk(2, dim=1)
+        h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
+        h = self.conv_out(self.dropout(F.silu(h)))
+        return self.skip(self.resized(x)) + h
+
+
+class AttentionBlock(nn.Module):
+    """GLIDE's joint attention: pixels ask, the condition's tokens and the pixels answer together.
+
+    with_self=False leaves the pixels' own keys out: cheap at large feature maps.
+    """
+
+    def __init__(self, config: UNetConfig, channels: int, with_self: bool) -> None:
+        super().__init__()
+        self.heads, self.with_self = channels // config.head_channels, with_self
+        self.norm = nn.GroupNorm(config.norm_groups, channels)
+        self.to_qkv = nn.Linear(channels, (3 if with_self else 1) * channels)
+        self.condition_kv = nn.Linear(config.condition_width, 2 * channels)
+        self.out = zeroed(nn.Linear(channels, channels))
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)           # (B, heads, L, d)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:                # tokens (B, 1+K, D)
+        B, C, h, w = x.shape
+        pixels = self.norm(x).flatten(2).transpose(1, 2)                   # (B, L, C)
+        q, *own = self.to_qkv(pixels).split(C, dim=-1)
+        k, v = self.condition_kv(tokens).split(C, dim=-1)                  # (B, 1+K, C)
+        if self.with_self:
+            k, v = torch.cat([k, own[0]], dim=1), torch.cat([v, own[1]], dim=1)
+        mixed = attention(*(self.split_heads(part) for part in (q, k, v)))   # (B, heads, L, d)
+        mixed = self.out(mixed.transpose(1, 2).flatten(2))                 # (B, L, C)
+        return x + mixed.transpose(1, 2).reshape(B, C, h, w)
+
+
+class Level(nn.Module):
+    """A residual block and, where wanted, an attention block behind it."""
+
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int, size: int,
+                 resize: str = "", attend: bool = True) -> None:
+        super().__init__()
+        self.block = ResBlock(config, c_in, c_out, resize)
+        self.attention = AttentionBlock(
+            config, c_out, size in config.self_attention
+        ) if attend and size in config.attention else None
+
+    def forward(self, x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
+        x = self.block(x, time)
+        return x if self.attention is None else self.attention(x, tokens)
+
+
+class UNet(nn.Module):
+    """ε or v (and, with learned variance, the variance's fraction) of x_t under a condition."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        r, widths = config.unshuffle, config.widths
+        size = config.image_size // r
+        self.condition = Condition(config)
+        self.time_mlp = nn.Sequential(nn.Linear(widths[0], config.time_width), nn.SiLU(),
+                                      nn.Linear(config.time_width, config.time_width))
+        self.query_to_time = nn.Linear(config.embed_dim, config.time_width)
+        self.conv_in = nn.Conv2d(3 * r * r, widths[0], 3, padding=1)
+        self.position_map = nn.Parameter(
+            torch.zeros(1, widths[0], size, size)) if config.position_map else None
+
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, skips = widths[0], [widths[0]]
+        for i, width in enumerate(widths):
+            for _ in range(config.blocks):
+                self.down.append(Level(config, c, width, size))
+                c = width
+                skips.append(c)
+            if i + 1 < len(widths):
+                size //= 2
+                self.down.append(Level(config, c, c, size, "down", attend=False))
+                skips.append(c)
+        self.query_map = nn.Linear(
+            config.embed_dim, config.query_map * size * size) if config.query_map else None
+        self.map_in = nn.Conv2d(config.query_map, c, 1) if config.query_map else None
+        self.middle = nn.ModuleList([Level(config, c, c, size),
+                                     Level(config, c, c, size, attend=False)])
+        for i, width in reversed(list(enumerate(widths))):
+            for _ in range(config.blocks + 1):
+                self.up.append(Level(config, c + skips.pop(), width, size))
+                c = width
+            if i > 0:
+                size *= 2
+                self.up.append(Level(config, c, c, size, "up", attend=False))
+        self.norm_out = nn.GroupNorm(config.norm_groups, c)
+        out_channels = 6 if config.learned_variance else 3
+        self.conv_out = zeroed(nn.Conv2d(c, out_channels * r * r, 3, padding=1))
+
+    def forward(self, xt: Tensor, t: Tensor, query: Tensor | None, neighbors: Tensor | None,
+                drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None) -> Tensor:
+        """xt float32 (B, 3, H, W), t (B,) in 1 … T, condition as in `Condition.forward`.
+
+        Returns float32 (B, 3 or 6, H, W).
+        """
+        config = self.config
+        tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
+        time = F.silu(self.time_mlp(time_embedding(t, config.widths[0]))
+                      + self.query_to_time(query))                         # (B, time_width)
+        x = F.pixel_unshuffle(xt, config.unshuffle)                        # (B, 3r², H/r, W/r)
+        x = self.conv_in(x.to(memory_format=torch.channels_last))          # (B, C, h, w)
+        if self.position_map is not None:
+            x = x + self.position_map.to(x.dtype)
+        skips = [x]
+        for level in self.down:
+            x = level(x, time, tokens)
+            skips.append(x)
+        if self.query_map is not None:
+            shape = (len(x), config.query_map, *x.shape[-2:])
+            x = x + self.map_in(self.query_map(query).view(shape))
+        for level in self.middle:
+            x = level(x, time, tokens)
+        for level in self.up:
+            if level.block.resize != "up":
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = level(x, time, tokens)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(x.float(), config.unshuffle)                # (B, 3 or 6, H, W)
+
+
+# ---------------------------------------------------------------- loss
+
+def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, neighbors: Tensor,
+                   t: Tensor, eps: Tensor, drop_query: Tensor, drop_neighbors: Tensor) -> Tensor:
+    """Mean squared error of ε or v over the batch; with learned variance plus ADM's L_vlb term.
+
+    x0 float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T; eps standard normal as x0.
+    """
+    alpha_bar = schedule.at(t, x0)                                         # (B, 1, 1, 1)
+    xt = add_noise(x0, eps, alpha_bar)
+    output = model(xt, t, query, neighbors, drop_query, drop_neighbors)
+    target = eps if model.config.target == "eps" else to_v(x0, eps, alpha_bar)
+    loss = F.mse_loss(output[:, :3].float(), target)
+    if model.config.learned_variance:
+        # L_hybrid (2102.09672 Eq. 16) with ADM's weight: T/1000 per term, bits per dimension.
+        loss = loss + schedule.T / 1000 * vlb_term(output, x0, xt, t, schedule,
+                                                   model.config.target).mean()
+    return loss
+
+
+def vlb_term(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, schedule: Schedule,
+             target: str) -> Tensor:
+    """One term of the variational bound a sample, (B,), in bits per dimension.
+
+    KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) for t > 1, −log p(x_0 | x_1) for t = 1. The mean is
+    detached: this term teaches the variance only (2102.09672 Sec. 4).
+    """
+    mean_output, fraction = output.float().chunk(2, dim=1)                 # (B, 3, H, W) each
+    alpha_bar_t, alpha_bar_s = schedule.at(t, x0), schedule.at(t - 1, x0)
+    x0_hat = x0_from(mean_output.detach(), xt, alpha_bar_t, target).clamp(-1, 1)
+    true_mean, beta_tilde, beta = posterior(x0, xt, alpha_bar_t, alpha_bar_s)
+    mean = posterior(x0_hat, xt, alpha_bar_t, alpha_bar_s)[0]
+    # β̃_1 = 0 has no logarithm; as in ADM the next one, β̃_2, stands in for it.
+    two = posterior(x0, xt, schedule.at(2, x0), schedule.at(1, x0))[1]
+    beta_tilde = torch.where((t == 1).view_as(beta_tilde), two, beta_tilde)
+    log_variance = learned_log_variance(fraction, beta_tilde, beta)
+    kl = normal_kl(true_mean, beta_tilde.log(), mean, log_variance)
+    decoder = -discretised_log_likelihood(x0, mean, 0.5 * log_variance)
+    nats = torch.where((t == 1).view_as(beta), decoder, kl)                # (B, 3, H, W)
+    return nats.flatten(1).mean(1) / math.log(2)
+
+
+def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
+    """KL(N(mean1, var1) ‖ N(mean2, var2)) in nats, elementwise."""
+    return 0.5 * (log_variance2 - log_variance1 - 1 + (log_variance1 - log_variance2).exp()
+                  + (mean1 - mean2) ** 2 * (-log_variance2).exp())
+
+
+def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
+    """log of the normal's mass in x0's 8-bit bin (2006.11239 Eq. 13); x0 = ±1 own the tails."""
+    def cdf(x: Tensor) -> Tensor:
+        return torch.special.ndtr((x - mean) * (-log_scale).exp())
+
+    upper = torch.where(x0 > 0.999, 1.0, cdf(x0 + 1 / 255))
+    lower = torch.where(x0 < -0.999, 0.0, cdf(x0 - 1 / 255))
+    return (upper - lower).clamp(min=1e-12).log()
+
+
+# ---------------------------------------------------------------- guidance
+
+@dataclass
+class Prediction:
+    """What a sampler needs to know at (x_t, t). log_variance_fraction is in [-1, 1] or None."""
+    x0: Tensor
+    eps: Tensor
+    variance_fraction: Tensor | None = None
+
+
+Denoiser = Callable[[Tensor, int], Prediction]
+
+
+@torch.no_grad()
+def denoise(model: UNet, schedule: Schedule, xt: Tensor, t: int, query: Tensor | None,
+            neighbors: Tensor | None, guidance: float = 1.0,
+            dynamic_threshold: float | None = None) -> Prediction:
+    """Guided prediction of x_0 and ε: out = uncond + guidance·(cond − uncond).
+
+    xt float32 (B, 3, H, W); query (B, E) or None; neighbors (B, K, E) or None. x_0 is clipped to
+    [-1, 1], or by its `dynamic_threshold` quantile of magnitudes a sample where that exceeds 1
+    (Imagen, 2205.11487 Sec. 2.3), and ε follows from it.
+    """
+    steps = torch.full((len(xt),), t, device=xt.device)
+    output = model(xt, steps, query, neighbors).float()
+    out, fraction = output[:, :3], output[:, 3:] if model.config.learned_variance else None
+    if guidance != 1.0:
+        uncond = model(xt, steps, None, None)[:, :3].float()
+        out = uncond + guidance * (out - uncond)
+    alpha_bar = schedule.at(t, xt)
+    x0 = x0_from(out, xt, alpha_bar, model.config.target)
+    if dynamic_threshold is None:
+        x0 = x0.clamp(-1, 1)
+    else:
+        limit = x0.abs().flatten(1).quantile(dynamic_threshold, dim=1).clamp(min=1)
+        limit = limit.view(-1, 1, 1, 1)                                    # (B, 1, 1, 1)
+        x0 = x0.clamp(-limit, limit) / limit
+    return Prediction(x0, eps_from(x0, xt, alpha_bar), fraction)
+
+
+# ---------------------------------------------------------------- samplers
+#
+# Each is a generator of x_t along `times`, a falling list that ends at 0 (x_0): so a notebook can
+# watch. `noise()` gives the next standard normal (B, C, H, W); x_T comes from it too.
+
+def sampling_times(schedule: Schedule, steps: int, target: str = "v") -> list[int]:
+    """steps + 1 falling times, evenly spaced from T to 0. Raises ValueError outside 1 … T.
+
+    Where ε is predicted, x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0, so fewer than T steps start
+    at the last t with ᾱ_t ≥ 1e-4 (Ours).
+    """
+    if not 1 <= steps <= schedule.T:
+        raise ValueError(f"steps is {steps}, wanted 1 to {schedule.T}")
+    first = schedule.T
+    if target == "eps" and steps < schedule.T:
+        first = max(steps, int((schedule.alpha_bar >= 1e-4).nonzero().max()))
+    return [round(first * (steps - i) / steps) for i in range(steps + 1)]
+
+
+def ddpm(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callable[[], Tensor]
+         ) -> Iterator[Tensor]:
+    """Ancestral sampling (2006.11239 Alg. 2) over any falling times; the last step adds no noise.
+
+    The variance is the learned one where the model has it, else β̃.
+    """
+    xt = noise()
+    for t, s in zip(times, times[1:]):
+        now = predict(xt, t)
+        mean, beta_tilde, beta = posterior(now.x0, xt, schedule.at(t, xt), schedule.at(s, xt))
+        if s > 0:
+            std = beta_tilde.sqrt()
+            if now.variance_fraction is not None:
+                std = (0.5 * learned_log_variance(now.variance_fraction, beta_tilde, beta)).exp()
+            mean = mean + std * noise()
+        xt = mean
+        yield xt
+
+
+def ddim(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callable[[], Tensor],
+         eta: float = 0.0) -> Iterator[Tensor]:
+    """DDIM (Song et al., 2010.02502 Eq. 12, 16): eta = 0 deterministic, 1 as noisy as DDPM."""
+    xt = noise()
+    for t, s in zip(times, times[1:]):
+        now = predict(xt, t)
+        alpha_bar_t, alpha_bar_s = schedule.at(t, xt), schedule.at(s, xt)
+        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)
+                       * (1 - alpha_bar_t / alpha_bar_s)).sqrt()
+        xt = alpha_bar_s.sqrt() * now.x0 + (1 - alpha_bar_s - sigma ** 2).sqrt() * now.eps
+        if eta > 0 and s > 0:
+            xt = xt + sigma * noise()
+        yield xt
+
+
+def dpm_solver(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callable[[], Tensor]
+               ) -> Iterator[Tensor]:
+    """DPM-Solver++(2M) (Lu et al., 2211.01095 Alg. 2): second order from two predictions of x_0.
+
+    λ = log(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t, r = h_before/h:
+    D = (1 + 1/2r) x_0(t) − 1/2r x_0(before),  x_s = √(1−ᾱ_s)/√(1−ᾱ_t) x_t − √ᾱ_s (e^{−h} − 1) D.
+    The first step, and the last one to s = 0 (where h is infinite), take D = x_0(t).
+    """
+    xt, before, h_before = noise(), None, 0.0
+    alpha_bar = schedule.alpha_bar.tolist()
+    for t, s in zip(times, times[1:]):
+        x0 = predict(xt, t).x0
+        if s == 0:
+            yield x0
+            return
+        log_snr_t, log_snr_s = (math.log(alpha_bar[i] / (1 - alpha_bar[i])) for i in (t, s))
+        h = (log_snr_s - log_snr_t) / 2
+        D = x0
+        if before is not None:
+            r = h_before / h
+            D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
+        ratio = math.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]))
+        xt = ratio * xt - math.sqrt(alpha_bar[s]) * math.expm1(-h) * D
+        before, h_before = x0, h
+        yield xt
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
+
+
+def noise_source(seeds: list[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
+                 ) -> Callable[[], Tensor]:
+    """A function that gives the next standard normal (B, *shape), a seed a sample.
+
+    Every sample has a generator of its own on the CPU, so that its noise depends on its seed alone:
+    not on the batch, not on the device.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+
+
+def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
+           steps: int = 25, guidance: float = 2.0, sampler: str = "dpm",
+           dynamic_threshold: float | None = None) -> Iterator[Tensor]:
+    """Yield x_t after every step, float32 (B, 3, H, W); the last one is the picture in [-1, 1].
+
+    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds.
+    """
+    schedule = Schedule(model.config.T, model.config.noise_shift)
+    times = sampling_times(schedule, steps, model.config.target)
+    size, device = model.config.image_size, model.conv_in.weight.device
+    noise = noise_source(seeds, (3, size, size), device)
+
+    def predict(xt: Tensor, t: int) -> Prediction:
+        return denoise(model, schedule, xt, t, query, neighbors, guidance, dynamic_threshold)
+
+    yield from SAMPLERS[sampler](predict, schedule, times, noise)
+
+
+# ---------------------------------------------------------------- load, save
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU. Raises ValueError for what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError):
+        raise ValueError(f"no device {name!r} here") from None
+
+
+def load(path: str | os.PathLike) -> tuple[UNet, dict[str, str]]:
+    """A model in eval mode, float32, on the CPU, and its file's metadata.
+
+    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
+    """
+    model, metadata = load_model(path, {"UNet": (UNet, UNetConfig)})
+    return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata
+
+
+def save(path: str | os.PathLike, model: UNet, metadata: dict[str, str]) -> None:
+    """Write float16 weights and config; `metadata` names CLIP's fingerprint and the command."""
+    save_model(path, model, metadata)

@@ -1,0 +1,218 @@
+"""Text to picture with kNN-Diffusion:  python sample.py "a red heart"
+
+The text's CLIP embedding and the embeddings of its k nearest *pictures* take the place that a
+picture's own embedding and its neighbours had in training (kNN-Diffusion Sec. 3). No weight changes
+when another index is named: then the pictures come from another domain.
+
+Shapes: B samples, E CLIP dimension, K neighbours, N index rows.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+import clip_model
+import index as retrieval
+import knn_diffusion
+
+SHIPPED = Path(__file__).parent / "weights" / "stickers"
+SHOWN_NEIGHBORS = 5              # pictures of neighbours drawn in the grid, at most
+
+
+def check_same_clip(clip: clip_model.CLIP, clip_path: Path, metadata: dict[str, str],
+                    weights: Path) -> None:
+    """Raise ValueError where the generator was trained on another CLIP's embeddings."""
+    wanted, found = metadata.get("clip", ""), clip.fingerprint()
+    if wanted and wanted != found:
+        raise ValueError(f"{weights} was trained with the CLIP {wanted}, {clip_path} is {found}")
+
+
+def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
+                 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Search, then keep what `condition` names: query (B, E) and neighbours (B, K, E) or None, and
+    what was found: scores and row ids (B, K). queries: unit-norm (B, E)."""
+    scores, ids = index.search(queries.cpu(), k)
+    rows = torch.from_numpy(index.embeddings[ids.numpy()]).float().to(queries.device)    # (B, K, E)
+    return (None if condition == "neighbors" else queries,
+            None if condition == "query" or k == 0 else rows, scores, ids)
+
+
+def generate(model: knn_diffusion.UNet, query: Tensor | None, neighbors: Tensor | None,
+             seeds: list[int], batch_size: int = 16, **options) -> list[Image.Image]:
+    """One picture a seed, in batches. query (B, E), neighbors (B, K, E), B seeds; `options` go to
+    `knn_diffusion.sample`: steps, guidance, sampler, dynamic_threshold."""
+    pictures = []
+    for start in range(0, len(seeds), batch_size):
+        part = slice(start, start + batch_size)
+        *_, x0 = knn_diffusion.sample(model, None if query is None else query[part],
+                                      None if neighbors is None else neighbors[part],
+                                      seeds[part], **options)
+        pictures += clip_model.to_pictures(x0)
+    return pictures
+
+
+def labelled_grid(labels: list[str], neighbors: list[list[Image.Image | None]],
+                  samples: list[list[Image.Image]], cell: int = 96) -> Image.Image:
+    """One row a prompt: its text above, neighbours' pictures, a gap, the samples."""
+    font, line, gap = ImageFont.load_default(14), 22, 14
+    left = [clip_model.grid([row], cell * 2 // 3) if row else None for row in neighbors]
+    right = [clip_model.grid([row], cell) for row in samples]
+    inset = max((strip.width + gap for strip in left if strip), default=0)
+    sheet = Image.new("RGB", (inset + right[0].width, len(labels) * (line + cell + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, label in enumerate(labels):
+        top = i * (line + cell + 4)
+        draw.text((4, top + 4), label[:200], fill=(60, 60, 60), font=font)
+        if left[i]:
+            sheet.paste(left[i], (0, top + line + (cell - cell * 2 // 3) // 2))
+        sheet.paste(right[i], (inset, top + line))
+    return sheet
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The positional prompts, then the file's lines. Raises ValueError for an empty prompt."""
+    prompts = list(args.prompt)
+    if args.prompts:
+        try:
+            lines = args.prompts.read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"can't read prompts from {args.prompts} ({error})") from None
+        prompts += [line.strip() for line in lines if line.strip()]
+    if any(not prompt.strip() for prompt in prompts):
+        raise ValueError("a prompt is empty")
+    if bool(prompts) == bool(args.image):
+        raise ValueError("wanted one or more prompts, or --image" if not prompts
+                         else "--image takes the place of the prompts: give one or the other")
+    return prompts
+
+
+def check_numbers(args: argparse.Namespace, T: int) -> None:
+    """Raise ValueError with one sentence for a number out of range."""
+    for name, value, least in (("--k", args.k, 0), ("--n", args.n, 1), ("--seed", args.seed, 0),
+                               ("--batch-size", args.batch_size, 1)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, wanted {least} or more")
+    if not 1 <= args.steps <= T:
+        raise ValueError(f"--steps is {args.steps}, wanted 1 to {T}")
+    if not math.isfinite(args.guidance):
+        raise ValueError(f"--guidance is {args.guidance}, wanted a finite number")
+    for path in (args.out, args.singles):
+        if path and not path.parent.is_dir():
+            raise ValueError(f"no folder {path.parent} to write {path.name} into")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description="Draw pictures of a text with kNN-Diffusion.",
+        epilog="guidance: out = uncond + G·(cond − uncond) at every step; G = 1 is off.")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one a line")
+    parser.add_argument("--image", type=Path, metavar="FILE",
+                        help="a picture as the query instead of a text: shows the modality gap")
+    parser.add_argument("--backbone", choices=["continuous"], help="must fit the weights")
+    parser.add_argument("--weights", type=Path, default=SHIPPED / "continuous.safetensors")
+    parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
+    parser.add_argument("--index", type=Path, default=SHIPPED / "index",
+                        help="another index gives another domain, with the same weights")
+    parser.add_argument("--k", type=int, default=10, help="neighbours (default 10); 0: none")
+    parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both")
+    parser.add_argument("--n", type=int, default=4, help="samples a prompt (default 4)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default 20)")
+    parser.add_argument("--sampler", choices=list(knn_diffusion.SAMPLERS), default="dpm",
+                        help="dpm: DPM-Solver++(2M) (default); ddim; ddpm wants many steps")
+    parser.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default 2")
+    parser.add_argument("--dynamic-threshold", type=float, metavar="P",
+                        help="clip x_0 at its P quantile (0.995, say) instead of at 1")
+    parser.add_argument("--seed", type=int, default=0, help="sample j of a prompt uses seed + j")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default 16)")
+    parser.add_argument("--out", type=Path, default=Path("picture.png"), help="the grid to write")
+    parser.add_argument("--singles", type=Path, metavar="DIR", help="also every sample alone")
+    parser.add_argument("--save-neighbors", action="store_true",
+                        help="also OUT.neighbors.jsonl: prompt, rank, row, score, path")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, search, sample, write. Raises ValueError or FileNotFoundError before writing."""
+    start = time.time()
+    prompts = read_prompts(args)
+    device = knn_diffusion.pick_device(args.device)
+    model, metadata = knn_diffusion.load(args.weights)
+    check_numbers(args, model.config.T)
+    if args.dynamic_threshold is not None and not 0 < args.dynamic_threshold <= 1:
+        raise ValueError(f"--dynamic-threshold is {args.dynamic_threshold}, wanted 0 to 1")
+    clip = clip_model.load(args.clip)
+    check_same_clip(clip, args.clip, metadata, args.weights)
+    index = retrieval.open_index(args.index)
+    retrieval.check_encoder(index, args.clip.name, clip.fingerprint(), clip.config.embed_dim)
+    model, clip = model.to(device), clip.to(device)
+    k = min(args.k, len(index))
+    if args.k > len(index):
+        print(f"k is {args.k}, the index has {len(index)} rows: using {k}", file=sys.stderr)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"continuous {args.weights} ({parameters:,} parameters), {args.clip}, {args.index} "
+          f"(N = {len(index)}), k = {k}, condition {args.condition}, {args.steps} {args.sampler} "
+          f"steps, guidance {args.guidance:g}, seed {args.seed}, {device}")
+
+    if args.image:
+        labels = [args.image.name]
+        queries = clip.embed_pictures([clip_model.read_image(args.image)])
+    else:
+        labels, queries = prompts, clip.embed_texts(prompts)                   # (prompts, E)
+    query, neighbors, scores, ids = condition_on(queries, index, k, args.condition)
+    repeat = [part if part is None else part.repeat_interleave(args.n, dim=0)
+              for part in (query, neighbors)]                                  # (prompts·n, ...)
+    seeds = [args.seed + j for _ in labels for j in range(args.n)]
+    pictures = generate(model, *repeat, seeds, args.batch_size, steps=args.steps,
+                        guidance=args.guidance, sampler=args.sampler,
+                        dynamic_threshold=args.dynamic_threshold)
+    samples = [pictures[i * args.n:(i + 1) * args.n] for i in range(len(labels))]
+    write(args, labels, samples, scores, ids, index)
+    print(f"wrote {args.out}, {time.time() - start:.1f} s")
+
+
+def write(args: argparse.Namespace, labels: list[str], samples: list[list[Image.Image]],
+          scores: Tensor, ids: Tensor, index: retrieval.Index) -> None:
+    """The grid, the single pictures and the list of neighbours, as asked for."""
+    info = PngInfo()
+    settings = {name: getattr(args, name) for name in (
+        "seed", "n", "k", "condition", "steps", "sampler", "guidance")}
+    info.add_itxt("parameters", json.dumps({"prompts": labels, **settings,
+                                            "weights": args.weights.name}, ensure_ascii=False))
+    shown = [[] if args.condition == "query" else
+             retrieval.neighbor_pictures(index, row[:SHOWN_NEIGHBORS]) for row in ids.tolist()]
+    if all(picture is None for row in shown for picture in row):
+        shown = [[] for _ in shown]                          # the index's pictures are not at hand
+    labelled_grid(labels, shown, samples).save(args.out, pnginfo=info)
+    if args.singles:
+        args.singles.mkdir(exist_ok=True)
+        for i, row in enumerate(samples):
+            for j, picture in enumerate(row):
+                picture.save(args.singles / f"{i:03d}-{j:02d}.png", pnginfo=info)
+    if args.save_neighbors:
+        with open(args.out.with_suffix(".neighbors.jsonl"), "w", encoding="utf-8") as file:
+            for label, row_scores, row in zip(labels, scores.tolist(), ids.tolist()):
+                for rank, (score, i) in enumerate(zip(row_scores, row), start=1):
+                    file.write(json.dumps({"prompt": label, "rank": rank, "row": i,
+                                           "score": round(score, 5), "path": index.paths[i]},
+                                          ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

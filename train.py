@@ -1,0 +1,523 @@
+"""Train the parts of kNN-Diffusion on one machine:  python train.py clip | continuous
+
+    clip         a small CLIP from captions.jsonl: the only training that ever reads a word
+    continuous   the U-Net, from pictures, cached embeddings and cached neighbours alone
+
+Each loop is flat: draw a batch, compute the loss, step, average, log, save. All randomness of a
+step comes from a generator seeded with (seed, step), so that a resumed run goes on as if it had
+never stopped.
+
+Shapes: B batch, C channels, H W picture, L tokens, E CLIP dimension, K neighbours, N pictures.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import clip_model
+import knn_diffusion
+from index import Index, list_images, neighbor_table, open_index
+from knn_diffusion import UNetConfig
+
+# ---------------------------------------------------------------- stages that every loop shares
+
+def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
+    """Linear from 0 to `peak` in `warmup` steps, then half a cosine to 2 % of it at `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay matrices and convolutions only: not norms, biases, embeddings' scales."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]
+
+
+def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float,
+            max_norm: float) -> bool:
+    """One optimiser step with a clipped gradient. False, and no step, where a gradient or the loss
+    is not finite."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        return False
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    return True
+
+
+@torch.no_grad()
+def average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
+    """ema ← d·ema + (1 − d)·weights with d = min(decay, (1 + step)/(10 + step)): early weights,
+    still far off, are forgotten fast."""
+    d = min(decay, (1 + step) / (10 + step))
+    for slow, fast in zip(ema.state_dict().values(), model.state_dict().values()):
+        if slow.is_floating_point():
+            slow.lerp_(fast, 1 - d)
+        else:
+            slow.copy_(fast)
+
+
+def step_seed(seed: int, step: int) -> int:
+    """One seed per (seed, step), well mixed, below 2^63."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Progress:
+    """log.csv, a progress line on a terminal, the clock, and the count of skipped steps."""
+
+    def __init__(self, out: Path, first_step: int, steps: int, minutes: float | None) -> None:
+        self.path, self.first, self.steps = out / "log.csv", first_step, steps
+        self.start = time.time()
+        self.deadline = math.inf if minutes is None else self.start + 60 * minutes
+        self.skipped_in_a_row = 0
+        self.recent: list[float] = []
+
+    def update(self, step: int, loss: float, lr: float, batch_size: int, finite: bool) -> None:
+        """Count a finished step; every 50th goes to the log. Raises FloatingPointError after 20
+        non-finite steps in a row."""
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= 20:
+            raise FloatingPointError("the loss or its gradient was not finite 20 times in a row: "
+                                     "lower --lr, or resume from an earlier state")
+        if finite:
+            self.recent.append(loss)
+        if (step + 1) % 50 and step + 1 != self.steps:
+            return
+        seconds = (time.time() - self.start) / (step + 1 - self.first)
+        mean = sum(self.recent) / max(1, len(self.recent))
+        self.recent = []
+        self.write({"step": step + 1, "loss": f"{mean:.5f}", "lr": f"{lr:.2e}",
+                    "images_per_second": f"{batch_size / seconds:.1f}"})
+        if sys.stderr.isatty():
+            left = (self.steps - step - 1) * seconds / 60
+            print(f"\rstep {step + 1}/{self.steps}  loss {mean:.4f}  "
+                  f"{batch_size / seconds:.0f} images/s  {left:.0f} min left ", end="",
+                  file=sys.stderr, flush=True)
+
+    def write(self, row: dict) -> None:
+        new = not self.path.exists()
+        with open(self.path, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def out_of_time(self) -> bool:
+        return time.time() > self.deadline
+
+
+def save_state(path: Path, step: int, seed: int, model: nn.Module, ema: nn.Module,
+               optimizer: torch.optim.Optimizer) -> None:
+    """Write everything that a resumed run needs, atomically. (The random state is (seed, step).)"""
+    part = path.with_name(path.name + ".part")
+    torch.save({"step": step, "seed": seed, "model": model.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict()}, part)
+    os.replace(part, path)
+
+
+def load_state(path: Path, model: nn.Module, ema: nn.Module,
+               optimizer: torch.optim.Optimizer) -> dict:
+    """Restore weights, average and optimiser in place; return the whole state for step and seed."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    model.load_state_dict(state["model"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+# ---------------------------------------------------------------- CLIP
+
+def learn_merges(captions: list[str], n_merges: int) -> list[tuple[str, str]]:
+    """Learn byte-pair merges: again and again, join the most frequent pair of neighbours.
+
+    Source: Sennrich et al. (1508.07909) Alg. 1; ties go to the alphabetically first pair.
+    """
+    counts = Counter(word for caption in captions for word in clip_model.split_words(caption))
+    words = {word: (*word[:-1], word[-1] + "</w>") for word in counts}
+    merges: list[tuple[str, str]] = []
+    while len(merges) < n_merges:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, parts in words.items():
+            for pair in zip(parts, parts[1:]):
+                pairs[pair] += counts[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = {word: clip_model.merge_pair(parts, best) if best[0] in parts else parts
+                 for word, parts in words.items()}
+    return merges
+
+
+class CaptionedPictures:
+    """Pictures with captions (captions.jsonl), drawn in batches that a contrastive loss can use."""
+
+    def __init__(self, folder: Path, size: int) -> None:
+        with open(folder / "captions.jsonl", encoding="utf-8") as file:
+            self.rows = [json.loads(line) for line in file]
+        self.pictures = np.empty((len(self.rows), size, size, 3), np.uint8)
+        for i, row in enumerate(self.rows):
+            picture = clip_model.read_image(folder / row["path"])
+            self.pictures[i] = np.asarray(clip_model.fit_square(picture, size))
+        self.members: dict[str, list[int]] = {}          # concept -> rows with one thing in them
+        self.scenes = [i for i, row in enumerate(self.rows) if "parts" in row]
+        for i, row in enumerate(self.rows):
+            if "parts" not in row:
+                self.members.setdefault(row.get("concept", row["path"]), []).append(i)
+        self.concepts = sorted(self.members)
+        self.has_twins = any(len(rows) > 1 and self.exact_captions(rows[0])
+                             for rows in self.members.values())
+
+    def exact_captions(self, i: int) -> list[str]:
+        """The captions that name style and background: they tell twins apart."""
+        style, background = (self.rows[i].get(key, "\0") for key in ("style", "background"))
+        return [c for c in self.rows[i]["captions"] if style in c and background in c]
+
+    def crop_of(self, i: int, part: dict, rng: np.random.Generator) -> np.ndarray:
+        """A square around a scene's part, a little wider than it, scaled up to a whole picture."""
+        left, top, right, bottom = part["box"]
+        half = max(right - left, bottom - top) * rng.uniform(1.0, 1.5) / 2
+        x, y = (left + right) / 2, (top + bottom) / 2
+        size = self.pictures.shape[1]
+        box = tuple(min(max(round(edge), 0), size)
+                    for edge in (x - half, y - half, x + half, y + half))
+        crop = Image.fromarray(self.pictures[i]).crop(box)
+        return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
+
+    def batch(self, n: int, rng: np.random.Generator
+              ) -> tuple[np.ndarray, list[str], list[str], np.ndarray]:
+        """n pictures uint8 (n, H, W, 3), a caption each, their concepts, and which captions are
+        exact. A quarter has a twin: the same concept in another style or on another background,
+        both with exact captions; an eighth are scenes and crops of them."""
+        n_twins = n // 4 if self.has_twins else 0
+        n_scenes = n // 8 if self.scenes else 0
+        n_plain = n - n_twins - n_scenes
+        order = [self.concepts[j % len(self.concepts)]
+                 for j in rng.permutation(max(n_plain, len(self.concepts)))[:n_plain]]
+        pictures, captions, concepts, is_exact = [], [], [], []
+
+        def add(picture: np.ndarray, options: list[str], concept: str, exact: bool) -> None:
+            pictures.append(picture)
+            captions.append(options[rng.integers(len(options))])
+            concepts.append(concept)
+            is_exact.append(exact)
+
+        for j, concept in enumerate(order):
+            rows = self.members[concept]
+            if j < n_twins:
+                pair = rng.permutation(len(rows))[[0, -1]]
+                for i in (rows[p] for p in pair):
+                    exact = self.exact_captions(i)
+                    add(self.pictures[i], exact or self.rows[i]["captions"], concept, bool(exact))
+            else:
+                i = rows[rng.integers(len(rows))]
+                add(self.pictures[i], self.rows[i]["captions"], concept, False)
+        for _ in range(n_scenes):
+            i = self.scenes[rng.integers(len(self.scenes))]
+            if rng.random() < 0.3:
+                add(self.pictures[i], self.rows[i]["captions"], self.rows[i]["concept"], False)
+            else:
+                part = self.rows[i]["parts"][rng.integers(len(self.rows[i]["parts"]))]
+                add(self.crop_of(i, part, rng), part["captions"], part["concept"], False)
+        return np.stack(pictures), captions, concepts, np.array(is_exact)
+
+
+def contrastive_loss(logits: Tensor, concepts: list[str], is_exact: np.ndarray) -> Tensor:
+    """CLIP's symmetric cross-entropy over logits (B, B), the pairs on the diagonal.
+
+    Ours: a pair of the same concept that is no pair of exact captions is no negative: left out.
+    """
+    codes = torch.tensor(np.unique(concepts, return_inverse=True)[1], device=logits.device)
+    exact = torch.from_numpy(is_exact).to(logits.device)
+    same = codes[:, None] == codes[None]                                          # (B, B)
+    false_negative = same & ~(exact[:, None] & exact[None])
+    false_negative.fill_diagonal_(False)
+    logits = logits.float().masked_fill(false_negative, -torch.inf)
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+@torch.no_grad()
+def plain_recall(model: clip_model.CLIP, data: CaptionedPictures, device: torch.device
+                 ) -> tuple[float, float]:
+    """R@1 and R@10: first name -> plain drawings, either style counting as right."""
+    plain = [i for i, row in enumerate(data.rows) if row.get("plain")]
+    images = torch.cat([model.embed_images(clip_model.to_pixels(data.pictures[part]).to(device))
+                        for part in np.array_split(plain, max(1, len(plain) // 256))])
+    found = [data.rows[i]["concept"] for i in plain]
+    names = {data.rows[i]["concept"]: data.rows[i]["captions"][0] for i in plain}
+    texts = torch.cat([model.embed_texts(part.tolist())
+                       for part in np.array_split(list(names.values()), max(1, len(names) // 256))])
+    top = (texts @ images.T).topk(10).indices.tolist()
+    ranks = [[found[i] for i in row].index(name) if name in [found[i] for i in row] else 99
+             for name, row in zip(names, top)]
+    return tuple(sum(r < k for r in ranks) / len(ranks) for k in (1, 10))
+
+
+def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int, batch_size: int,
+               lr: float, seed: int, resume: bool, init: Path | None, minutes: float | None,
+               device: torch.device, bf16: bool, command: str) -> None:
+    """Train a CLIP from captions.jsonl; write out/clip.safetensors (EMA) and out/state.pt."""
+    pictures = CaptionedPictures(data, config.image_size)
+    captions = [caption for row in pictures.rows for caption in row["captions"]]
+    if init is not None:
+        model = clip_model.load(init).requires_grad_(True).to(device)
+        tokenizer, config = model.tokenizer, model.config
+    else:
+        tokenizer = clip_model.Tokenizer(learn_merges(captions, config.vocab_size - 514),
+                                         config.context_length)
+        config = replace(config, vocab_size=len(tokenizer.words))
+        torch.manual_seed(seed)
+        model = clip_model.CLIP(config).to(device)
+        model.tokenizer = tokenizer
+    ema = copy.deepcopy(model).eval()
+    optimizer = torch.optim.AdamW(weight_groups(model, 0.1), lr=lr, betas=(0.9, 0.98), eps=1e-6,
+                                  fused=True)
+    first = load_state(out / "state.pt", model, ema, optimizer)["step"] if resume else 0
+    print(f"clip: {len(pictures.rows)} pictures, {len(captions)} captions, {len(tokenizer.words)} "
+          f"tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"steps {first} to {steps} of {batch_size}, {device}")
+
+    def checkpoint(step: int) -> None:
+        clip_model.save(out / "clip.safetensors", ema, {"step": str(step), "command": command})
+        save_state(out / "state.pt", step, seed, model, ema, optimizer)
+
+    progress = Progress(out, first, steps, minutes)
+    step = first
+    for step in range(first, steps):
+        rng = np.random.default_rng((seed, step))
+        images, texts, concepts, is_exact = pictures.batch(batch_size, rng)
+        pixels, tokens = clip_model.to_pixels(images).to(device), tokenizer(texts).to(device)
+        with autocast(device, bf16):
+            logits = model(pixels, tokens)
+        loss = contrastive_loss(logits, concepts, is_exact)
+        rate = learning_rate(step, lr, 200, steps)
+        finite = descend(model, optimizer, loss, rate, max_norm=1.0)
+        average(ema, model, step, 0.998)
+        progress.update(step, loss.item(), rate, batch_size, finite)
+        if (step + 1) % 250 == 0:
+            r1, r10 = plain_recall(ema, pictures, device)
+            print(f"step {step + 1}: plain drawings R@1 {r1:.3f} R@10 {r10:.3f}", flush=True)
+            checkpoint(step + 1)
+        if progress.out_of_time():
+            break
+    checkpoint(step + 1)
+
+
+# ---------------------------------------------------------------- the continuous backbone
+
+class CachedPictures:
+    """Pictures with cached embeddings and neighbours: all that a diffusion training may see."""
+
+    def __init__(self, folder: Path, index: Index, size: int, k: int) -> None:
+        check_same_files(folder, index)
+        self.pictures = np.empty((len(index), size, size, 3), np.uint8)
+        for i, path in enumerate(index.paths):
+            picture = clip_model.read_image(folder / path)
+            self.pictures[i] = np.asarray(clip_model.fit_square(picture, size))
+        self.embeddings = torch.from_numpy(np.array(index.embeddings))                # (N, E)
+        self.neighbors = torch.from_numpy(neighbor_table(index, k)).long()            # (N, K)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x_0 in [-1, 1] (B, 3, H, W), f_img(x_0) (B, E), its neighbours (B, K, E), float32."""
+        x0 = torch.from_numpy(self.pictures[rows.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
+        return x0, self.embeddings[rows].float(), self.embeddings[self.neighbors[rows]].float()
+
+
+def check_same_files(folder: Path, index: Index) -> None:
+    """Raise ValueError where a picture folder and an index do not name the same files."""
+    there, wanted = set(list_images(folder)), set(index.paths)
+    unreadable = 0
+    for name in there - wanted:
+        try:
+            clip_model.read_image(folder / name)
+        except ValueError:
+            unreadable += 1
+    if wanted - there or len(there - wanted) > unreadable:
+        raise ValueError(f"{folder} and the index at {index.folder} do not name the same files: "
+                         f"{len(wanted - there)} of the index's are missing, "
+                         f"{len(there - wanted) - unreadable} of the folder's are not in it")
+
+
+def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, condition: str,
+                     steps: int, batch_size: int, lr: float, seed: int, resume: bool,
+                     init: Path | None, minutes: float | None, device: torch.device, bf16: bool,
+                     command: str) -> None:
+    """Train the U-Net on pictures alone; write out/continuous.safetensors (EMA) and out/state.pt.
+
+    condition: "both", or "query" for the paper's no-kNN model, whose neighbours are always null
+    ("neighbors" blinds the query instead).
+    """
+    torch.manual_seed(seed)
+    if init is not None:
+        model, config = (loaded := knn_diffusion.load(init)[0].requires_grad_(True)), loaded.config
+    else:
+        model = knn_diffusion.UNet(config)
+    pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
+    optimizer = torch.optim.AdamW(weight_groups(model, 0.01), lr=lr, betas=(0.9, 0.99), fused=True)
+    first = load_state(out / "state.pt", model, ema, optimizer)["step"] if resume else 0
+    own = (pictures.neighbors == torch.arange(len(pictures))[:, None]).any()
+    assert not own, "a picture is its own neighbour"
+    print(f"continuous ({condition}): {len(pictures)} pictures, K {pictures.neighbors.shape[1]}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps} of "
+          f"{batch_size}, {device}", flush=True)
+
+    def checkpoint(step: int) -> None:
+        knn_diffusion.save(out / "continuous.safetensors", ema, {
+            "step": str(step), "command": command, "condition": condition,
+            "clip": index.manifest.get("encoder_hash", "")})
+        save_state(out / "state.pt", step, seed, model, ema, optimizer)
+
+    def draw_samples(step: int) -> None:
+        rows = torch.arange(12) * (len(pictures) // 12)
+        x0, query, neighbors = (part.to(device) for part in pictures.batch(rows))
+        with autocast(device, bf16):
+            *_, x = knn_diffusion.sample(ema, None if condition == "neighbors" else query,
+                                         None if condition == "query" else neighbors,
+                                         seeds=list(range(12)), steps=20)
+        clip_model.grid([clip_model.to_pictures(part) for part in (x0, x)], config.image_size).save(
+            out / "samples" / f"{step:07d}.png")
+
+    progress = Progress(out, first, steps, minutes)
+    step = first
+    for step in range(first, steps):
+        # One generator a step: rows, times, noise and drops are the same after a resume.
+        seeded = torch.Generator().manual_seed(step_seed(seed, step))
+        torch.manual_seed(step_seed(seed, step))                       # dropout inside the model
+        x0, query, neighbors = pictures.batch(
+            torch.randint(len(pictures), (batch_size,), generator=seeded))
+        t = torch.randint(1, config.T + 1, (batch_size,), generator=seeded)
+        eps = torch.randn(x0.shape, generator=seeded)
+        drop_query, drop_neighbors = knn_diffusion.draw_drops(batch_size, seeded)
+        drop_query |= torch.tensor(condition == "neighbors")
+        drop_neighbors |= torch.tensor(condition == "query")
+        with autocast(device, bf16):
+            loss = knn_diffusion.diffusion_loss(
+                model, schedule, *(part.to(device) for part in (
+                    x0, query, neighbors, t, eps, drop_query, drop_neighbors)))
+        rate = learning_rate(step, lr, 300, steps)
+        finite = descend(model, optimizer, loss, rate, max_norm=1.0)
+        average(ema, model, step, 0.9995)
+        progress.update(step, loss.item(), rate, batch_size, finite)
+        if (step + 1) % 500 == 0:
+            checkpoint(step + 1)
+        if (step + 1) % 1000 == 0:
+            draw_samples(step + 1)
+        if progress.out_of_time():
+            break
+    checkpoint(step + 1)
+
+
+# ---------------------------------------------------------------- the command
+
+def main(argv: list[str] | None = None) -> int:
+    shipped = Path(__file__).parent / "weights" / "stickers"
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=["clip", "continuous"])
+    parser.add_argument("--data", type=Path, required=True,
+                        help="clip: a folder with captions.jsonl; continuous: a folder of pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--preset", default="stickers",
+                        help="clip: stickers; continuous: stickers, gpu or paper")
+    parser.add_argument("--steps", type=int, help="total number of steps, resumed ones included")
+    parser.add_argument("--batch-size", type=int, help="pictures a step")
+    parser.add_argument("--lr", type=float, help="peak learning rate (AdamW)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
+    parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh")
+    parser.add_argument("--minutes", type=float, help="stop after this long, state written")
+    parser.add_argument("--index", type=Path, default=shipped / "index", help="continuous: the "
+                        "index of the pictures in --data")
+    parser.add_argument("--k", type=int, default=10, help="continuous: neighbours (default 10)")
+    parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both",
+                        help="continuous: query trains the paper's no-kNN baseline")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--no-bf16", action="store_true", help="train in float32")
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser.parse_args(argv)
+    start = time.time()
+    try:
+        run(args, "python train.py " + shlex.join(argv))
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"wrote {args.out / args.what}.safetensors, {(time.time() - start) / 60:.1f} min")
+    return 0
+
+
+DEFAULTS = {"clip": {"steps": 2600, "batch_size": 512, "lr": 1e-3},
+            "continuous": {"steps": 20000, "batch_size": 64, "lr": 5e-4}}
+
+
+def run(args: argparse.Namespace, command: str) -> None:
+    """Check what was asked for, then train. Raises ValueError or FileNotFoundError before anything
+    is written."""
+    presets = {"clip": {"stickers": clip_model.STICKERS}, "continuous": knn_diffusion.PRESETS}
+    if args.preset not in presets[args.what]:
+        raise ValueError(f"no preset {args.preset!r} for {args.what}; there is "
+                         f"{', '.join(presets[args.what])}")
+    config = presets[args.what][args.preset]
+    steps, batch_size, lr = (DEFAULTS[args.what][name] if getattr(args, name) is None
+                             else getattr(args, name) for name in ("steps", "batch_size", "lr"))
+    if steps < 1 or batch_size < 1 or not lr > 0 or args.k < 1 or args.seed < 0:
+        raise ValueError("--steps, --batch-size, --k want 1 or more, --lr more than 0, --seed 0 or "
+                         "more")
+    if args.resume and not (args.out / "state.pt").is_file():
+        raise ValueError(f"nothing to resume: {args.out / 'state.pt'} does not exist")
+    if not args.data.is_dir():
+        raise FileNotFoundError(f"no folder at {args.data}")
+    device = knn_diffusion.pick_device(args.device)
+    common = dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed, resume=args.resume,
+                  init=args.init, minutes=args.minutes, device=device, bf16=not args.no_bf16,
+                  command=command)
+    if args.what == "clip":
+        if not (args.data / "captions.jsonl").is_file():
+            raise FileNotFoundError(f"no captions.jsonl in {args.data}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        train_clip(args.data, args.out, config, **common)
+    else:
+        index = open_index(args.index)
+        check_same_files(args.data, index)
+        (args.out / "samples").mkdir(parents=True, exist_ok=True)
+        config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=args.k)
+        train_continuous(args.data, args.out, index, config, args.condition, **common)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
