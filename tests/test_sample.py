@@ -1,0 +1,299 @@
+"""sample.py: the command from a prompt to files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_clip, tiny_unet, write_pictures
+from PIL import Image
+
+import clip_model
+import index as retrieval
+import knn_diffusion
+import sample
+
+
+def run(world, *extra):
+    return sample.main(
+        [
+            *map(str, extra),
+            "--weights",
+            str(world / "continuous.safetensors"),
+            "--clip",
+            str(world / "clip.safetensors"),
+            "--steps",
+            "3",
+        ]
+        + ([] if "--index" in extra else ["--index", str(world / "index")])
+    )
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_a_prompt_gives_a_grid_singles_and_neighbours(world, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("blue\n\n  fox \n")
+    assert (
+        run(
+            world,
+            "a red fox",
+            "--prompts",
+            tmp_path / "prompts.txt",
+            "--n",
+            2,
+            "--k",
+            4,
+            "--out",
+            tmp_path / "p.png",
+            "--singles",
+            tmp_path / "s",
+            "--save-neighbors",
+        )
+        == 0
+    )
+    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
+        f"{i:03d}-{j:02d}.png" for i in range(3) for j in range(2)
+    ]
+    assert Image.open(tmp_path / "s" / "000-00.png").size == (16, 16)
+    lines = [json.loads(x) for x in (tmp_path / "p.neighbors.jsonl").read_text().splitlines()]
+    assert len(lines) == 12 and lines[4]["prompt"] == "blue" and lines[4]["rank"] == 1
+    assert set(lines[0]) == {"prompt", "rank", "row", "score", "path"}
+    parameters = json.loads(Image.open(tmp_path / "p.png").text["parameters"])
+    assert parameters["prompts"] == ["a red fox", "blue", "fox"] and parameters["seed"] == 0
+    assert "k = 4" in capsys.readouterr().out
+
+
+def test_the_same_command_gives_the_same_bytes(world, tmp_path):
+    for name in ("a.png", "b.png"):
+        assert run(world, "fox", "--out", tmp_path / name) == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_sample_j_depends_on_seed_plus_j_alone(world, tmp_path):
+    assert (
+        run(world, "fox", "red", "--n", 3, "--singles", tmp_path / "a", "--out", tmp_path / "a.png")
+        == 0
+    )
+    assert (
+        run(
+            world,
+            "red",
+            "--n",
+            2,
+            "--seed",
+            1,
+            "--batch-size",
+            1,
+            "--singles",
+            tmp_path / "b",
+            "--out",
+            tmp_path / "b.png",
+        )
+        == 0
+    )
+    for j in range(2):
+        one, two = (
+            pixels(tmp_path / f"a/001-{j + 1:02d}.png"),
+            pixels(tmp_path / f"b/000-{j:02d}.png"),
+        )
+        assert np.abs(one - two).max() <= 2
+    assert np.abs(pixels(tmp_path / "a/001-00.png") - pixels(tmp_path / "a/001-01.png")).max() > 2
+
+
+def test_the_condition_is_the_texts_embedding_and_its_neighbours(world):
+    clip = clip_model.load(world / "clip.safetensors")
+    index = retrieval.open_index(world / "index")
+    queries = clip.embed_texts(["red fox"])
+    query, neighbors, scores, ids = sample.condition_on(queries, index, 4, "both")
+    nearest = (torch.from_numpy(index.embeddings.astype(np.float32)) @ queries[0]).argsort(
+        descending=True
+    )[:4]
+    assert torch.equal(query, queries) and ids[0].tolist() == nearest.tolist()
+    assert torch.equal(neighbors[0], torch.from_numpy(index.embeddings[nearest]).float())
+    assert sample.condition_on(queries, index, 4, "query")[1] is None
+    assert sample.condition_on(queries, index, 4, "neighbors")[0] is None
+
+
+def test_no_neighbours_is_the_same_as_condition_query(world, tmp_path):
+    for name, extra in (("a", ["--k", 0]), ("b", ["--condition", "query"])):
+        assert (
+            run(
+                world,
+                "fox",
+                "--n",
+                1,
+                *extra,
+                "--singles",
+                tmp_path / name,
+                "--out",
+                tmp_path / "g.png",
+            )
+            == 0
+        )
+    assert (pixels(tmp_path / "a/000-00.png") == pixels(tmp_path / "b/000-00.png")).all()
+    assert (
+        run(world, "fox", "--n", 1, "--singles", tmp_path / "c", "--out", tmp_path / "g.png") == 0
+    )
+    assert (pixels(tmp_path / "a/000-00.png") != pixels(tmp_path / "c/000-00.png")).any()
+
+
+def test_another_index_changes_the_picture_with_the_same_weights(world, tmp_path):
+    write_pictures(tmp_path / "other", 6, seed=9)
+    clip = clip_model.load(world / "clip.safetensors")
+    rows, names, _ = retrieval.embed_folder(clip, tmp_path / "other")
+    retrieval.write_index(
+        tmp_path / "idx", rows, names, "c", clip.fingerprint(), tmp_path / "other"
+    )
+    assert (
+        run(world, "fox", "--n", 1, "--singles", tmp_path / "a", "--out", tmp_path / "g.png") == 0
+    )
+    assert (
+        run(
+            world,
+            "fox",
+            "--n",
+            1,
+            "--index",
+            tmp_path / "idx",
+            "--k",
+            99,
+            "--singles",
+            tmp_path / "b",
+            "--out",
+            tmp_path / "g.png",
+        )
+        == 0
+    )
+    assert (pixels(tmp_path / "a/000-00.png") != pixels(tmp_path / "b/000-00.png")).any()
+
+
+def test_a_picture_can_be_the_query(world, tmp_path):
+    assert (
+        run(
+            world,
+            "--image",
+            world / "images" / "003.png",
+            "--save-neighbors",
+            "--out",
+            tmp_path / "g.png",
+        )
+        == 0
+    )
+    first = json.loads((tmp_path / "g.neighbors.jsonl").read_text().splitlines()[0])
+    assert first["path"] == "003.png" and first["score"] > 0.99
+
+
+def test_k_larger_than_the_index_uses_all_rows_and_says_so(world, tmp_path, capsys):
+    assert run(world, "fox", "--k", 99, "--n", 1, "--out", tmp_path / "g.png") == 0
+    assert "the index has 20 rows" in capsys.readouterr().err
+
+
+def test_a_long_prompt_is_cut_with_a_warning(world, tmp_path):
+    with pytest.warns(UserWarning, match="was cut to 12"):
+        assert run(world, "fox " * 2500, "--n", 1, "--out", tmp_path / "g.png") == 0
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        [""],
+        ["  "],
+        [],
+        ["fox", "--k", -1],
+        ["fox", "--n", 0],
+        ["fox", "--steps", 0],
+        ["fox", "--steps", 101],
+        ["fox", "--guidance", "nan"],
+        ["fox", "--guidance", "inf"],
+        ["fox", "--weights", "nowhere"],
+        ["fox", "--clip", "nowhere"],
+        ["fox", "--index", "nowhere"],
+        ["fox", "--prompts", "nowhere"],
+        ["fox", "--image", "nowhere"],
+        ["--image", "nowhere"],
+        ["fox", "--seed", -1],
+        ["fox", "--device", "abacus"],
+        ["fox", "--batch-size", 0],
+        ["fox", "--singles", "no/such/folder"],
+        ["fox", "--dynamic-threshold", 2],
+    ],
+)
+def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys, monkeypatch, extra):
+    monkeypatch.chdir(tmp_path)
+    defaults = {
+        "--weights": world / "continuous.safetensors",
+        "--clip": world / "clip.safetensors",
+        "--index": world / "index",
+        "--steps": 3,
+    }
+    argv = list(map(str, extra))
+    for flag, value in defaults.items():
+        argv += [] if flag in argv else [flag, str(value)]
+    assert sample.main(argv) == 2
+    error = capsys.readouterr().err.strip()
+    assert error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_clip_and_index_must_belong_together(world, tmp_path, capsys):
+    clip_model.save(tmp_path / "other-clip", tiny_clip(seed=4), {})
+    argv = ["fox", "--out", str(tmp_path / "g.png"), "--steps", "2", "--weights"]
+    assert (
+        sample.main(
+            [
+                *argv,
+                str(world / "continuous.safetensors"),
+                "--clip",
+                str(tmp_path / "other-clip"),
+                "--index",
+                str(world / "index"),
+            ]
+        )
+        == 2
+    )
+    assert "was trained with the CLIP" in capsys.readouterr().err
+    knn_diffusion.save(tmp_path / "any", tiny_unet(), {})
+    assert (
+        sample.main(
+            [
+                *argv,
+                str(tmp_path / "any"),
+                "--clip",
+                str(tmp_path / "other-clip"),
+                "--index",
+                str(world / "index"),
+            ]
+        )
+        == 2
+    )
+    assert "was made by encoder clip.safetensors" in capsys.readouterr().err
+    (tmp_path / "damaged").write_bytes((world / "continuous.safetensors").read_bytes()[:-9])
+    assert (
+        sample.main(
+            [
+                *argv,
+                str(tmp_path / "damaged"),
+                "--clip",
+                str(world / "clip.safetensors"),
+                "--index",
+                str(world / "index"),
+            ]
+        )
+        == 2
+    )
+    assert (
+        sample.main(
+            [
+                *argv,
+                str(world / "clip.safetensors"),
+                "--clip",
+                str(world / "clip.safetensors"),
+                "--index",
+                str(world / "index"),
+            ]
+        )
+        == 2
+    )
+    assert "holds a CLIP, wanted UNet" in capsys.readouterr().err

@@ -1,0 +1,102 @@
+"""examples/stickers.py: what is drawn, where it goes, what is said of it."""
+
+import json
+
+import numpy as np
+import pytest
+import stickers
+from PIL import Image
+
+
+def drawing(
+    concept="fox_face", style="outlined", category="Animals & Nature", colour=(200, 90, 10)
+):
+    ink = Image.new("RGBA", (40, 20), (*colour, 255))
+    return stickers.Drawing(
+        concept, style, category, [concept.replace("_", " "), "fox"], ["animal", "wild"], "fox", ink
+    )
+
+
+def test_a_plain_picture_is_centred_on_its_background_and_not_clipped():
+    pixels = np.asarray(stickers.render(drawing(), "blue"))
+    is_ink = np.abs(pixels.astype(int) - stickers.COLOURS["blue"]).sum(-1) > 30
+    rows, columns = np.nonzero(is_ink.any(1))[0], np.nonzero(is_ink.any(0))[0]
+    assert pixels.shape == (64, 64, 3) and columns[-1] - columns[0] + 1 == 54
+    assert abs(rows[0] + rows[-1] - 63) <= 1 and columns[0] + columns[-1] == 63
+    assert tuple(pixels[0, 0]) == stickers.COLOURS["blue"]
+
+
+def test_variants_are_deterministic_and_never_clipped():
+    one, two = stickers.variants(drawing(), 7, 0), stickers.variants(drawing(), 7, 0)
+    assert [(b, p.tobytes()) for b, p in one] == [(b, p.tobytes()) for b, p in two]
+    assert one[0][0] == "white" and len({background for background, _ in one}) == 7
+    for background, picture in one:
+        edge = np.asarray(picture).astype(int)
+        border = np.concatenate([edge[0], edge[-1], edge[:, 0], edge[:, -1]])
+        assert np.abs(border - stickers.COLOURS[background]).sum(-1).mean() < 60
+
+
+def test_blank_pictures_and_empty_ink_are_left_out():
+    white = drawing(colour=(255, 255, 255))
+    assert "white" not in [background for background, _ in stickers.variants(white, 7, 0)]
+    assert stickers.cut_to_ink(Image.new("RGBA", (9, 9))) is None
+    assert not stickers.shows_something(Image.new("RGB", (64, 64), "red"))
+
+
+def test_captions_have_the_four_forms_and_no_held_out_phrase():
+    texts = stickers.captions(drawing(), "orange", np.random.default_rng(0))
+    for text in (
+        "fox face",
+        "outlined fox face",
+        "fox face on an orange background",
+        "outlined fox face on an orange background",
+        "a fox face",
+    ):
+        assert text in texts
+    held = {row["phrase"] for row in stickers.held_out_phrases([drawing()])}
+    assert not held & set(texts)
+    many = [drawing(f"thing_{i}") for i in range(60)]
+    phrases = {p for d in many for p in stickers.keyword_phrases(d)}
+    share = np.mean([stickers.is_held_out(p) for p in phrases])
+    assert 0.03 < share < 0.12
+
+
+def test_scenes_say_where_their_parts_are_and_avoid_the_held_out_corner():
+    props = [
+        drawing("heart", "flat", "Smileys & Emotion"),
+        drawing("apple", "outlined", "Food & Drink"),
+        drawing("apple", "flat", "Food & Drink"),
+        drawing("crown", "outlined", "Objects"),
+    ]
+    big = [drawing("car", s, "Travel & Places") for s in ("flat", "outlined")]
+    rows = [row for _, _, row in stickers.make_scenes([*props, *big], 40, 0)]
+    assert {len(row["parts"]) for row in rows} == {1, 2, 3}
+    for row in rows:
+        for part in row["parts"]:
+            left, top, right, bottom = part["box"]
+            assert 0 <= left < right <= 64 and 0 <= top < bottom <= 64
+            assert (part["concept"], part["style"]) != ("apple", "outlined")
+            assert part["style"] == row["style"]
+
+
+@pytest.mark.slow
+def test_the_whole_world_renders_twice_to_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        assert (
+            stickers.main(["--out", str(tmp_path / name), "--variants", "2", "--scenes", "50"]) == 0
+        )
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
+    assert len(files) > 7000
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    rows = [json.loads(x) for x in (tmp_path / "a" / "captions.jsonl").read_text().splitlines()]
+    for row in rows:
+        held = row["style"] == "outlined" and row["category"] in stickers.HELD_OUT
+        assert row["path"].startswith("heldout/") == (held and "parts" not in row)
+
+
+def test_bad_numbers_give_status_2(tmp_path, capsys):
+    assert stickers.main(["--out", str(tmp_path / "x"), "--variants", "0"]) == 2
+    assert not (tmp_path / "x").exists() and capsys.readouterr().err.strip()

@@ -1,0 +1,334 @@
+"""train.py: shared stages, CLIP's loss and vocabulary, resume, what the diffusion may see."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLIP_CONFIG, UNET_CONFIG, write_pictures
+
+import clip_model
+import knn_diffusion
+import train
+from index import open_index
+
+CPU = torch.device("cpu")
+
+
+# ---------------------------------------------------------------- shared stages
+
+
+def test_learning_rate_warms_up_and_decays():
+    rate = [train.learning_rate(step, 1.0, 10, 110) for step in range(111)]
+    assert rate[0] == 0.1 and rate[9] == 1.0 and rate[110] == pytest.approx(0.02)
+    assert rate[60] == pytest.approx(0.51) and all(a >= b for a, b in zip(rate[9:], rate[10:]))
+
+
+def test_average_forgets_early_weights_fast():
+    model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+    start = ema.weight.item()
+    train.average(ema, model, 0, 0.99)  # d = 1/10
+    assert ema.weight.item() == pytest.approx(0.1 * start + 0.9 * model.weight.item(), abs=1e-6)
+    start = ema.weight.item()
+    train.average(ema, model, 10**6, 0.99)  # d = 0.99
+    assert ema.weight.item() == pytest.approx(0.99 * start + 0.01 * model.weight.item(), abs=1e-6)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(train.weight_groups(model, 0.1), lr=1.0)
+    before = model.weight.clone()
+    assert not train.descend(model, optimizer, model(torch.ones(1, 2)).sum() * torch.nan, 0.1, 1.0)
+    assert torch.equal(model.weight, before)
+    assert train.descend(model, optimizer, model(torch.ones(1, 2)).sum(), 0.1, 1.0)
+    assert not torch.equal(model.weight, before) and optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_twenty_such_steps_in_a_row_stop_the_run(tmp_path):
+    progress = train.Progress(tmp_path, 0, 100, None)
+    for step in range(19):
+        progress.update(step, math.nan, 0.1, 4, finite=False)
+    progress.update(19, 1.0, 0.1, 4, finite=True)  # one good step resets
+    for step in range(20, 39):
+        progress.update(step, math.nan, 0.1, 4, finite=False)
+    with pytest.raises(FloatingPointError, match="20 times"):
+        progress.update(39, math.nan, 0.1, 4, finite=False)
+
+
+def test_only_matrices_are_decayed():
+    groups = train.weight_groups(torch.nn.Linear(3, 2), 0.3)
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
+    assert [p.shape for g in groups for p in g["params"]] == [(2, 3), (2,)]
+
+
+# ---------------------------------------------------------------- CLIP
+
+
+def test_merges_join_the_most_frequent_pair_first():
+    """low ×5, lower ×2, newest ×6, widest ×3: the example of Sennrich et al., by hand."""
+    captions = ["low"] * 5 + ["lower"] * 2 + ["newest"] * 6 + ["widest"] * 3
+    assert train.learn_merges(captions, 4) == [("e", "s"), ("es", "t</w>"), ("l", "o"), ("e", "w")]
+    assert len(train.learn_merges(["ab"], 50)) == 1  # nothing left to merge
+
+
+def test_contrastive_loss_is_clips_without_false_negatives():
+    logits = torch.randn(4, 4)
+    target = torch.arange(4)
+    wanted = (
+        torch.nn.functional.cross_entropy(logits, target)
+        + torch.nn.functional.cross_entropy(logits.T, target)
+    ) / 2
+    exact = np.array([True, True, False, False])
+    assert torch.allclose(train.contrastive_loss(logits, ["a", "b", "c", "d"], exact), wanted)
+    # twins with exact captions do tell each other apart; two loose captions of one concept do not
+    assert torch.allclose(train.contrastive_loss(logits, ["a", "a", "c", "d"], exact), wanted)
+    masked = logits.clone()
+    masked[2, 3] = masked[3, 2] = -torch.inf
+    wanted = (
+        torch.nn.functional.cross_entropy(masked, target)
+        + torch.nn.functional.cross_entropy(masked.T, target)
+    ) / 2
+    assert torch.allclose(train.contrastive_loss(logits, ["a", "b", "c", "c"], exact), wanted)
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioned")
+    write_pictures(folder / "images", 12)
+    rows = []
+    for i in range(12):
+        name, style, colour = f"thing {i // 2}", ("flat", "outlined")[i % 2], "red"
+        rows.append(
+            {
+                "path": f"images/{i:03d}.png",
+                "concept": name,
+                "style": style,
+                "background": colour,
+                "plain": True,
+                "captions": [name, f"{style} {name} on a {colour} background"],
+            }
+        )
+    rows[11]["parts"] = [{"concept": "thing 0", "box": [2, 2, 9, 8], "captions": ["thing 0"]}]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_batches_hold_twins_with_exact_captions_and_crops(captioned):
+    data = train.CaptionedPictures(captioned, 16)
+    pictures, captions, concepts, is_exact = data.batch(8, np.random.default_rng(0))
+    assert pictures.shape == (8, 16, 16, 3) and pictures.dtype == np.uint8
+    assert concepts[0] == concepts[1] and captions[0] != captions[1] and is_exact[:4].all()
+    assert all("background" in caption for caption in captions[:4])
+    again = data.batch(8, np.random.default_rng(0))
+    assert again[1] == captions and (again[0] == pictures).all()
+    crop = data.crop_of(11, data.rows[11]["parts"][0], np.random.default_rng(0))
+    assert crop.shape == (16, 16, 3)
+
+
+def train_tiny_clip(captioned, out, steps, **options):
+    options = {"resume": False, "init": None, "minutes": None, **options}
+    out.mkdir(exist_ok=True)
+    train.train_clip(
+        captioned,
+        out,
+        CLIP_CONFIG,
+        steps=steps,
+        batch_size=8,
+        lr=1e-3,
+        seed=3,
+        device=CPU,
+        bf16=False,
+        command="a test",
+        **options,
+    )
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def equal_states(one, two):
+    return one["step"] == two["step"] and all(
+        torch.equal(one[part][name], two[part][name])
+        for part in ("model", "ema")
+        for name in one[part]
+    )
+
+
+def test_a_resumed_clip_equals_an_uninterrupted_one(captioned, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
+    whole = train_tiny_clip(captioned, tmp_path / "a", 6)
+    train_tiny_clip(captioned, tmp_path / "b", 3)
+    resumed = train_tiny_clip(captioned, tmp_path / "b", 6, resume=True)
+    assert equal_states(whole, resumed)
+    model = clip_model.load(tmp_path / "b" / "clip.safetensors")
+    assert model.tokenizer.merges and model.config.vocab_size == 514 + len(model.tokenizer.merges)
+
+
+# ---------------------------------------------------------------- the continuous backbone
+
+
+def train_tiny_unet(world, out, steps, **options):
+    options = {"resume": False, "init": None, "minutes": None, "condition": "both", **options}
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    train.train_continuous(
+        world / "images",
+        out,
+        open_index(world / "index"),
+        UNET_CONFIG,
+        steps=steps,
+        batch_size=4,
+        lr=1e-3,
+        seed=5,
+        device=CPU,
+        bf16=False,
+        command="a test",
+        **options,
+    )
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def test_a_resumed_unet_equals_an_uninterrupted_one(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
+    whole = train_tiny_unet(world, tmp_path / "a", 6)
+    train_tiny_unet(world, tmp_path / "b", 3)
+    assert equal_states(whole, train_tiny_unet(world, tmp_path / "b", 6, resume=True))
+    assert not equal_states(whole, train_tiny_unet(world, tmp_path / "c", 5))
+
+
+def test_training_draws_every_time_and_the_last_one_too(world, tmp_path, monkeypatch):
+    seen, loss = [], knn_diffusion.diffusion_loss
+
+    def watch(model, schedule, x0, query, neighbors, t, *rest):
+        seen.extend(t.tolist())
+        return loss(model, schedule, x0, query, neighbors, t, *rest)
+
+    monkeypatch.setattr(knn_diffusion, "diffusion_loss", watch)
+    train_tiny_unet(world, tmp_path / "a", 150)
+    assert min(seen) >= 1 and max(seen) == UNET_CONFIG.T and set(range(1, 8)) & set(seen)
+
+
+@pytest.mark.parametrize("condition", ["both", "query", "neighbors"])
+def test_condition_blinds_what_it_does_not_name(world, tmp_path, monkeypatch, condition):
+    drops, loss = [], knn_diffusion.diffusion_loss
+
+    def watch(*args):
+        drops.append(args[-2:])
+        return loss(*args)
+
+    monkeypatch.setattr(knn_diffusion, "diffusion_loss", watch)
+    train_tiny_unet(world, tmp_path / condition, 20, condition=condition)
+    query, neighbors = (torch.cat(parts).float().mean().item() for parts in zip(*drops))
+    assert (query == 1) == (condition == "neighbors") and (neighbors == 1) == (condition == "query")
+    assert (
+        clip_model.read_weights(tmp_path / condition / "continuous.safetensors")[1]["condition"]
+        == condition
+    )
+
+
+def test_diffusion_training_sees_no_text_and_runs_no_clip(world, tmp_path, monkeypatch):
+    """Not one text is opened, no CLIP is built, no tokenizer made; the folder has no captions."""
+
+    def forbidden(*_, **__):
+        raise AssertionError("the diffusion training touched CLIP or a caption")
+
+    for name in ("load", "CLIP", "Tokenizer"):
+        monkeypatch.setattr(clip_model, name, forbidden)
+    monkeypatch.setattr(train, "CaptionedPictures", forbidden)
+    train_tiny_unet(world, tmp_path / "a", 2)
+    assert not list(world.rglob("captions*"))
+
+
+def test_training_rows_are_a_picture_its_embedding_and_its_neighbours(world):
+    index = open_index(world / "index")
+    data = train.CachedPictures(world / "images", index, 16, 3)
+    x0, query, neighbors = data.batch(torch.tensor([4, 9]))
+    picture = np.asarray(clip_model.read_image(world / "images" / index.paths[9]))
+    assert np.allclose((x0[1].permute(1, 2, 0).numpy() + 1) * 127.5, picture, atol=1e-3)
+    assert torch.equal(query[1], torch.from_numpy(index.embeddings[9].astype(np.float32)))
+    ids = index.search(query, 3, exclude=torch.tensor([4, 9]))[1]
+    assert torch.equal(neighbors[0], torch.from_numpy(index.embeddings[ids[0].numpy()]).float())
+    assert 4 not in ids[0] and 9 not in ids[1]
+
+
+def test_a_folder_and_an_index_of_other_files_are_refused(world, tmp_path):
+    index = open_index(world / "index")
+    write_pictures(tmp_path / "more", 21)
+    with pytest.raises(ValueError, match="0 of the index's are missing, 1 of the folder's"):
+        train.check_same_files(tmp_path / "more", index)
+    write_pictures(tmp_path / "fewer", 19)
+    with pytest.raises(ValueError, match="1 of the index's are missing, 0"):
+        train.check_same_files(tmp_path / "fewer", index)
+    write_pictures(tmp_path / "same", 20)
+    (tmp_path / "same" / "broken.png").write_bytes(b"")  # skipped by both
+    train.check_same_files(tmp_path / "same", index)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command_trains_resumes_and_starts_from_weights(world, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = [
+        "continuous",
+        "--data",
+        str(world / "images"),
+        "--index",
+        str(world / "index"),
+        "--out",
+        str(out),
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--k",
+        "3",
+        "--no-bf16",
+        "--init",
+        str(world / "continuous.safetensors"),
+    ]
+    assert train.main(argv) == 0
+    assert "steps 0 to 2" in capsys.readouterr().out
+    metadata = clip_model.read_weights(out / "continuous.safetensors")[1]
+    assert metadata["command"].startswith("python train.py continuous") and metadata["step"] == "2"
+    assert metadata["clip"] == open_index(world / "index").manifest["encoder_hash"]
+    assert train.main([*argv[:8], "3", *argv[9:], "--resume"]) == 0
+    assert "steps 2 to 3" in capsys.readouterr().out
+    assert (out / "log.csv").read_text().count("\n") >= 2
+
+
+def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys):
+    base = [
+        "continuous",
+        "--data",
+        str(world / "images"),
+        "--index",
+        str(world / "index"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    write_pictures(tmp_path / "other", 3)
+    for extra in (
+        ["--resume"],
+        ["--preset", "grand"],
+        ["--steps", "0"],
+        ["--lr", "nan"],
+        ["--k", "0"],
+        ["--data", str(tmp_path / "nowhere")],
+        ["--device", "abacus"],
+        ["--data", str(tmp_path / "other")],
+        ["--index", str(tmp_path)],
+        ["--init", str(tmp_path / "missing")],
+    ):
+        assert train.main([*base, *extra]) == 2, extra
+        error = capsys.readouterr().err.strip()
+        assert error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert (
+        train.main(["clip", "--data", str(world / "images"), "--out", str(tmp_path / "out")]) == 2
+    )
+    assert not (tmp_path / "out" / "state.pt").exists()
+
+
+def test_a_damaged_state_is_refused(world, tmp_path):
+    train_tiny_unet(world, tmp_path / "a", 1)
+    (tmp_path / "a" / "state.pt").write_bytes(b"not a state")
+    with pytest.raises(ValueError, match="can't resume"):
+        train_tiny_unet(world, tmp_path / "a", 2, resume=True)
