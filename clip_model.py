@@ -8,7 +8,7 @@ both divided by their norm, so that an inner product is a cosine. Names of modul
 are those of OpenAI's release; the sticker CLIP that ships with this repository is a small one of
 the same build, trained by `train.py clip`.
 
-Shapes: B batch, C channels, H W picture, L tokens, D width, E CLIP dimension.
+Shapes: B batch, C channels, H W picture, L tokens (M keys), D width (d a head), E CLIP dimension.
 
 Left out so far: the ResNet image towers and the published checkpoints' own file formats.
 """
@@ -35,6 +35,16 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 
+class QuickGELU(nn.Module):
+    """x·σ(1.702 x), a cheap stand-in for GELU; features differ if the two are mixed up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
 @dataclass(frozen=True)
 class ClipConfig:
     """Sizes of both towers. The defaults are ViT-B/32's."""
@@ -50,6 +60,16 @@ class ClipConfig:
     text_layers: int = 12
     text_heads: int = 8
     activation: str = "quick_gelu"   # OpenAI's weights; "gelu" for most of OpenCLIP's
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name != "activation" and (type(value) is not int or value < 1):
+                raise ValueError(f"{name} is {value!r}, wanted a whole number of 1 or more")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}, wanted {list(ACTIVATIONS)}")
+        if (self.image_size % self.patch_size or self.vision_width % self.vision_heads
+                or self.text_width % self.text_heads):
+            raise ValueError("patches must tile the picture, and heads the widths")
 
 
 # The sticker CLIP. Its vocabulary is learned, so train.py replaces vocab_size.
@@ -81,6 +101,9 @@ def write_weights(path: str | os.PathLike, tensors: dict[str, Tensor],
     Source: the safetensors format, written from its public description.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{name} is not finite: {path} was not written")
     # Widest dtype first keeps every tensor aligned in the file.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header, offset, blobs = {"__metadata__": dict(metadata)}, 0, []
@@ -111,7 +134,7 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     are checked before anything is mapped.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no weights file at {path}")
     try:
         header, start, size = read_header(path)
@@ -160,7 +183,8 @@ def check_spans(header: dict, data_size: int) -> dict[str, tuple]:
         check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES,
               f"entry {name!r} has an unknown dtype {entry['dtype']!r}")
         check(isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-              and all(type(n) is int and n >= 0 for n in shape + offsets),
+              and len(shape) <= 16
+              and all(type(n) is int and 0 <= n < 2**48 for n in shape + offsets),
               f"entry {name!r} has an odd shape or offsets")
         dtype = DTYPES[entry["dtype"]]
         check(offsets[1] - offsets[0] == math.prod(shape) * dtype.itemsize,
@@ -201,7 +225,7 @@ def load_model(path: str | os.PathLike, classes: dict[str, tuple[type, type]]
         model = model_class(config)
         model.load_state_dict({key: t.float() if t.is_floating_point() else t
                                for key, t in tensors.items()})
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} does not fit the {name} of this version: {reason}") from None
     return model.eval(), metadata
@@ -216,6 +240,9 @@ def load_model(path: str | os.PathLike, classes: dict[str, tuple[type, type]]
 
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
                      r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
+
+
+SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 @functools.cache
@@ -262,7 +289,7 @@ class Tokenizer:
         # The published ids follow the stand-ins' order: printable bytes first.
         symbols = list(byte_symbols().values())
         words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
-        words += ["<|startoftext|>", "<|endoftext|>"]
+        words += SPECIAL
         self.merges, self.context_length = merges, context_length
         self.ids = {word: i for i, word in enumerate(words)}
         self.words = words
@@ -284,20 +311,16 @@ class Tokenizer:
         """Ids of a text without start and end token. Words are cached (the first 100,000)."""
         ids: list[int] = []
         for word in split_words(text):
-            if word in ("<|startoftext|>", "<|endoftext|>"):
-                ids.append(self.ids[word])
-                continue
-            if word not in self.cache:
-                found = self.encode_word(word)
-                if len(self.cache) >= 100_000:
-                    ids += found
-                    continue
-                self.cache[word] = found
-            ids += self.cache[word]
+            found = self.cache.get(word)
+            if found is None:
+                found = [self.ids[word]] if word in SPECIAL else self.encode_word(word)
+                if len(self.cache) < 100_000:
+                    self.cache[word] = found
+            ids += found
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        """The cleaned text that ids stand for; start, end and what follows the end are dropped."""
+        """Words and signs that ids stand for, a space between two; start and end are dropped."""
         ids = ids[: ids.index(self.end)] if self.end in ids else ids
         symbols = "".join(self.words[i] for i in ids if i != self.start).replace("</w>", " ")
         byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
@@ -327,7 +350,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
     Raises FileNotFoundError, or ValueError with one sentence where Pillow can't read it.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no picture at {path}")
     try:
         with Image.open(path) as picture:
@@ -339,8 +362,10 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 def to_rgb(picture: Image.Image) -> Image.Image:
     """EXIF rotation applied, 16-bit grey scaled to 8 bits, transparency on white, then RGB."""
     picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith("I"):
-        picture = Image.fromarray((np.asarray(picture) / 257).clip(0, 255).astype(np.uint8))
+    if picture.mode.startswith("I;16"):
+        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+    elif picture.mode in ("I", "F"):
+        raise ValueError(f"mode {picture.mode} does not say its range")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -351,12 +376,17 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def fit_square(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side resized to `size` with Pillow's antialiased bicubic, then a centre crop."""
     width, height = picture.size
-    if min(width, height) != size:
-        short = min(width, height)                  # the long side is truncated, not rounded
+    short, long = min(width, height), max(width, height)
+    if short != size:                               # the long side is truncated, not rounded
         width, height = (size if side == short else int(size * side / short)
                          for side in (width, height))
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - size) / 2), round((height - size) / 2)
+    if short != size and long > 16 * short:         # a thin picture: resize what is kept alone
+        x, y = picture.width / width, picture.height / height
+        return picture.resize((size, size), Image.Resampling.BICUBIC,
+                              box=(left * x, top * y, (left + size) * x, (top + size) * y))
+    if short != size:
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     return picture.crop((left, top, left + size, top + size))
 
 
@@ -375,16 +405,16 @@ def to_pictures(x: Tensor) -> list[Image.Image]:
 
 def grid(rows: list[list[Image.Image | None]], cell: int) -> Image.Image:
     """Pictures in rows, each `cell` pixels a side, a gap between them; None leaves a grey cell."""
-    columns, gap = max(1, *(len(row) for row in rows)), 2
+    columns, gap = max((len(row) for row in rows), default=1), 2
     size = (columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap)
     sheet = Image.new("RGB", size, "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             if picture is None:
-                picture = Image.new("RGB", (1, 1), (235, 235, 235))
-            resampling = Image.Resampling.NEAREST if cell % picture.width == 0 else (
-                Image.Resampling.BICUBIC)
-            sheet.paste(picture.resize((cell, cell), resampling),
+                picture = Image.new("RGB", (cell, cell), (235, 235, 235))
+            elif picture.width == picture.height and cell % picture.width == 0:
+                picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
+            sheet.paste(fit_square(picture, cell),
                         (gap + x * (cell + gap), gap + y * (cell + gap)))
     return sheet
 
@@ -397,13 +427,6 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(),
                             self.bias.float(), self.eps).to(x.dtype)
-
-
-class QuickGELU(nn.Module):
-    """x·σ(1.702 x), a cheap stand-in for GELU; features differ if the two are mixed up."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
@@ -448,7 +471,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(width)
         self.mlp = nn.Sequential()
         self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
-        self.mlp.add_module("gelu", QuickGELU() if activation == "quick_gelu" else nn.GELU())
+        self.mlp.add_module("gelu", ACTIVATIONS[activation]())
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
         self.ln_2 = LayerNorm(width)
 
@@ -547,13 +570,27 @@ class CLIP(nn.Module):
         return self.embed_images(pixels.to(self.logit_scale.device))
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        """Cosines of every picture with every text, times the temperature: logits (B, B)."""
-        scale = self.logit_scale.clamp(max=math.log(100)).exp()
-        return scale * self.embed_images(pixels) @ self.embed_tokens(tokens).T
+        """Cosines of every picture with every text, times the temperature: logits (B, B).
+
+        float32 even under autocast: bfloat16 logits would move in steps of a quarter.
+        """
+        images, texts = self.embed_images(pixels), self.embed_tokens(tokens)      # (B, E)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.logit_scale.clamp(max=math.log(100)).exp() * (images @ texts.T)
+
+    def describe(self) -> str:
+        """The build in words, for manifests and messages."""
+        c = self.config
+        return (f"CLIP ViT {c.image_size}/{c.patch_size}, {c.vision_layers} x {c.vision_width} and "
+                f"{c.text_layers} x {c.text_width}")
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell two CLIPs apart, the same for float32 and float16 files."""
-        digest = hashlib.sha256()
+        """16 hex digits that tell two CLIPs apart, the same for float32 and float16 files.
+
+        Weights, config and vocabulary go in: two CLIPs with one fingerprint embed alike.
+        """
+        merges = self.tokenizer.merges if self.tokenizer else []
+        digest = hashlib.sha256(json.dumps([asdict(self.config), merges]).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -570,6 +607,17 @@ def initialise(tower: Transformer) -> None:
 
 
 # ---------------------------------------------------------------- load, save
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is CUDA where there is one, else the CPU. Raises ValueError for what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"no device {name!r} here") from None
+
 
 def save(path: str | os.PathLike, model: CLIP, metadata: dict[str, str]) -> None:
     """Write float16 weights, config and the tokenizer's merges in one file."""

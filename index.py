@@ -9,7 +9,7 @@ files that numpy opens:
     embeddings.npy    float16 (N, E), unit-norm rows
     paths.txt         line i names the picture of row i, relative to the picture folder
     manifest.json     N, E, dtype, encoder and its fingerprint; written last: no manifest, no index
-    neighbors-K.npy   int32 (N, K), the table for training; optional
+    neighbors-K.npy   int32 (N, min(K, N−1)), the table for training; optional
 
 Shapes: N rows, E CLIP dimension, Q queries, K neighbours.
 
@@ -20,6 +20,7 @@ Shapes: N rows, E CLIP dimension, Q queries, K neighbours.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import sys
@@ -63,8 +64,8 @@ class Index:
 
         queries: float32 (Q, E), normalised here; exclude: int64 (Q,), a row id per query that must
         not come back, wherever it ranks (one fewer result then, if N allows no more). Best first;
-        equal scores: lower id first. Raises ValueError for a wrong dimension, a negative k, or
-        queries that are not finite.
+        of equal scores among the results the lower id first. Raises ValueError for a wrong
+        dimension, a negative k, or queries or rows that are not finite.
         """
         N, E = self.embeddings.shape
         if queries.ndim != 2 or queries.shape[1] != E:
@@ -74,7 +75,7 @@ class Index:
         if not torch.isfinite(queries).all():
             raise ValueError("a query embedding is not finite")
         queries = torch.nn.functional.normalize(queries.float(), dim=-1)
-        if exclude is None:
+        if exclude is None or len(queries) == 0:
             return nearest(queries, self.embeddings, min(k, N))
         # The own row is dropped by its id, never by its rank: a duplicate may rank before it.
         scores, ids = nearest(queries, self.embeddings, min(k + 1, N))
@@ -104,6 +105,8 @@ def nearest(queries: Tensor, rows: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
         best_ids, order = best_ids.sort(dim=1)                    # by id, then stably by score
         best, rank = best.gather(1, order).sort(dim=1, descending=True, stable=True)
         best, best_ids = best[:, :k], best_ids.gather(1, rank)[:, :k]
+    if not torch.isfinite(best).all():
+        raise ValueError("the index has rows that are not finite")
     return best, best_ids
 
 
@@ -112,25 +115,26 @@ def open_index(folder: str | os.PathLike) -> Index:
     missing, unfinished, or its files disagree."""
     folder = Path(folder)
     manifest_path = folder / "manifest.json"
-    if not manifest_path.is_file():
+    if not os.path.isfile(manifest_path):
         raise FileNotFoundError(f"no index at {folder} (no manifest.json); `python index.py build` "
                                 "makes one")
     try:
         manifest = json.loads(manifest_path.read_text("utf-8"))
-        N, E = int(manifest["rows"]), int(manifest["dim"])
+        N, E, root = manifest["rows"], manifest["dim"], manifest.get("root", ".")
+        if not (type(N) is int and type(E) is int and isinstance(root, str)):
+            raise ValueError("an odd manifest")
         embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-        text = (folder / "paths.txt").read_text("utf-8")
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+        paths = (folder / "paths.txt").read_bytes().decode("utf-8").split("\n")[:-1]
+        shape, dtype = embeddings.shape, embeddings.dtype
+    except Exception as error:               # numpy's reader raises many kinds on a damaged file
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"the index at {folder} is damaged ({reason[:160]})") from None
-    paths = text.splitlines()
     if manifest.get("format") != FORMAT:
         raise ValueError(f"the index at {folder} has format {manifest.get('format')}, "
                          f"this version reads {FORMAT}")
-    if embeddings.shape != (N, E) or embeddings.dtype != np.float16 or len(paths) != N or N == 0:
+    if shape != (N, E) or dtype != np.float16 or len(paths) != N or N == 0:
         raise ValueError(f"the index at {folder} is damaged: its manifest says {N} x {E} float16, "
-                         f"the files have {embeddings.shape} {embeddings.dtype} and {len(paths)} "
-                         "paths")
+                         f"the files have {shape} {dtype} and {len(paths)} paths")
     return Index(folder, embeddings, paths, manifest)
 
 
@@ -147,13 +151,14 @@ def write_index(out: str | os.PathLike, embeddings: Tensor, paths: list[str], en
                          f"{tuple(rows.shape)} for {len(paths)} pictures")
     if not torch.isfinite(rows).all() or (rows.norm(dim=1) == 0).any():
         raise ValueError("an embedding is zero or not finite")
+    names = "".join(path + "\n" for path in paths).encode()
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for old in (out / "manifest.json", *out.glob("neighbors-*.npy")):
+    for old in (out / "manifest.json", *out.glob("neighbors-*")):
         old.unlink(missing_ok=True)
     rows = torch.nn.functional.normalize(rows, dim=1).half()
-    np.save(out / "embeddings.npy", rows.numpy())
-    (out / "paths.txt").write_text("".join(path + "\n" for path in paths), encoding="utf-8")
+    save_array(out / "embeddings.npy", rows.numpy())
+    (out / "paths.txt").write_bytes(names)
     manifest = {"format": FORMAT, "rows": len(rows), "dim": rows.shape[1], "dtype": "float16",
                 "normalised": True, "encoder": encoder, "encoder_hash": encoder_hash,
                 "root": Path(os.path.relpath(root, out)).as_posix()}
@@ -161,6 +166,14 @@ def write_index(out: str | os.PathLike, embeddings: Tensor, paths: list[str], en
     part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     os.replace(part, out / "manifest.json")
     return open_index(out)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """np.save, atomically: an open memory map of an older file keeps its rows."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        np.save(file, array)
+    os.replace(part, path)
 
 
 def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
@@ -182,25 +195,27 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
 def neighbor_table(index: Index, k: int) -> np.ndarray:
     """int32 (N, min(k, N-1)): the nearest rows of every row, itself excluded by id.
 
-    Read from neighbors-<k>.npy beside the index, or computed (N²·E multiplications) and written
-    there. Another index's table is refused by its shape; `write_index` removes old tables.
+    Read from neighbors-<k>.npy, or computed (N²·E multiplications) and written there. Beside it
+    neighbors-<k>.key holds the digests of the embeddings and of the table: a damaged table, or one
+    of other embeddings, is computed anew. Raises ValueError for k < 1.
     """
-    N = len(index)
-    path = index.folder / f"neighbors-{k}.npy"
-    shape = (N, min(k, N - 1))
-    if path.is_file():
-        table = np.load(path, allow_pickle=False)
-        if table.shape == shape and table.dtype == np.int32:
-            return table
-    table = np.empty(shape, np.int32)
+    if k < 1:
+        raise ValueError(f"k is {k}, wanted 1 or more")
+    N, path = len(index), index.folder / f"neighbors-{k}.npy"
+    key_path = index.folder / f"neighbors-{k}.key"
+    rows = hashlib.sha256(np.ascontiguousarray(index.embeddings).tobytes()).hexdigest()
+    if path.is_file() and key_path.is_file():
+        table_digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if key_path.read_text("utf-8") == f"{rows} {table_digest}\n":
+            return np.load(path, allow_pickle=False)
+    table = np.empty((N, min(k, N - 1)), np.int32)
     for start in range(0, N, 1024):
         own = torch.arange(start, min(start + 1024, N))
         queries = torch.from_numpy(np.array(index.embeddings[start:start + 1024])).float()
         table[start:start + 1024] = index.search(queries, k, exclude=own)[1].numpy()
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        np.save(file, table)
-    os.replace(part, path)
+    save_array(path, table)
+    table_digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    key_path.write_text(f"{rows} {table_digest}\n", encoding="utf-8")
     return table
 
 
@@ -209,11 +224,15 @@ def neighbor_table(index: Index, k: int) -> np.ndarray:
 def list_images(folder: str | os.PathLike) -> list[str]:
     """All picture files below a folder, relative names, sorted. Raises FileNotFoundError."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise FileNotFoundError(f"no folder of pictures at {folder}")
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                  if path.suffix.lower() in clip_model.IMAGE_SUFFIXES and path.is_file()
-                  and "\n" not in str(path))
+                  if path.suffix.lower() in clip_model.IMAGE_SUFFIXES and path.is_file())
+
+
+def is_listable(name: str) -> bool:
+    """Whether paths.txt can hold a file name: UTF-8, on one line."""
+    return "\n" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def embed_folder(clip: clip_model.CLIP, folder: str | os.PathLike, batch_size: int = 256
@@ -224,6 +243,8 @@ def embed_folder(clip: clip_model.CLIP, folder: str | os.PathLike, batch_size: i
     files = list_images(folder)
     for i, name in enumerate(files):
         try:
+            if not is_listable(name):
+                raise ValueError(f"{name!r} is no file name for a list of lines in UTF-8")
             picture = clip_model.read_image(Path(folder) / name)
             batch.append(clip_model.fit_square(picture, clip.config.image_size))
             names.append(name)
@@ -233,7 +254,8 @@ def embed_folder(clip: clip_model.CLIP, folder: str | os.PathLike, batch_size: i
             embeddings.append(clip.embed_pictures(batch).cpu())
             batch = []
             if sys.stderr.isatty():
-                print(f"\r{i + 1}/{len(files)} pictures embedded", end="", file=sys.stderr)
+                end = "\n" if i + 1 == len(files) else ""
+                print(f"\r{i + 1}/{len(files)} pictures embedded ", end=end, file=sys.stderr)
     dim = clip.config.embed_dim
     return torch.cat([torch.zeros(0, dim), *embeddings]), names, bad
 
@@ -254,25 +276,33 @@ def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
 def build(args: argparse.Namespace) -> None:
     """Embed a folder of pictures and write the index."""
     start = time.time()
-    clip = clip_model.load(args.clip)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out} is a file, wanted a folder to write")
+    clip = clip_model.load(args.clip).to(clip_model.pick_device(args.device))
+    print(f"{args.images} through {args.clip} ({clip.fingerprint()}, "
+          f"{clip.config.embed_dim} dimensions)")
     embeddings, names, bad = embed_folder(clip, args.images)
     for sentence in bad:
         print(f"skipped: {sentence}", file=sys.stderr)
     if not names:
         raise ValueError(f"no readable picture below {args.images}")
-    index = write_index(args.out, embeddings, names, Path(args.clip).name, clip.fingerprint(),
+    index = write_index(args.out, embeddings, names, clip.describe(), clip.fingerprint(),
                         args.images)
     print(f"{len(index)} rows of {index.embeddings.shape[1]} dimensions in {args.out}, "
-          f"{len(bad)} files skipped, {time.time() - start:.0f} s", file=sys.stderr)
+          f"{len(bad)} files skipped, {time.time() - start:.0f} s")
 
 
 def search(args: argparse.Namespace) -> None:
     """Print the nearest rows of a text or a picture, one a line, and draw them on request."""
     index, clip = open_index(args.index), clip_model.load(args.clip)
-    check_encoder(index, Path(args.clip).name, clip.fingerprint(), clip.config.embed_dim)
+    check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
+    if args.k < 0:
+        raise ValueError(f"k is {args.k}, wanted 0 or more")
+    if args.out and not os.path.isdir(args.out.parent):
+        raise ValueError(f"no folder {args.out.parent} to write {args.out.name} into")
     if not args.query.strip():
         raise ValueError("the text to search for is empty")
-    if Path(args.query).is_file():
+    if os.path.isfile(args.query):
         query = clip.embed_pictures([clip_model.read_image(args.query)])
     else:
         query = clip.embed_texts([args.query])
@@ -295,6 +325,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("images", type=Path, help="folder of pictures")
     sub.add_argument("--clip", type=Path, default=shipped / "clip.safetensors")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     sub.set_defaults(run=build)
 
     sub = commands.add_parser("search", help="show the nearest neighbours of a text or a picture")
@@ -315,6 +346,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

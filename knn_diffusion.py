@@ -12,7 +12,7 @@ embeddings (kNN-Diffusion Sec. 3):
     paper        code                            paper        code
     x_t, ε, v    xt, eps, v                      ᾱ_t, β_t     alpha_bar[t], beta[t]
     f_img, f_txt query                           kNN(·)       neighbors
-    λ_t          log_snr / 2                     s (scale)    guidance
+    H            an index.Index                  s (scale)    guidance
 
 Shapes: B batch, C channels, H W picture, L image tokens (h·w), D width of the condition, E CLIP
 dimension, K neighbours, T steps. Pictures are in [-1, 1]. t is the step: 1 … T; x_0 is the picture.
@@ -36,12 +36,13 @@ from clip_model import attention, load_model, save_model
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The continuous backbone. Defaults: the sizes of ADM's 64-pixel U-Net (2105.05233)."""
+    """The continuous backbone. Defaults: the paper's size, in the layout of ADM's 64-pixel U-Net
+    (2105.05233)."""
     image_size: int = 64                      # pixels a side
     embed_dim: int = 512                      # E, CLIP's dimension
     n_neighbors: int = 10                     # K in training; this many null tokens stand for none
     widths: tuple[int, ...] = (192, 384, 576, 768)   # channels, a level each, full size first
-    blocks: int = 3                           # residual blocks a level
+    blocks: int = 4                           # residual blocks a level (ADM: 3)
     norm_groups: int = 32                     # of every GroupNorm
     head_channels: int = 64                   # a head
     condition_width: int = 768                # D
@@ -57,10 +58,22 @@ class UNetConfig:
     position_map: bool = False                # Ours: a learned map is added to the input features
     query_map: int = 0                        # Ours: channels of a map made from the query
 
+    def __post_init__(self) -> None:
+        for name in ("widths", "attention", "self_attention"):        # JSON gives lists back
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.target not in ("eps", "v") or self.T < 2:
+            raise ValueError(f"target {self.target!r} and T {self.T}: wanted eps or v, and T >= 2")
+        size = self.image_size // self.unshuffle
+        for i, width in enumerate(self.widths):
+            attends = size // 2 ** i in self.attention
+            if width % self.norm_groups or (attends and width % self.head_channels):
+                raise ValueError(f"width {width} is no multiple of {self.norm_groups} groups and "
+                                 f"{self.head_channels} channels a head")
+
 
 PRESETS = {
     # About 400M parameters, as the paper says of its models; the layout is ADM's and GLIDE's.
-    "paper": UNetConfig(widths=(224, 448, 672, 896), condition_width=512, time_width=640),
+    "paper": UNetConfig(),
     # A consumer GPU of 12 GB.
     "gpu": UNetConfig(widths=(128, 256, 384, 512), blocks=2, condition_width=512, time_width=512,
                       self_attention=(16, 8), attention=(16, 8), target="v",
@@ -142,13 +155,13 @@ def posterior(x0: Tensor, xt: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
 def learned_log_variance(fraction: Tensor, beta_tilde: Tensor, beta: Tensor) -> Tensor:
     """log Σ = f log β + (1 − f) log β̃ with f = (output + 1)/2 (2102.09672 Eq. 15)."""
     f = (fraction + 1) / 2
-    return f * beta.log() + (1 - f) * beta_tilde.clamp(min=1e-20).log()
+    return f * beta.log() + (1 - f) * beta_tilde.log()
 
 
 # ---------------------------------------------------------------- the condition (Sec. 3.2)
 
 class Condition(nn.Module):
-    """[query; n_1 … n_K] as tokens, and the query as a vector, with learned nulls.
+    """Ours: [query; n_1 … n_K] as tokens, and the query as a vector, with learned nulls.
 
     One linear map serves all; a type embedding tells the query from the neighbours, nothing tells
     the neighbours' ranks: they are a set, and any K works at inference. A null is a learned CLIP
@@ -188,21 +201,29 @@ class Condition(nn.Module):
         return self.to_width(tokens) + types, query
 
 
-def draw_drops(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
+               ) -> tuple[Tensor, Tensor]:
     """Which samples lose their query and which their neighbours: two bool (B,), on the CPU.
 
-    Exclusive, per sample: 10 % both, 10 % the neighbours only, 10 % the query only. So one set of
-    weights serves `both`, `query`, `neighbors` and the unconditional half of the guidance.
+    Ours: exclusive, per sample: 10 % both, 10 % the neighbours only, 10 % the query only. So one
+    set of weights serves `both`, `query`, `neighbors` and the unconditional half of the guidance.
+    condition "query" is the paper's no-kNN baseline: neighbours never, the query in 90 %;
+    "neighbors" the other way round.
     """
     u = torch.rand(batch, generator=generator)
-    both, neighbors, query = u < 0.1, (0.1 <= u) & (u < 0.2), (0.2 <= u) & (u < 0.3)
-    return both | query, both | neighbors
+    all_of_it, neighbors, query = u < 0.1, (0.1 <= u) & (u < 0.2), (0.2 <= u) & (u < 0.3)
+    everyone = torch.ones(batch, dtype=torch.bool)
+    if condition == "query":
+        return all_of_it, everyone
+    if condition == "neighbors":
+        return everyone, all_of_it
+    return all_of_it | query, all_of_it | neighbors
 
 
 # ---------------------------------------------------------------- the U-Net (Sec. 3.2, continuous)
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """Start a residual branch at zero: the block is the identity at first."""
+    """Start a layer at zero: a residual block is the identity at first, a model predicts 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -389,16 +410,16 @@ def vlb_term(output: Tensor, x0: Tensor, xt: Tensor, t: Tensor, schedule: Schedu
     """One term of the variational bound a sample, (B,), in bits per dimension.
 
     KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)) for t > 1, −log p(x_0 | x_1) for t = 1. The mean is
-    detached: this term teaches the variance only (2102.09672 Sec. 4).
+    detached: this term teaches the variance only (2102.09672 Sec. 3.1).
     """
     mean_output, fraction = output.float().chunk(2, dim=1)                 # (B, 3, H, W) each
     alpha_bar_t, alpha_bar_s = schedule.at(t, x0), schedule.at(t - 1, x0)
-    x0_hat = x0_from(mean_output.detach(), xt, alpha_bar_t, target).clamp(-1, 1)
+    x0_hat = x0_from(mean_output.detach(), xt, alpha_bar_t, target)
     true_mean, beta_tilde, beta = posterior(x0, xt, alpha_bar_t, alpha_bar_s)
     mean = posterior(x0_hat, xt, alpha_bar_t, alpha_bar_s)[0]
     # β̃_1 = 0 has no logarithm; as in ADM the next one, β̃_2, stands in for it.
-    two = posterior(x0, xt, schedule.at(2, x0), schedule.at(1, x0))[1]
-    beta_tilde = torch.where((t == 1).view_as(beta_tilde), two, beta_tilde)
+    beta_tilde_2 = posterior(x0, xt, schedule.at(2, x0), schedule.at(1, x0))[1]
+    beta_tilde = torch.where((t == 1).view_as(beta_tilde), beta_tilde_2, beta_tilde)
     log_variance = learned_log_variance(fraction, beta_tilde, beta)
     kl = normal_kl(true_mean, beta_tilde.log(), mean, log_variance)
     decoder = -discretised_log_likelihood(x0, mean, 0.5 * log_variance)
@@ -426,7 +447,7 @@ def discretised_log_likelihood(x0: Tensor, mean: Tensor, log_scale: Tensor) -> T
 
 @dataclass
 class Prediction:
-    """What a sampler needs to know at (x_t, t). log_variance_fraction is in [-1, 1] or None."""
+    """What a sampler needs to know at (x_t, t); variance_fraction as `learned_log_variance`'s."""
     x0: Tensor
     eps: Tensor
     variance_fraction: Tensor | None = None
@@ -442,8 +463,8 @@ def denoise(model: UNet, schedule: Schedule, xt: Tensor, t: int, query: Tensor |
     """Guided prediction of x_0 and ε: out = uncond + guidance·(cond − uncond).
 
     xt float32 (B, 3, H, W); query (B, E) or None; neighbors (B, K, E) or None. x_0 is clipped to
-    [-1, 1], or by its `dynamic_threshold` quantile of magnitudes a sample where that exceeds 1
-    (Imagen, 2205.11487 Sec. 2.3), and ε follows from it.
+    [-1, 1]; or, with `dynamic_threshold`, to that quantile of its magnitudes a sample where it
+    exceeds 1, and divided by it (Imagen, 2205.11487 Sec. 2.3). ε follows from the clipped x_0.
     """
     steps = torch.full((len(xt),), t, device=xt.device)
     output = model(xt, steps, query, neighbors).float()
@@ -507,11 +528,12 @@ def ddim(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callabl
     for t, s in zip(times, times[1:]):
         now = predict(xt, t)
         alpha_bar_t, alpha_bar_s = schedule.at(t, xt), schedule.at(s, xt)
-        sigma = eta * ((1 - alpha_bar_s) / (1 - alpha_bar_t)
-                       * (1 - alpha_bar_t / alpha_bar_s)).sqrt()
-        xt = alpha_bar_s.sqrt() * now.x0 + (1 - alpha_bar_s - sigma ** 2).sqrt() * now.eps
+        variance = eta ** 2 * (1 - alpha_bar_s) / (1 - alpha_bar_t) * (
+            1 - alpha_bar_t / alpha_bar_s)
+        left = (1 - alpha_bar_s - variance).clamp(min=0)         # rounding may cross 0 at eta = 1
+        xt = alpha_bar_s.sqrt() * now.x0 + left.sqrt() * now.eps
         if eta > 0 and s > 0:
-            xt = xt + sigma * noise()
+            xt = xt + variance.sqrt() * noise()
         yield xt
 
 
@@ -557,7 +579,7 @@ def noise_source(seeds: list[int], shape: tuple[int, ...], device: torch.device 
 
 
 def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
-           steps: int = 25, guidance: float = 2.0, sampler: str = "dpm",
+           steps: int = 20, guidance: float = 2.0, sampler: str = "dpm",
            dynamic_threshold: float | None = None) -> Iterator[Tensor]:
     """Yield x_t after every step, float32 (B, 3, H, W); the last one is the picture in [-1, 1].
 
@@ -575,17 +597,6 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
 
 
 # ---------------------------------------------------------------- load, save
-
-def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU. Raises ValueError for what is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"no device {name!r} here") from None
-
 
 def load(path: str | os.PathLike) -> tuple[UNet, dict[str, str]]:
     """A model in eval mode, float32, on the CPU, and its file's metadata.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -28,12 +29,22 @@ SHIPPED = Path(__file__).parent / "weights" / "stickers"
 SHOWN_NEIGHBORS = 5              # pictures of neighbours drawn in the grid, at most
 
 
-def check_same_clip(clip: clip_model.CLIP, clip_path: Path, metadata: dict[str, str],
-                    weights: Path) -> None:
-    """Raise ValueError where the generator was trained on another CLIP's embeddings."""
+def open_all(weights: Path, clip_path: Path, index_path: Path
+             ) -> tuple[knn_diffusion.UNet, dict[str, str], clip_model.CLIP, retrieval.Index]:
+    """Load a generator, its file's metadata, a CLIP and an index that belong together.
+
+    Raises FileNotFoundError, or ValueError with one sentence where one is damaged or where the
+    generator or the index was made with another CLIP.
+    """
+    model, metadata = knn_diffusion.load(weights)
+    clip, index = clip_model.load(clip_path), retrieval.open_index(index_path)
     wanted, found = metadata.get("clip", ""), clip.fingerprint()
-    if wanted and wanted != found:
-        raise ValueError(f"{weights} was trained with the CLIP {wanted}, {clip_path} is {found}")
+    if wanted not in ("", found) or model.config.embed_dim != clip.config.embed_dim:
+        raise ValueError(f"{weights} was trained with the CLIP {wanted} "
+                         f"({model.config.embed_dim} dimensions), {clip_path} is {found} "
+                         f"({clip.config.embed_dim} dimensions)")
+    retrieval.check_encoder(index, clip.describe(), found, clip.config.embed_dim)
+    return model, metadata, clip, index
 
 
 def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
@@ -53,9 +64,10 @@ def generate(model: knn_diffusion.UNet, query: Tensor | None, neighbors: Tensor 
     pictures = []
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
-        *_, x0 = knn_diffusion.sample(model, None if query is None else query[part],
+        for x in knn_diffusion.sample(model, None if query is None else query[part],
                                       None if neighbors is None else neighbors[part],
-                                      seeds[part], **options)
+                                      seeds[part], **options):
+            x0 = x                                            # the last x_t is the picture
         pictures += clip_model.to_pictures(x0)
     return pictures
 
@@ -103,11 +115,19 @@ def check_numbers(args: argparse.Namespace, T: int) -> None:
             raise ValueError(f"{name} is {value}, wanted {least} or more")
     if not 1 <= args.steps <= T:
         raise ValueError(f"--steps is {args.steps}, wanted 1 to {T}")
+    if args.seed + args.n > 2**63:
+        raise ValueError(f"--seed is {args.seed}, wanted less than 2^63")
+    if args.dynamic_threshold is not None and not 0 < args.dynamic_threshold <= 1:
+        raise ValueError(f"--dynamic-threshold is {args.dynamic_threshold}, wanted 0 to 1")
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}, wanted a finite number")
     for path in (args.out, args.singles):
-        if path and not path.parent.is_dir():
+        if path and not os.path.isdir(path.parent):
             raise ValueError(f"no folder {path.parent} to write {path.name} into")
+    if args.out.suffix.lower() != ".png" or args.out.is_dir():
+        raise ValueError(f"--out is {args.out}, wanted a file name that ends with .png")
+    if args.singles and args.singles.exists() and not args.singles.is_dir():
+        raise ValueError(f"--singles is {args.singles}, a file; wanted a folder")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,13 +138,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one a line")
     parser.add_argument("--image", type=Path, metavar="FILE",
                         help="a picture as the query instead of a text: shows the modality gap")
-    parser.add_argument("--backbone", choices=["continuous"], help="must fit the weights")
+    parser.add_argument("--backbone", choices=["continuous", "discrete"],
+                        help="must fit the weights; so far all are continuous")
     parser.add_argument("--weights", type=Path, default=SHIPPED / "continuous.safetensors")
     parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     parser.add_argument("--index", type=Path, default=SHIPPED / "index",
                         help="another index gives another domain, with the same weights")
     parser.add_argument("--k", type=int, default=10, help="neighbours (default 10); 0: none")
-    parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both")
+    parser.add_argument("--condition", choices=["both", "query", "neighbors"],
+                        help="what the model is shown (default: what it was trained with)")
     parser.add_argument("--n", type=int, default=4, help="samples a prompt (default 4)")
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default 20)")
     parser.add_argument("--sampler", choices=list(knn_diffusion.SAMPLERS), default="dpm",
@@ -145,6 +167,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
@@ -152,15 +177,14 @@ def run(args: argparse.Namespace) -> None:
     """Load, search, sample, write. Raises ValueError or FileNotFoundError before writing."""
     start = time.time()
     prompts = read_prompts(args)
-    device = knn_diffusion.pick_device(args.device)
-    model, metadata = knn_diffusion.load(args.weights)
+    device = clip_model.pick_device(args.device)
+    if args.backbone == "discrete":
+        raise ValueError("--backbone discrete: there are no discrete weights yet")
+    model, metadata, clip, index = open_all(args.weights, args.clip, args.index)
     check_numbers(args, model.config.T)
-    if args.dynamic_threshold is not None and not 0 < args.dynamic_threshold <= 1:
-        raise ValueError(f"--dynamic-threshold is {args.dynamic_threshold}, wanted 0 to 1")
-    clip = clip_model.load(args.clip)
-    check_same_clip(clip, args.clip, metadata, args.weights)
-    index = retrieval.open_index(args.index)
-    retrieval.check_encoder(index, args.clip.name, clip.fingerprint(), clip.config.embed_dim)
+    args.condition = args.condition or metadata.get("condition", "both")
+    if args.condition == "neighbors" and args.k == 0:
+        raise ValueError("--condition neighbors wants --k of 1 or more")
     model, clip = model.to(device), clip.to(device)
     k = min(args.k, len(index))
     if args.k > len(index):
@@ -189,22 +213,31 @@ def run(args: argparse.Namespace) -> None:
 
 def write(args: argparse.Namespace, labels: list[str], samples: list[list[Image.Image]],
           scores: Tensor, ids: Tensor, index: retrieval.Index) -> None:
-    """The grid, the single pictures and the list of neighbours, as asked for."""
-    info = PngInfo()
+    """The grid, the single pictures and the list of neighbours, as asked for.
+
+    The settings stand in every PNG's text chunk "parameters", as JSON.
+    """
     settings = {name: getattr(args, name) for name in (
-        "seed", "n", "k", "condition", "steps", "sampler", "guidance")}
-    info.add_itxt("parameters", json.dumps({"prompts": labels, **settings,
-                                            "weights": args.weights.name}, ensure_ascii=False))
+        "n", "k", "condition", "steps", "sampler", "guidance", "dynamic_threshold")}
+    settings |= {name: str(getattr(args, name)) for name in ("weights", "clip", "index")}
+
+    def chunk(**own: object) -> PngInfo:
+        info = PngInfo()
+        info.add_itxt("parameters", json.dumps({**own, **settings}, ensure_ascii=False))
+        return info
+
     shown = [[] if args.condition == "query" else
              retrieval.neighbor_pictures(index, row[:SHOWN_NEIGHBORS]) for row in ids.tolist()]
     if all(picture is None for row in shown for picture in row):
         shown = [[] for _ in shown]                          # the index's pictures are not at hand
-    labelled_grid(labels, shown, samples).save(args.out, pnginfo=info)
+    labelled_grid(labels, shown, samples).save(
+        args.out, pnginfo=chunk(prompts=labels, seed=args.seed))
     if args.singles:
         args.singles.mkdir(exist_ok=True)
         for i, row in enumerate(samples):
             for j, picture in enumerate(row):
-                picture.save(args.singles / f"{i:03d}-{j:02d}.png", pnginfo=info)
+                picture.save(args.singles / f"{i:03d}-{j:02d}.png",
+                             pnginfo=chunk(prompt=labels[i], seed=args.seed + j))
     if args.save_neighbors:
         with open(args.out.with_suffix(".neighbors.jsonl"), "w", encoding="utf-8") as file:
             for label, row_scores, row in zip(labels, scores.tolist(), ids.tolist()):

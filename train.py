@@ -48,7 +48,7 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 
 
 def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay matrices and convolutions only: not norms, biases, embeddings' scales."""
+    """Decay matrices and convolutions only: not norms, biases, single vectors."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": decayed, "weight_decay": weight_decay},
@@ -96,6 +96,12 @@ class Progress:
         self.deadline = math.inf if minutes is None else self.start + 60 * minutes
         self.skipped_in_a_row = 0
         self.recent: list[float] = []
+        # A new run starts a new log; a resumed one drops what a crash wrote beyond its state.
+        rows = list(csv.DictReader(open(self.path, newline=""))) if self.path.exists() else []
+        self.path.unlink(missing_ok=True)
+        for row in rows:
+            if int(row["step"]) <= first_step:
+                self.write(row)
 
     def update(self, step: int, loss: float, lr: float, batch_size: int, finite: bool) -> None:
         """Count a finished step; every 50th goes to the log. Raises FloatingPointError after 20
@@ -131,30 +137,45 @@ class Progress:
         return time.time() > self.deadline
 
 
-def save_state(path: Path, step: int, seed: int, model: nn.Module, ema: nn.Module,
+def save_state(path: Path, step: int, settings: dict, model: nn.Module, ema: nn.Module,
                optimizer: torch.optim.Optimizer) -> None:
-    """Write everything that a resumed run needs, atomically. (The random state is (seed, step).)"""
+    """Write all that a resumed run needs, atomically; seed and step are the random state."""
     part = path.with_name(path.name + ".part")
-    torch.save({"step": step, "seed": seed, "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict()}, part)
+    torch.save({"step": step, "settings": settings, "model": model.state_dict(),
+                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, part)
     os.replace(part, path)
 
 
-def load_state(path: Path, model: nn.Module, ema: nn.Module,
-               optimizer: torch.optim.Optimizer) -> dict:
-    """Restore weights, average and optimiser in place; return the whole state for step and seed.
+def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn.Module,
+               optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights, average and optimiser in place; return the steps done.
 
-    Raises ValueError with one sentence where the file is damaged or of another model.
+    Raises ValueError with one sentence where the file is damaged or of another model, where the run
+    was started with other settings, or has all its steps behind it.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        done, then = int(state["step"]), dict(state["settings"])
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         optimizer.load_state_dict(state["optimizer"])
-    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
+            pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"can't resume from {path}: {reason}") from None
-    return state
+    changed = [f"{name} was {then.get(name)}, is {value}" for name, value in settings.items()
+               if then.get(name) != value]
+    if changed:
+        raise ValueError(f"can't resume from {path}: {'; '.join(changed)}")
+    if done >= steps:
+        raise ValueError(f"nothing left to do: {path} has {done} steps, --steps is {steps}")
+    return done
+
+
+def all_commands(weights: Path | None, command: str) -> str:
+    """The commands that made some weights, a line each, and now this one."""
+    before = clip_model.read_weights(weights)[1].get("command", "") if weights else ""
+    return f"{before}\n{command}".strip()
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
@@ -185,12 +206,29 @@ def learn_merges(captions: list[str], n_merges: int) -> list[tuple[str, str]]:
     return merges
 
 
+def read_captions(path: Path) -> list[dict]:
+    """Rows of captions.jsonl. Raises ValueError, naming the line, for a row that can't be used."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+                usable = isinstance(row["path"], str) and len(row["captions"]) > 0
+            except (ValueError, KeyError, TypeError):
+                usable = False
+            if not usable:
+                raise ValueError(f"{path} line {number} is no row with a path and captions")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows
+
+
 class CaptionedPictures:
     """Pictures with captions (captions.jsonl), drawn in batches that a contrastive loss can use."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        with open(folder / "captions.jsonl", encoding="utf-8") as file:
-            self.rows = [json.loads(line) for line in file]
+        self.rows = read_captions(folder / "captions.jsonl")
         self.pictures = np.empty((len(self.rows), size, size, 3), np.uint8)
         for i, row in enumerate(self.rows):
             picture = clip_model.read_image(folder / row["path"])
@@ -206,11 +244,15 @@ class CaptionedPictures:
 
     def exact_captions(self, i: int) -> list[str]:
         """The captions that name style and background: they tell twins apart."""
-        style, background = (self.rows[i].get(key, "\0") for key in ("style", "background"))
-        return [c for c in self.rows[i]["captions"] if style in c and background in c]
+        style, colour = (self.rows[i].get(key, "\0") for key in ("style", "background"))
+        return [caption for caption in self.rows[i]["captions"]
+                if caption.startswith(style + " ") and caption.endswith(f" {colour} background")]
 
     def crop_of(self, i: int, part: dict, rng: np.random.Generator) -> np.ndarray:
-        """A square around a scene's part, a little wider than it, scaled up to a whole picture."""
+        """A window around a scene's part, up to half wider than it, scaled up to a whole picture.
+
+        A square, but cut at the picture's border. The boxes are in pixels of the model's size.
+        """
         left, top, right, bottom = part["box"]
         half = max(right - left, bottom - top) * rng.uniform(1.0, 1.5) / 2
         x, y = (left + right) / 2, (top + bottom) / 2
@@ -223,8 +265,8 @@ class CaptionedPictures:
     def batch(self, n: int, rng: np.random.Generator
               ) -> tuple[np.ndarray, list[str], list[str], np.ndarray]:
         """n pictures uint8 (n, H, W, 3), a caption each, their concepts, and which captions are
-        exact. A quarter has a twin: the same concept in another style or on another background,
-        both with exact captions; an eighth are scenes and crops of them."""
+        exact. Half of them are pairs of twins: one concept, but another style or another
+        background, with exact captions; an eighth are scenes and crops of them."""
         n_twins = n // 4 if self.has_twins else 0
         n_scenes = n // 8 if self.scenes else 0
         n_plain = n - n_twins - n_scenes
@@ -276,18 +318,17 @@ def contrastive_loss(logits: Tensor, concepts: list[str], is_exact: np.ndarray) 
 @torch.no_grad()
 def plain_recall(model: clip_model.CLIP, data: CaptionedPictures, device: torch.device
                  ) -> tuple[float, float]:
-    """R@1 and R@10: first name -> plain drawings, either style counting as right."""
+    """R@1 and R@10: first name -> drawings marked plain, either style counting as right."""
     plain = [i for i, row in enumerate(data.rows) if row.get("plain")]
     images = torch.cat([model.embed_images(clip_model.to_pixels(data.pictures[part]).to(device))
-                        for part in np.array_split(plain, max(1, len(plain) // 256))])
+                        for part in np.array_split(plain, len(plain) // 256 + 1)])
     found = [data.rows[i]["concept"] for i in plain]
     names = {data.rows[i]["concept"]: data.rows[i]["captions"][0] for i in plain}
     texts = torch.cat([model.embed_texts(part.tolist())
-                       for part in np.array_split(list(names.values()), max(1, len(names) // 256))])
-    top = (texts @ images.T).topk(10).indices.tolist()
-    ranks = [[found[i] for i in row].index(name) if name in [found[i] for i in row] else 99
-             for name, row in zip(names, top)]
-    return tuple(sum(r < k for r in ranks) / len(ranks) for k in (1, 10))
+                       for part in np.array_split(list(names.values()), len(names) // 256 + 1)])
+    top = (texts @ images.T).topk(min(10, len(plain))).indices.tolist()
+    hits = [[found[i] == concept for i in row] for concept, row in zip(names, top)]
+    return sum(row[0] for row in hits) / len(hits), sum(any(row) for row in hits) / len(hits)
 
 
 def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int, batch_size: int,
@@ -307,20 +348,20 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
     ema = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(weight_groups(model, 0.1), lr=lr, betas=(0.9, 0.98), eps=1e-6,
                                   fused=True)
-    first = 0
-    if resume:
-        state = load_state(out / "state.pt", model, ema, optimizer)
-        first, seed = state["step"], state["seed"]
+    settings = {"seed": seed, "batch_size": batch_size, "lr": lr}
+    first = load_state(out / "state.pt", steps, settings, model, ema, optimizer) if resume else 0
+    command = all_commands(weights, command)
+    out.mkdir(parents=True, exist_ok=True)
     print(f"clip: {len(pictures.rows)} pictures, {len(captions)} captions, {len(tokenizer.words)} "
           f"tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
           f"steps {first} to {steps} of {batch_size}, {device}")
 
     def checkpoint(step: int) -> None:
         clip_model.save(out / "clip.safetensors", ema, {"step": str(step), "command": command})
-        save_state(out / "state.pt", step, seed, model, ema, optimizer)
+        save_state(out / "state.pt", step, settings, model, ema, optimizer)
 
     progress = Progress(out, first, steps, minutes)
-    step = first
+    has_plain = any(row.get("plain") for row in pictures.rows)
     for step in range(first, steps):
         rng = np.random.default_rng((seed, step))
         images, texts, concepts, is_exact = pictures.batch(batch_size, rng)
@@ -336,9 +377,10 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
         average(ema, model, step, 0.998)
         progress.update(step, loss.item(), rate, batch_size, finite)
         if (step + 1) % 250 == 0:
+            checkpoint(step + 1)
+        if (step + 1) % 250 == 0 and has_plain:
             r1, r10 = plain_recall(ema, pictures, device)
             print(f"step {step + 1}: plain drawings R@1 {r1:.3f} R@10 {r10:.3f}", flush=True)
-            checkpoint(step + 1)
         if progress.out_of_time():
             break
     checkpoint(step + 1)
@@ -382,6 +424,16 @@ def check_same_files(folder: Path, index: Index) -> None:
                          f"{len(there - wanted) - unreadable} of the folder's are not in it")
 
 
+def check_goes_with(weights: Path, model: knn_diffusion.UNet, metadata: dict[str, str],
+                    index: Index) -> None:
+    """Raise ValueError where weights were trained on another CLIP's embeddings than the index's."""
+    E, made_by = index.embeddings.shape[1], index.manifest.get("encoder_hash", "")
+    if model.config.embed_dim != E or metadata.get("clip", "") not in ("", made_by):
+        raise ValueError(f"{weights} was trained with the CLIP {metadata.get('clip')} "
+                         f"({model.config.embed_dim} dimensions), the index at {index.folder} was "
+                         f"made by {made_by or 'an unknown one'} ({E} dimensions)")
+
+
 def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, condition: str,
                      steps: int, batch_size: int, lr: float, seed: int, resume: bool,
                      init: Path | None, minutes: float | None, device: torch.device, bf16: bool,
@@ -393,19 +445,21 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
     """
     torch.manual_seed(seed)
     weights = out / "continuous.safetensors" if resume else init
-    model = knn_diffusion.load(weights)[0] if weights else knn_diffusion.UNet(config)
+    if weights:
+        model, metadata = knn_diffusion.load(weights)
+        check_goes_with(weights, model, metadata, index)
+    else:
+        model = knn_diffusion.UNet(config)
     config = model.config
     pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
     optimizer = torch.optim.AdamW(weight_groups(model, 0.01), lr=lr, betas=(0.9, 0.99), fused=True)
-    first = 0
-    if resume:
-        state = load_state(out / "state.pt", model, ema, optimizer)
-        first, seed = state["step"], state["seed"]
-    own = (pictures.neighbors == torch.arange(len(pictures))[:, None]).any()
-    assert not own, "a picture is its own neighbour"
+    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition}
+    first = load_state(out / "state.pt", steps, settings, model, ema, optimizer) if resume else 0
+    command = all_commands(weights, command)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
     print(f"continuous ({condition}): {len(pictures)} pictures, K {pictures.neighbors.shape[1]}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps} of "
           f"{batch_size}, {device}", flush=True)
@@ -414,7 +468,7 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
         knn_diffusion.save(out / "continuous.safetensors", ema, {
             "step": str(step), "command": command, "condition": condition,
             "clip": index.manifest.get("encoder_hash", "")})
-        save_state(out / "state.pt", step, seed, model, ema, optimizer)
+        save_state(out / "state.pt", step, settings, model, ema, optimizer)
 
     def draw_samples(step: int) -> None:
         rows = torch.arange(12) * (len(pictures) // 12)
@@ -427,18 +481,15 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
             out / "samples" / f"{step:07d}.png")
 
     progress = Progress(out, first, steps, minutes)
-    step = first
     for step in range(first, steps):
         # One generator a step: rows, times, noise and drops are the same after a resume.
         seeded = torch.Generator().manual_seed(step_seed(seed, step))
-        torch.manual_seed(step_seed(seed, step))                       # dropout inside the model
+        torch.manual_seed(step_seed(seed + 1, step))                   # dropout inside the model
         x0, query, neighbors = pictures.batch(
             torch.randint(len(pictures), (batch_size,), generator=seeded))
         t = torch.randint(1, config.T + 1, (batch_size,), generator=seeded)
         eps = torch.randn(x0.shape, generator=seeded)
-        drop_query, drop_neighbors = knn_diffusion.draw_drops(batch_size, seeded)
-        drop_query |= torch.tensor(condition == "neighbors")
-        drop_neighbors |= torch.tensor(condition == "query")
+        drop_query, drop_neighbors = knn_diffusion.draw_drops(batch_size, seeded, condition)
         with autocast(device, bf16):
             loss = knn_diffusion.diffusion_loss(
                 model, schedule, *(part.to(device) for part in (
@@ -489,7 +540,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
     print(f"wrote {args.out / args.what}.safetensors, {(time.time() - start) / 60:.1f} min")
@@ -517,19 +568,18 @@ def run(args: argparse.Namespace, command: str) -> None:
         raise ValueError(f"nothing to resume: {args.out / 'state.pt'} does not exist")
     if not args.data.is_dir():
         raise FileNotFoundError(f"no folder at {args.data}")
-    device = knn_diffusion.pick_device(args.device)
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out} is a file, wanted a folder to write")
+    device = clip_model.pick_device(args.device)
     common = dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed, resume=args.resume,
                   init=args.init, minutes=args.minutes, device=device, bf16=not args.no_bf16,
                   command=command)
     if args.what == "clip":
         if not (args.data / "captions.jsonl").is_file():
             raise FileNotFoundError(f"no captions.jsonl in {args.data}")
-        args.out.mkdir(parents=True, exist_ok=True)
         train_clip(args.data, args.out, config, **common)
     else:
         index = open_index(args.index)
-        check_same_files(args.data, index)
-        (args.out / "samples").mkdir(parents=True, exist_ok=True)
         config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=args.k)
         train_continuous(args.data, args.out, index, config, args.condition, **common)
 

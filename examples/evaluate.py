@@ -113,9 +113,9 @@ def judge_batch(inks: Tensor, colours: Tensor, n: int, generator: torch.Generato
 
     which = torch.randint(len(inks), (n,), generator=generator)
     background = torch.randint(len(colours), (n,), generator=generator)
-    zoom, angle = 1 / uniform(0.82, 1.15, n), uniform(-0.12, 0.12, n)
-    cos, sin = zoom * angle.cos(), zoom * angle.sin()
-    shift = uniform(-0.16, 0.16, n, 2) * zoom[:, None]
+    shrink, angle = 1 / uniform(0.82, 1.15, n), uniform(-0.12, 0.12, n)      # output -> input
+    cos, sin = shrink * angle.cos(), shrink * angle.sin()
+    shift = uniform(-0.16, 0.16, n, 2) * shrink[:, None]
     theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1),
                          torch.stack([sin, cos, shift[:, 1]], 1)], 1)                  # (n, 2, 3)
     ink = F.grid_sample(inks[which], F.affine_grid(theta, (n, 4, 64, 64), align_corners=False),
@@ -169,29 +169,32 @@ def train_judge(args: argparse.Namespace) -> None:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
     judge.eval()
     names = {d.concept: list(dict.fromkeys([*d.names, d.title])) for d in drawings}
-    clip_model.save_model(args.out, judge, {
-        "step": str(args.steps), "command": args.command_line,
-        "concepts": json.dumps({c: [group_of[c], names[c]] for c in names}, ensure_ascii=False)})
     pictures, which, background = judge_batch(inks, colours, 2000,
                                               torch.Generator().manual_seed(2**40))
-    report("fresh shifts, turns, colours and blurs", judge, pictures, groups[which], styles[which],
-           background)
+    accuracy = report("fresh shifts, turns, colours and blurs of its drawings", judge, pictures,
+                      groups[which], styles[which], background)
     if (args.data / "captions.jsonl").is_file():
         rows = [row for row in read_rows(args.data) if "parts" not in row][::10]
         pictures = [Image.open(args.data / row["path"]).convert("RGB") for row in rows]
-        report("every tenth picture of the sticker world", judge, to_unit(pictures),
-               torch.tensor([group_of[row["concept"]] for row in rows]),
-               torch.tensor([STYLES.index(row["style"]) for row in rows]),
-               torch.tensor([BACKGROUNDS.index(row["background"]) for row in rows]))
+        accuracy += "; " + report(
+            "every tenth picture of the sticker world", judge, to_unit(pictures),
+            torch.tensor([group_of[row["concept"]] for row in rows]),
+            torch.tensor([STYLES.index(row["style"]) for row in rows]),
+            torch.tensor([BACKGROUNDS.index(row["background"]) for row in rows]))
+    clip_model.save_model(args.out, judge, {
+        "step": str(args.steps), "command": args.command_line, "accuracy": accuracy,
+        "concepts": json.dumps({c: [group_of[c], names[c]] for c in names}, ensure_ascii=False)})
+    print(f"judge, a closed set: {accuracy}")
     print(f"wrote {args.out}, {(time.time() - start) / 60:.1f} min")
 
 
 @torch.no_grad()
-def report(what: str, judge: Judge, pictures: Tensor, *targets: Tensor) -> None:
+def report(what: str, judge: Judge, pictures: Tensor, *targets: Tensor) -> str:
+    """The shares of concept, style and background named rightly, in a sentence."""
     logits = [torch.cat(parts) for parts in zip(*(judge(part) for part in pictures.split(256)))]
     shares = [(got.argmax(1) == wanted).float().mean() for got, wanted in zip(logits, targets)]
-    print(f"judge on {what} (n = {len(pictures)}): concept {shares[0]:.1%}, style {shares[1]:.1%}, "
-          f"background {shares[2]:.1%}")
+    return (f"on {what} (n = {len(pictures)}) concept {shares[0]:.1%}, style {shares[1]:.1%}, "
+            f"background {shares[2]:.1%}")
 
 
 def to_unit(pictures: list[Image.Image]) -> Tensor:
@@ -211,6 +214,8 @@ class Bench:
     judge: Judge
     group_of: dict[str, int]             # concept -> group
     names: dict[str, list[str]]          # concept -> names
+
+    accuracy: str                        # measured after its training
 
     def verdict(self, pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
         """Shares of pictures whose concept (top 1, top 5), style and background are the prompt's.
@@ -255,32 +260,41 @@ class Bench:
 
 def open_bench(path: Path) -> Bench:
     judge, metadata = clip_model.load_model(path, {"Judge": (Judge, JudgeConfig)})
+    if not {"concepts", "accuracy"} <= set(metadata):
+        raise ValueError(f"{path} has no table of concepts: it was not written by train-judge")
     table = json.loads(metadata["concepts"])
     return Bench(judge, {c: group for c, (group, _) in table.items()},
-                 {c: names for c, (_, names) in table.items()})
+                 {c: names for c, (_, names) in table.items()}, metadata["accuracy"])
 
 
 def judge_folder(args: argparse.Namespace) -> None:
-    """Print a line a picture, then the shares."""
+    """Print a line a picture, then the shares. The prompt is read from each picture's own text
+    chunk, or is line i of --prompts for a picture named i-j.png."""
     bench = open_bench(args.judge)
-    lines = args.prompts.read_text("utf-8").splitlines()
-    prompts = [line.strip() for line in lines if line.strip()]
-    files = sorted(args.singles.glob("*.png"))
-    if not files:
-        raise ValueError(f"no pictures in {args.singles}")
-    wanted = [prompts[int(file.stem.split("-")[0])] for file in files]
+    lines = args.prompts.read_text("utf-8").splitlines() if args.prompts else []
+    given = [line.strip() for line in lines if line.strip()]
+    files = sorted(args.singles.glob("[0-9]*-[0-9]*.png"))
+    prompts = []
+    for file in files:
+        parameters = Image.open(file).info.get("parameters")
+        number = int(file.stem.split("-")[0])
+        own = json.loads(parameters)["prompt"] if parameters else None
+        if given and (number >= len(given) or own not in (None, given[number])):
+            raise ValueError(f"{file} was drawn for {own!r}, which is not line {number + 1} of the "
+                             "prompts")
+        prompts.append(own or given[number])
+    if not files or {int(file.stem.split("-")[0]) for file in files} != set(
+            range(len(given) or len(set(prompts)))):
+        raise ValueError(f"{args.singles} does not hold a picture for each of the prompts")
     pictures = [clip_model.read_image(file) for file in files]
     with torch.no_grad():
         best = bench.judge(to_unit(pictures))[0].argmax(1).tolist()
     named = {group: concept for concept, group in reversed(bench.group_of.items())}
-    for file, prompt, group in zip(files, wanted, best):
+    for file, prompt, group in zip(files, prompts, best):
         right = "right" if group in bench.parse(prompt)[0] else "wrong"
         print(f"{file.name}\t{right}\t{prompt}\tjudge says: {bench.names[named[group]][0]}")
-    print_shares(bench.verdict(pictures, wanted))
-
-
-def print_shares(shares: dict[str, float], label: str = "") -> None:
-    print(label + "  ".join(f"{name} {share:.1%}" for name, share in shares.items()), flush=True)
+    shares = bench.verdict(pictures, prompts)
+    print(f"n = {len(files)}: " + "  ".join(f"{name} {x:.1%}" for name, x in shares.items()))
 
 
 # ---------------------------------------------------------------- the sticker CLIP
@@ -295,34 +309,59 @@ def evaluate_clip(args: argparse.Namespace) -> None:
     concepts = [row["concept"] for row in rows]
     names = {row["concept"]: row["captions"][0] for row in rows}
 
-    def ranking(texts: list[str]) -> list[list[int]]:
-        queries = torch.cat([clip.embed_texts(texts[i:i + 256]) for i in range(0, len(texts), 256)])
-        return (queries @ images.T).argsort(dim=1, descending=True).tolist()
+    code = {concept: i for i, concept in enumerate(names)}
+    codes = torch.tensor([code[c] for c in concepts])                                 # (N,)
+    is_outlined = torch.tensor([row["style"] == "outlined" for row in rows])
 
-    order = ranking(list(names.values()))
-    first = np.array([next(r for r, i in enumerate(row) if concepts[i] == concept)
-                      for concept, row in zip(names, order)])
-    print(f"{len(rows)} plain drawings on white, {len(names)} first names as queries; either style "
-          "counts as right; a closed vocabulary: every name was in training")
-    print(f"text -> picture: R@1 {np.mean(first < 1):.3f}, R@10 {np.mean(first < 10):.3f}")
-    both = [c for c in names if sum(other == c for other in concepts) == 2]
-    right, exact = [], []
+    def scores(texts: list[str]) -> Tensor:
+        return torch.cat([clip.embed_texts(texts[i:i + 256]) @ images.T
+                          for i in range(0, len(texts), 256)])                        # (Q, N)
+
+    def hit(top: Tensor, wanted: list[set[int]]) -> float:
+        return float(np.mean([any(int(codes[i]) in right for i in row)
+                              for row, right in zip(top, wanted)]))
+
+    print(f"{args.clip}: {len(rows)} plain drawings on white, {len(names)} first names as queries; "
+          "either style counts as right; a closed vocabulary: every name was in training")
+    top, each = scores(list(names.values())).topk(10).indices, [{i} for i in range(len(names))]
+    print(f"text -> picture: R@1 {hit(top[:, :1], each):.3f}, R@10 {hit(top, each):.3f}")
+
+    both = [c for c, i in code.items() if (codes == i).sum() == 2]
+    first, exact = [], []
     for style in STYLES:
-        for concept, row in zip(both, ranking([f"{style} {names[c]}" for c in both])):
-            found = next(i for i in row if concepts[i] == concept)
-            right.append(rows[found]["style"] == style)
-            exact.append(rows[row[0]]["style"] == style and concepts[row[0]] == concept)
-    print(f"styled name (n = {len(right)}): its style before the other one {np.mean(right):.3f}; "
+        right_style = is_outlined == (style == "outlined")
+        for concept, row in zip(both, scores([f"{style} {names[c]}" for c in both])):
+            own = codes == code[concept]
+            first.append(bool(row[own & right_style] > row[own & ~right_style]))
+            exact.append(bool((own & right_style)[row.argmax()]))
+    print(f"styled name (n = {len(first)}): its style before the other one {np.mean(first):.3f}; "
           f"that drawing first of all {np.mean(exact):.3f}")
-    with open(args.data / "phrases.jsonl", encoding="utf-8") as file:
-        phrases = [json.loads(line) for line in file]
-    order = ranking([phrase["phrase"] for phrase in phrases])
-    hits = [any(concepts[i] in phrase["concepts"] for i in row[:10])
-            for phrase, row in zip(phrases, order)]
-    print(f"keyword phrases kept out of training (n = {len(hits)}): R@10 {np.mean(hits):.3f}")
-    words = [any(concepts[i] in p["concepts"] for i in row[:10]) for p, row in zip(phrases, order)
-             if not any(names[c] in p["phrase"] for c in p["concepts"])]
-    print(f"  of them without a name in the phrase (n = {len(words)}): R@10 {np.mean(words):.3f}")
+    held_out_recall(args.data, scores, hit, code)
+
+
+def held_out_recall(data: Path, scores, hit, code: dict[str, int]) -> None:
+    """R@10 of the keyword phrases kept out of training: those that stand in no caption, and those
+    of them whose words never stand together in a caption of a concept they are right for."""
+    with open(data / "phrases.jsonl", encoding="utf-8") as file:
+        phrases = {row["phrase"]: set(row["concepts"]) for row in map(json.loads, file)}
+
+    def words(text: str) -> frozenset[str]:
+        return frozenset(text.split()) - {"a", "an"}
+
+    verbatim: set[str] = set()
+    together: dict[str, set[frozenset[str]]] = {}
+    for row in read_rows(data):
+        for part in row.get("parts", []) + [row]:
+            verbatim.update(part["captions"])
+            together.setdefault(part["concept"], set()).update(map(words, part["captions"]))
+    unseen = {p: c for p, c in phrases.items() if p not in verbatim}
+    strict = {p: c for p, c in unseen.items()
+              if not any(words(p) <= seen for concept in c for seen in together[concept])}
+    for label, chosen in (("in no caption, word for word", unseen),
+                          ("whose words stand together in no caption of theirs", strict)):
+        top = scores(list(chosen)).topk(10).indices
+        share = hit(top, [{code[c] for c in right if c in code} for right in chosen.values()])
+        print(f"keyword phrases {label} (n = {len(chosen)}): R@10 {share:.3f}")
 
 
 # ---------------------------------------------------------------- generation
@@ -366,9 +405,17 @@ class Maker:
         return (images * texts).sum(1).mean().item()
 
 
-def print_protocol(args: argparse.Namespace, n: int, what: str) -> None:
-    print(f"{n} {what}, one sample each, seed {args.seed}, {args.steps} DPM-Solver++(2M) steps, "
-          f"guidance {args.guidance:g}, {args.weights.name}, judge {args.judge.name}\n")
+def open_maker(args: argparse.Namespace, weights: Path, index_path: Path) -> Maker:
+    model, _, clip, index = sample.open_all(weights, args.clip, index_path)
+    return Maker(model, clip, index)
+
+
+def print_protocol(args: argparse.Namespace, bench: Bench, n: int, what: str) -> None:
+    print(f"{n} {what}, one sample each from seed {args.seed}, {args.steps} DPM-Solver++(2M) "
+          f"steps, guidance {args.guidance:g}, {args.weights}, {args.clip}, {args.index}.\n"
+          f"A share's standard error is {50 / n ** 0.5:.1f} points at 50 %. CLIP: mean cosine with "
+          "the prompt, by the CLIP that steers, for information.\n"
+          f"The judge {bench.accuracy}.\n")
     print("| | concept top 1 | top 5 | background | style | CLIP |\n|---|---|---|---|---|---|")
 
 
@@ -384,34 +431,33 @@ def print_row(label: str, bench: Bench, maker: Maker, pictures: list[Image.Image
 def table(args: argparse.Namespace) -> None:
     """The generation table: conditions and k of one set of weights, no-kNN, the nearest picture."""
     bench = open_bench(args.judge)
-    model, _ = knn_diffusion.load(args.weights)
-    maker = Maker(model, clip_model.load(args.clip), retrieval.open_index(args.index))
+    maker = open_maker(args, args.weights, args.index)
     prompts = pick_prompts(args.data, args.n, args.seed, held_out=False)
-    print_protocol(args, len(prompts), "prompts")
+    print_protocol(args, bench, len(prompts), "prompts")
     for label, options in (("query + 10 neighbours", {}), ("query only", {"condition": "query"}),
                            ("10 neighbours only", {"condition": "neighbors"}),
                            ("query + 1", {"k": 1}), ("query + 5", {"k": 5}),
                            ("query + 20", {"k": 20}))[: 1 if args.quick else None]:
         print_row(label, bench, maker, maker.draw(prompts, args, **options), prompts)
     if args.baseline:
-        other = Maker(knn_diffusion.load(args.baseline)[0], maker.clip, maker.index)
+        other = open_maker(args, args.baseline, args.index)
         pictures = other.draw(prompts, args, condition="query")
         print_row("no-kNN model", bench, maker, pictures, prompts)
     _, ids = maker.index.search(maker.clip.embed_texts(prompts), 1)
     nearest = retrieval.neighbor_pictures(maker.index, ids[:, 0].tolist())
     if all(picture is not None for picture in nearest):
         print_row("the nearest picture itself", bench, maker, nearest, prompts)
+    else:
+        print("the nearest pictures are not at hand: run stickers.py", file=sys.stderr)
 
 
 def swap(args: argparse.Namespace) -> None:
     """The same held-out prompts, weights and seeds with the default index and with the other."""
     bench = open_bench(args.judge)
-    model, _ = knn_diffusion.load(args.weights)
-    clip = clip_model.load(args.clip)
     prompts = pick_prompts(args.data, args.n, args.seed, held_out=True)
-    print_protocol(args, len(prompts), "held-out prompts")
+    print_protocol(args, bench, len(prompts), "held-out prompts")
     for folder in (args.index, args.heldout_index):
-        maker = Maker(model, clip, retrieval.open_index(folder))
+        maker = open_maker(args, args.weights, folder)
         for condition in ("both", "neighbors"):
             print_row(f"{folder.name}, {condition}", bench, maker,
                       maker.draw(prompts, args, condition=condition), prompts)
@@ -436,16 +482,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--quick", action="store_true", help="table: the first row only")
     parser.add_argument("--steps", type=int, help="sampling steps (20), or the judge's (1500)")
-    parser.add_argument("--out", type=Path, default=SHIPPED / "judge.safetensors",
+    parser.add_argument("--out", type=Path, default=Path("judge.safetensors"),
                         help="train-judge: file to write")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command_line = "python examples/evaluate.py " + shlex.join(argv)
-    args.steps = args.steps or (1500 if args.what == "train-judge" else 20)
-    args.n = args.n or (100 if args.what == "swap" else 200)
+    if args.steps is None:
+        args.steps = 1500 if args.what == "train-judge" else 20
+    if args.n is None:
+        args.n = 100 if args.what == "swap" else 200
     try:
-        if args.what == "judge" and not (args.singles and args.prompts):
-            raise ValueError("judge wants --singles DIR and --prompts FILE")
+        if args.steps < 1 or args.n < 1 or args.seed < 0:
+            raise ValueError("--steps and --n want 1 or more, --seed 0 or more")
+        if args.what == "judge" and not args.singles:
+            raise ValueError("judge wants --singles DIR")
         {"clip": evaluate_clip, "train-judge": train_judge, "judge": judge_folder, "table": table,
          "swap": swap}[args.what](args)
     except (ValueError, FileNotFoundError) as error:

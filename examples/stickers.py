@@ -4,11 +4,12 @@ Two artists drew the same emoji: Twemoji (style `flat`, PNG, CC-BY 4.0) and Open
 `outlined`, a COLRv0 font, CC-BY-SA 4.0). Both come from Python packages (requirements-dev.txt), are
 cut to their ink, and are put on plain backgrounds with small shifts and scales:
 
-    images/          every drawing 7 times; the first one plain: centred, on white
+    images/          every drawing 7 times; the first one plain: centred, on white (three white
+                     drawings would be blank there and have 6)
     heldout/         the same for OpenMoji's animals, nature, food and drink (the held-out corner)
     scenes/          a big sticker with zero to two small ones at its sides, for editing
     captions.jsonl   a row a picture: path, concept, style, background, category, captions, ...
-    phrases.jsonl    keyword phrases that occur in no caption, to measure CLIP with
+    phrases.jsonl    keyword phrases kept out of the keyword captions, to measure CLIP with
     NOTICE           the artists' licences
 
 The rendering is deterministic: the same packages and the same --seed give the same bytes.
@@ -128,7 +129,7 @@ class OutlinedArtist:
 
 
 def all_drawings() -> tuple[list[Drawing], dict[str, int]]:
-    """Every drawing, ordered by concept and style, and how many were skipped per style."""
+    """Every drawing, in the emoji's usual order, and how many were skipped per style."""
     table = json.loads((Path(em.__file__).parent / "emojis.json").read_text("utf-8"))
     artist = OutlinedArtist()
     drawings, skipped = [], {"flat": 0, "outlined": 0}
@@ -204,7 +205,7 @@ def with_article(phrase: str) -> str:
 
 
 def is_held_out(phrase: str) -> bool:
-    """About 7 % of the keyword phrases, chosen by their spelling, occur in no caption."""
+    """About 7 % of the keyword phrases, chosen by their spelling, are kept out of the captions."""
     return hashlib.blake2b(phrase.encode(), digest_size=2).digest()[0] < 18
 
 
@@ -231,7 +232,7 @@ def captions(drawing: Drawing, background: str, rng: np.random.Generator) -> lis
 
 
 def held_out_phrases(drawings: list[Drawing]) -> list[dict]:
-    """Rows {"phrase", "concepts"}: phrases never trained on and every concept each is right for."""
+    """Rows {"phrase", "concepts"}: the phrases kept out and every concept each is right for."""
     concepts: dict[str, set[str]] = {}
     for drawing in drawings:
         for phrase in keyword_phrases(drawing):
@@ -307,6 +308,10 @@ def main(argv: list[str] | None = None) -> int:
         print("--variants wants 1 or more, --scenes and --seed 0 or more", file=sys.stderr)
         return 2
 
+    if args.out.exists() and (not args.out.is_dir() or list(args.out.glob("*/**/*.png"))):
+        print(f"{args.out} is a file or holds pictures already: remove it, or name another folder",
+              file=sys.stderr)
+        return 2
     start, rows, blank = time.time(), [], 0
     drawings, skipped = all_drawings()
     print(f"{len(drawings)} drawings; skipped: {skipped['flat']} flat, "

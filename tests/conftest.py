@@ -92,7 +92,7 @@ def world(tmp_path_factory) -> Path:
         folder / "index",
         embeddings,
         names,
-        "clip.safetensors",
+        "some clip",
         clip.fingerprint(),
         folder / "images",
     )

@@ -92,6 +92,9 @@ def test_foreign_and_misfitting_files_are_refused(tmp_path):
     clip_model.save_model(tmp_path / "c", model, {})  # no merges
     with pytest.raises(ValueError, match="merges"):
         clip_model.load(tmp_path / "c")
+    with pytest.raises(ValueError, match="not finite"):
+        write_weights(tmp_path / "x", {"x": torch.tensor(torch.inf)}, {})
+    assert not (tmp_path / "x").exists()
     tensors, metadata = read_weights(tmp_path / "c")
     tensors.pop("ln_final.bias")
     write_weights(tmp_path / "d", tensors, metadata)
@@ -125,7 +128,7 @@ def test_merges_apply_in_learned_order():
 
 def test_encoding_and_decoding_give_the_cleaned_text_back():
     tokenizer = tiny_clip().tokenizer
-    for text in ("a red fox", "naïve café", "日本 🦊", "x"):
+    for text in ("a red fox", "naïve café", "日本 🦊", "x"):  # one space between words and signs
         ids = [tokenizer.start, *tokenizer.encode(text), tokenizer.end, 0, 0]
         assert tokenizer.decode(ids) == clip_model.clean(text)
     assert tokenizer.encode("   ") == []
@@ -150,6 +153,17 @@ def test_fit_square_is_pillows_antialiased_bicubic_and_a_centre_crop():
     wanted = picture.resize((32, 47), Image.Resampling.BICUBIC).crop((0, 8, 32, 40))
     assert clip_model.fit_square(picture, 32).tobytes() == wanted.tobytes()
     assert clip_model.fit_square(Image.new("RGB", (1, 500)), 16).size == (16, 16)
+
+
+def test_thin_pictures_are_not_blown_up():
+    """1 x 60000 would become 64 x 3,840,000; what is kept equals the crop of that."""
+    assert clip_model.fit_square(Image.new("RGB", (1, 60_000)), 64).size == (64, 64)
+    rng = np.random.default_rng(0)
+    thin = Image.fromarray(rng.integers(0, 256, (3, 100, 3), np.uint8))
+    whole = thin.resize((int(16 * 100 / 3), 16), Image.Resampling.BICUBIC)
+    left = round((whole.width - 16) / 2)
+    wanted = np.asarray(whole.crop((left, 0, left + 16, 16))).astype(int)
+    assert np.abs(np.asarray(clip_model.fit_square(thin, 16)) - wanted).max() <= 1
 
 
 def test_pixels_are_normalised_with_clips_statistics():
@@ -252,3 +266,9 @@ def test_layer_norm_is_computed_in_float32():
     layer, x = clip_model.LayerNorm(8), 1000 + torch.randn(4, 8)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()).bfloat16())
+
+
+def test_devices_that_are_not_there_are_refused():
+    assert clip_model.pick_device("cpu").type == "cpu"
+    with pytest.raises(ValueError, match="no device"):
+        clip_model.pick_device("abacus")

@@ -31,7 +31,7 @@ class Fixed(torch.nn.Module):
 
 
 def bench():
-    return evaluate.Bench(Fixed(), GROUP_OF, NAMES)
+    return evaluate.Bench(Fixed(), GROUP_OF, NAMES, "")
 
 
 @pytest.mark.parametrize(

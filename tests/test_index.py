@@ -68,6 +68,11 @@ def test_neighbor_table_never_holds_the_row_itself(tmp_path):
     assert set(table[0]) == set(range(10, 20))
     stored = np.load(index.folder / "neighbors-10.npy")
     assert (retrieval.neighbor_table(index, 10) == stored).all()
+    for content in (b"", (index.folder / "neighbors-10.npy").read_bytes()[:-4] + b"\x09\0\0\0"):
+        (index.folder / "neighbors-10.npy").write_bytes(content)  # damaged: computed anew
+        assert (retrieval.neighbor_table(index, 10) == stored).all()
+    with pytest.raises(ValueError, match="k is 0"):
+        retrieval.neighbor_table(index, 0)
     assert retrieval.neighbor_table(make(tmp_path, rows[:3], "small"), 10).shape == (3, 2)
 
 
@@ -173,8 +178,8 @@ def test_build_skips_unreadable_files_and_lists_them(tmp_path, capsys):
         "deeper/001.png",
         "deeper/002.png",
     ]
-    error = capsys.readouterr().err
-    assert "2 files skipped" in error and "empty.png" in error and "text.jpg" in error
+    out, error = capsys.readouterr()
+    assert "2 files skipped" in out and "empty.png" in error and "text.jpg" in error
     assert all(p is not None for p in retrieval.neighbor_pictures(index, [0, 4]))
 
 
@@ -216,6 +221,12 @@ def test_search_prints_rank_score_row_path(world, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 20
 
 
+def test_a_text_of_10000_characters_is_no_file_name(world):
+    clip = ["--clip", str(world / "clip.safetensors")]
+    with pytest.warns(UserWarning, match="was cut"):
+        assert retrieval.main(["search", str(world / "index"), "red " * 2500, *clip]) == 0
+
+
 def test_info_prints_the_manifest(world, capsys):
     assert retrieval.main(["info", str(world / "index")]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 20
@@ -230,6 +241,7 @@ def test_user_mistakes_give_status_2_and_one_sentence(world, tmp_path, capsys):
         ["info", str(tmp_path / "nothing")],
         ["search", str(tmp_path), "red", *clip],
         ["search", str(world / "index"), " ", *clip],
+        ["search", "i" * 5000, "red", *clip],
         ["search", str(world / "index"), "red", *clip, "--k", "-1"],
         ["search", str(world / "index"), "red", "--clip", str(tmp_path / "other")],
         ["search", str(world / "index"), "red", "--clip", str(tmp_path / "missing")],

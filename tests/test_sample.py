@@ -185,6 +185,15 @@ def test_a_picture_can_be_the_query(world, tmp_path):
     assert first["path"] == "003.png" and first["score"] > 0.99
 
 
+def test_a_no_knn_model_is_shown_what_it_was_trained_with(world, tmp_path, capsys):
+    clip = clip_model.load(world / "clip.safetensors").fingerprint()
+    knn_diffusion.save(tmp_path / "no-knn", tiny_unet(), {"clip": clip, "condition": "query"})
+    argv = ["fox", "--weights", str(tmp_path / "no-knn"), "--clip", str(world / "clip.safetensors")]
+    argv += ["--index", str(world / "index"), "--steps", "2", "--out", str(tmp_path / "g.png")]
+    assert sample.main(argv) == 0
+    assert "condition query" in capsys.readouterr().out
+
+
 def test_k_larger_than_the_index_uses_all_rows_and_says_so(world, tmp_path, capsys):
     assert run(world, "fox", "--k", 99, "--n", 1, "--out", tmp_path / "g.png") == 0
     assert "the index has 20 rows" in capsys.readouterr().err
@@ -214,6 +223,11 @@ def test_a_long_prompt_is_cut_with_a_warning(world, tmp_path):
         ["fox", "--image", "nowhere"],
         ["--image", "nowhere"],
         ["fox", "--seed", -1],
+        ["fox", "--seed", 2**63],
+        ["fox", "--k", 0, "--condition", "neighbors"],
+        ["fox", "--out", "picture.jpg"],
+        ["fox", "--backbone", "discrete"],
+        ["fox", "--weights", "w" * 5000],
         ["fox", "--device", "abacus"],
         ["fox", "--batch-size", 0],
         ["fox", "--singles", "no/such/folder"],
@@ -268,7 +282,7 @@ def test_weights_clip_and_index_must_belong_together(world, tmp_path, capsys):
         )
         == 2
     )
-    assert "was made by encoder clip.safetensors" in capsys.readouterr().err
+    assert "was made by encoder some clip" in capsys.readouterr().err
     (tmp_path / "damaged").write_bytes((world / "continuous.safetensors").read_bytes()[:-9])
     assert (
         sample.main(

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP_CONFIG, UNET_CONFIG, write_pictures
+from conftest import CLIP_CONFIG, UNET_CONFIG, tiny_unet, write_pictures
 
 import clip_model
 import knn_diffusion
@@ -192,6 +192,33 @@ def test_a_resumed_unet_equals_an_uninterrupted_one(world, tmp_path, monkeypatch
     train_tiny_unet(world, tmp_path / "b", 3)
     assert equal_states(whole, train_tiny_unet(world, tmp_path / "b", 6, resume=True))
     assert not equal_states(whole, train_tiny_unet(world, tmp_path / "c", 5))
+
+
+def test_resuming_does_not_change_the_experiment(world, tmp_path):
+    train_tiny_unet(world, tmp_path / "a", 2)
+    with pytest.raises(ValueError, match="condition was both, is query"):
+        train_tiny_unet(world, tmp_path / "a", 4, resume=True, condition="query")
+    with pytest.raises(ValueError, match="has 2 steps, --steps is 2"):
+        train_tiny_unet(world, tmp_path / "a", 2, resume=True)
+    train_tiny_unet(world, tmp_path / "a", 3, resume=True)
+    commands = clip_model.read_weights(tmp_path / "a" / "continuous.safetensors")[1]["command"]
+    assert commands == "a test\na test"
+
+
+def test_weights_of_another_clip_are_no_start(world, tmp_path):
+    for name, model, clip in (("a", tiny_unet(), "abc"), ("b", tiny_unet(embed_dim=8), "")):
+        knn_diffusion.save(tmp_path / name, model, {"clip": clip})
+        with pytest.raises(ValueError, match="was trained with the CLIP"):
+            train_tiny_unet(world, tmp_path / "out", 1, init=tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "line", ["", "{bad", "[]", '{"path": "x.png"}', '{"path": "x.png", "captions": []}']
+)
+def test_rows_that_can_not_be_used_are_named(tmp_path, line):
+    (tmp_path / "captions.jsonl").write_text(line + "\n" if line else "")
+    with pytest.raises(ValueError, match="captions.jsonl"):
+        train.read_captions(tmp_path / "captions.jsonl")
 
 
 def test_training_draws_every_time_and_the_last_one_too(world, tmp_path, monkeypatch):
