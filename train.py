@@ -352,9 +352,9 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
     first = load_state(out / "state.pt", steps, settings, model, ema, optimizer) if resume else 0
     command = all_commands(weights, command)
     out.mkdir(parents=True, exist_ok=True)
-    print(f"clip: {len(pictures.rows)} pictures, {len(captions)} captions, {len(tokenizer.words)} "
-          f"tokens, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"steps {first} to {steps} of {batch_size}, {device}")
+    print(f"clip: {data} ({len(pictures.rows)} pictures, {len(captions)} captions) -> {out}, "
+          f"{len(tokenizer.words)} tokens, {sum(p.numel() for p in model.parameters()):,} "
+          f"parameters, steps {first} to {steps} of {batch_size}, {device}", flush=True)
 
     def checkpoint(step: int) -> None:
         clip_model.save(out / "clip.safetensors", ema, {"step": str(step), "command": command})
@@ -460,7 +460,8 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
     first = load_state(out / "state.pt", steps, settings, model, ema, optimizer) if resume else 0
     command = all_commands(weights, command)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    print(f"continuous ({condition}): {len(pictures)} pictures, K {pictures.neighbors.shape[1]}, "
+    print(f"continuous ({condition}): {data} ({len(pictures)} pictures), {index.folder} -> {out}, "
+          f"K {pictures.neighbors.shape[1]}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps} of "
           f"{batch_size}, {device}", flush=True)
 

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import knn_diffusion                                                       # noqa: E402
-import train                                                               # noqa: E402
+import knn_diffusion  # noqa: E402
+import train  # noqa: E402
 
 
 def measure(name: str, batch: int, repeats: int, device: torch.device) -> str:

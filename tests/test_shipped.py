@@ -1,0 +1,72 @@
+"""weights/stickers/: what ships fits together, stays small, and says how it was made."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import clip_model
+import index as retrieval
+import knn_diffusion
+import sample
+
+SHIPPED = Path(__file__).parent.parent / "weights" / "stickers"
+CEILINGS = {
+    "clip.safetensors": 12,
+    "continuous.safetensors": 16,
+    "judge.safetensors": 6,
+    "index": 14,
+    "index-heldout": 3,
+}  # MB
+
+
+@pytest.mark.parametrize("name", list(CEILINGS))
+def test_files_stay_under_their_ceilings(name):
+    path = SHIPPED / name
+    files = [p for p in path.iterdir() if "neighbors-" not in p.name] if path.is_dir() else [path]
+    assert 0 < sum(file.stat().st_size for file in files) <= CEILINGS[name] * 1e6
+
+
+def test_weights_and_indexes_belong_together():
+    for name in ("index", "index-heldout"):
+        model, metadata, clip, index = sample.open_all(
+            SHIPPED / "continuous.safetensors", SHIPPED / "clip.safetensors", SHIPPED / name
+        )
+        assert metadata["clip"] == clip.fingerprint() == index.manifest["encoder_hash"]
+        assert metadata["condition"] == "both" and model.config == knn_diffusion.PRESETS["stickers"]
+
+
+@pytest.mark.parametrize("name", ["clip", "continuous", "judge"])
+def test_weights_carry_the_command_that_made_them(name):
+    metadata = clip_model.read_weights(SHIPPED / f"{name}.safetensors")[1]
+    assert metadata["command"].startswith("python ") and int(metadata["step"]) > 0
+
+
+def test_the_default_index_lacks_the_held_out_corner():
+    held = set(retrieval.open_index(SHIPPED / "index-heldout").paths)
+    default = retrieval.open_index(SHIPPED / "index").paths
+    assert held and not held & set(default)
+    assert {path.split("/")[0] for path in default} == {"flat", "outlined"}
+    names = {Path(path).name.rsplit("-", 1)[0] for path in default if path.startswith("outlined")}
+    assert "heart" in names and not {"fox_face", "apple", "pizza"} & names
+
+
+def test_the_sticker_clip_finds_a_red_heart():
+    clip = clip_model.load(SHIPPED / "clip.safetensors")
+    index = retrieval.open_index(SHIPPED / "index")
+    _, ids = index.search(clip.embed_texts(["red heart on a white background"]), 10)
+    assert sum("heart" in index.paths[i] for i in ids[0].tolist()) >= 5
+
+
+def test_a_prompt_is_all_that_is_needed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sample.main(["a red heart", "--n", "1", "--steps", "2", "--singles", "out"]) == 0
+    assert clip_model.read_image("picture.png") and clip_model.read_image(
+        "out/000-00.png"
+    ).size == (
+        64,
+        64,
+    )
+    with Image.open("out/000-00.png") as picture:
+        assert json.loads(picture.text["parameters"])["prompt"] == "a red heart"
