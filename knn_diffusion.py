@@ -45,8 +45,8 @@ class UNetConfig:
     blocks: int = 4                           # residual blocks a level (ADM: 3)
     norm_groups: int = 32                     # of every GroupNorm
     head_channels: int = 64                   # a head
-    condition_width: int = 768                # D
-    time_width: int = 768                     # of the time embedding
+    condition_width: int = 1024               # D
+    time_width: int = 1024                    # of the time embedding
     attention: tuple[int, ...] = (32, 16, 8)  # feature sizes at which pixels see the condition
     self_attention: tuple[int, ...] = (32, 16, 8)    # ... and also each other
     dropout: float = 0.1
@@ -80,7 +80,7 @@ PRESETS = {
                       learned_variance=False),
     # Two CPU cores: everything happens on 16x16 and 8x8 features.
     "stickers": UNetConfig(
-        embed_dim=256, widths=(96, 192), blocks=1, norm_groups=8, head_channels=32,
+        embed_dim=256, widths=(96, 192), blocks=1, norm_groups=8, head_channels=48,
         condition_width=256, time_width=192, attention=(16, 8), self_attention=(8,), dropout=0.0,
         target="v", learned_variance=False, noise_shift=0.5, unshuffle=4, position_map=True,
         query_map=16),
@@ -348,8 +348,10 @@ class UNet(nn.Module):
                 self.up.append(Level(config, c + skips.pop(), width, size))
                 c = width
             if i > 0:
+                # Ours: it narrows while it grows; ADM keeps the width, at a sixth more time.
                 size *= 2
-                self.up.append(Level(config, c, c, size, "up", attend=False))
+                self.up.append(Level(config, c, widths[i - 1], size, "up", attend=False))
+                c = widths[i - 1]
         self.norm_out = nn.GroupNorm(config.norm_groups, c)
         out_channels = 6 if config.learned_variance else 3
         self.conv_out = zeroed(nn.Conv2d(c, out_channels * r * r, 3, padding=1))
