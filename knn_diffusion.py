@@ -6,7 +6,7 @@ embeddings (kNN-Diffusion Sec. 3):
     training     condition on f_img(x_0) and the k rows of H nearest to it
     inference    condition on f_txt(text) and the k rows of H nearest to that
 
-    continuous   x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε,  t = 1 … T, ᾱ_0 = 1; the U-Net predicts ε or v
+    continuous   x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε,  t = 1 … T, ᾱ_0 = 1; the U-Net predicts ε, v or x_0
     guidance     out = uncond + s·(cond − uncond), s = 1 is off
 
     paper        code                            paper        code
@@ -51,7 +51,7 @@ class UNetConfig:
     self_attention: tuple[int, ...] = (32, 16, 8)    # ... and also each other
     dropout: float = 0.1
     T: int = 1000                             # steps of the diffusion
-    target: str = "eps"                       # what is predicted: "eps" or "v"
+    target: str = "eps"                       # what is predicted: "eps", "v" or "x0"
     learned_variance: bool = True             # as in ADM, with the hybrid loss
     noise_shift: float = 1.0                  # √SNR is multiplied by it; below 1: noisier
     unshuffle: int = 1                        # Ours: pixels of r x r squares become channels
@@ -61,8 +61,8 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name in ("widths", "attention", "self_attention"):        # JSON gives lists back
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.target not in ("eps", "v") or self.T < 2:
-            raise ValueError(f"target {self.target!r} and T {self.T}: wanted eps or v, and T >= 2")
+        if self.target not in ("eps", "v", "x0") or self.T < 2:
+            raise ValueError(f"target {self.target!r}, T {self.T}: wanted eps, v or x0, and T >= 2")
         size = self.image_size // self.unshuffle
         for i, width in enumerate(self.widths):
             attends = size // 2 ** i in self.attention
@@ -82,7 +82,7 @@ PRESETS = {
     "stickers": UNetConfig(
         embed_dim=256, widths=(96, 192), blocks=1, norm_groups=8, head_channels=48,
         condition_width=256, time_width=192, attention=(16, 8), self_attention=(8,), dropout=0.0,
-        target="v", learned_variance=False, noise_shift=0.5, unshuffle=4, position_map=True,
+        target="x0", learned_variance=False, noise_shift=0.5, unshuffle=4, position_map=True,
         query_map=16),
 }
 
@@ -126,7 +126,9 @@ def to_v(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 
 def x0_from(output: Tensor, xt: Tensor, alpha_bar: Tensor, target: str) -> Tensor:
-    """x_0 from a prediction: √ᾱ x_t − √(1−ᾱ) v, or (x_t − √(1−ᾱ) ε)/√ᾱ."""
+    """x_0 from a prediction: itself, √ᾱ x_t − √(1−ᾱ) v, or (x_t − √(1−ᾱ) ε)/√ᾱ."""
+    if target == "x0":
+        return output
     if target == "v":
         return alpha_bar.sqrt() * xt - (1 - alpha_bar).sqrt() * output
     return (xt - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
@@ -312,7 +314,7 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """ε or v (and, with learned variance, the variance's fraction) of x_t under a condition."""
+    """ε, v or x_0 of x_t under a condition; with learned variance the variance's fraction too."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -391,15 +393,23 @@ class UNet(nn.Module):
 
 def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, neighbors: Tensor,
                    t: Tensor, eps: Tensor, drop_query: Tensor, drop_neighbors: Tensor) -> Tensor:
-    """Mean squared error of ε or v over the batch; with learned variance plus ADM's L_vlb term.
+    """Mean squared error of the target over the batch; with learned variance plus ADM's L_vlb term.
+
+    The error of v is that of x_0 times 1/(1−ᾱ). Ours, for the target x_0: the same, but with the
+    weight capped at 5, as Min-SNR does (2303.09556 Sec. 3.4). A v or ε holds all of the noise,
+    which a narrow network must carry through; x_0 does not.
 
     x0 float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T; eps standard normal as x0.
     """
     alpha_bar = schedule.at(t, x0)                                         # (B, 1, 1, 1)
     xt = add_noise(x0, eps, alpha_bar)
     output = model(xt, t, query, neighbors, drop_query, drop_neighbors)
-    target = eps if model.config.target == "eps" else to_v(x0, eps, alpha_bar)
-    loss = F.mse_loss(output[:, :3].float(), target)
+    if model.config.target == "x0":
+        weight = (1 / (1 - alpha_bar)).clamp(max=5)
+        loss = (weight * (output[:, :3].float() - x0) ** 2).mean()
+    else:
+        target = eps if model.config.target == "eps" else to_v(x0, eps, alpha_bar)
+        loss = F.mse_loss(output[:, :3].float(), target)
     if model.config.learned_variance:
         # L_hybrid (2102.09672 Eq. 16) with ADM's weight: T/1000 per term, bits per dimension.
         loss = loss + schedule.T / 1000 * vlb_term(output, x0, xt, t, schedule,

@@ -441,7 +441,8 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
     """Train the U-Net on pictures alone; write out/continuous.safetensors (EMA) and out/state.pt.
 
     condition: "both", or "query" for the paper's no-kNN model, whose neighbours are always null
-    ("neighbors" blinds the query instead).
+    ("neighbors" blinds the query instead). Weights to start from keep their own sizes; what they
+    predict from now on is config.target.
     """
     torch.manual_seed(seed)
     weights = out / "continuous.safetensors" if resume else init
@@ -450,13 +451,14 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
         check_goes_with(weights, model, metadata, index)
     else:
         model = knn_diffusion.UNet(config)
-    config = model.config
+    config = model.config = replace(model.config, target=config.target)
     pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
     optimizer = torch.optim.AdamW(weight_groups(model, 0.01), lr=lr, betas=(0.9, 0.99), fused=True)
-    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition}
+    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition,
+                "target": config.target}
     first = load_state(out / "state.pt", steps, settings, model, ema, optimizer) if resume else 0
     command = all_commands(weights, command)
     (out / "samples").mkdir(parents=True, exist_ok=True)
@@ -531,6 +533,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--k", type=int, default=10, help="continuous: neighbours (default 10)")
     parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both",
                         help="continuous: query trains the paper's no-kNN baseline")
+    parser.add_argument("--target", choices=["eps", "v", "x0"],
+                        help="continuous: what the U-Net predicts (default: the preset's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--no-bf16", action="store_true", help="train in float32")
     argv = sys.argv[1:] if argv is None else argv
@@ -581,7 +585,8 @@ def run(args: argparse.Namespace, command: str) -> None:
         train_clip(args.data, args.out, config, **common)
     else:
         index = open_index(args.index)
-        config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=args.k)
+        config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=args.k,
+                         target=args.target or config.target)
         train_continuous(args.data, args.out, index, config, args.condition, **common)
 
 

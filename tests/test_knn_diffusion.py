@@ -43,6 +43,7 @@ def test_predictions_convert_into_each_other():
     assert torch.allclose(xt, alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps)
     assert torch.allclose(kd.x0_from(eps, xt, alpha_bar, "eps"), x0)
     assert torch.allclose(kd.x0_from(kd.to_v(x0, eps, alpha_bar), xt, alpha_bar, "v"), x0)
+    assert torch.equal(kd.x0_from(x0, xt, alpha_bar, "x0"), x0)
     assert torch.allclose(kd.eps_from(x0, xt, alpha_bar), eps)
 
 
@@ -191,7 +192,7 @@ def test_presets_run(name):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"target": "x0"}, {"T": 1}, {"widths": (100, 200)}, {"head_channels": 100}]
+    "changes", [{"target": "score"}, {"T": 1}, {"widths": (100, 200)}, {"head_channels": 100}]
 )
 def test_configurations_that_can_not_be_are_refused(changes):
     with pytest.raises(ValueError):
@@ -243,6 +244,32 @@ def test_loss_is_the_squared_error_of_the_target(target):
         assert loss.item() == pytest.approx(offset**2, abs=1e-6)
     xt = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
     assert torch.allclose(model.seen[0][0], xt, atol=1e-6)
+
+
+def test_loss_of_x0_is_that_of_v_with_a_capped_weight():
+    schedule, x0, eps = kd.Schedule(100), torch.rand(1, 3, 4, 4) * 2 - 1, torch.randn(1, 3, 4, 4)
+    drop, guess = torch.zeros(1, dtype=torch.bool), torch.rand(1, 3, 4, 4)
+    for t in (5, 30, 70, 100):
+        t = torch.tensor([t])
+        alpha_bar = schedule.alpha_bar[t].item()
+        xt = kd.add_noise(x0, eps, schedule.at(t, x0))
+        v = (alpha_bar**0.5 * xt - guess) / (1 - alpha_bar) ** 0.5
+        losses = [
+            kd.diffusion_loss(
+                Oracle(replace(UNET_CONFIG, target=target), answer),
+                schedule,
+                x0,
+                None,
+                None,
+                t,
+                eps,
+                drop,
+                drop,
+            ).item()
+            for target, answer in (("v", v), ("x0", guess))
+        ]
+        capped = min(1, 5 * (1 - alpha_bar))
+        assert losses[1] == pytest.approx(capped * losses[0], rel=1e-3)
 
 
 def test_kl_equals_torchs_and_bins_sum_to_one():
