@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import clip_model
 import knn_diffusion
-from index import Index, list_images, neighbor_table, open_index
+from index import Index, check_encoder, list_images, neighbor_table, open_index
 from knn_diffusion import UNetConfig
 
 # ---------------------------------------------------------------- stages that every loop shares
@@ -530,6 +530,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, help="stop after this long, state written")
     parser.add_argument("--index", type=Path, default=shipped / "index", help="continuous: the "
                         "index of the pictures in --data")
+    parser.add_argument("--clip", type=Path, help="continuous: refuse an index of another CLIP; "
+                        "training itself runs none")
     parser.add_argument("--k", type=int, default=10, help="continuous: neighbours (default 10)")
     parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both",
                         help="continuous: query trains the paper's no-kNN baseline")
@@ -585,6 +587,9 @@ def run(args: argparse.Namespace, command: str) -> None:
         train_clip(args.data, args.out, config, **common)
     else:
         index = open_index(args.index)
+        if args.clip:
+            clip = clip_model.load(args.clip)
+            check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
         config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=args.k,
                          target=args.target or config.target)
         train_continuous(args.data, args.out, index, config, args.condition, **common)
