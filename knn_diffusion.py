@@ -350,7 +350,7 @@ class UNet(nn.Module):
                 self.up.append(Level(config, c + skips.pop(), width, size))
                 c = width
             if i > 0:
-                # Ours: it narrows while it grows; ADM keeps the width, at a sixth more time.
+                # Ours: it narrows while it grows; ADM keeps the width, at a seventh more time.
                 size *= 2
                 self.up.append(Level(config, c, widths[i - 1], size, "up", attend=False))
                 c = widths[i - 1]
