@@ -4,25 +4,31 @@ The retrieval model of kNN-Diffusion Sec. 3 is frozen; this is its pair of encod
 
     f_img(i) = W_i · ViT(i)[class token]        f_txt(t) = W_t · Transformer(t)[end token]
 
-both divided by their norm, so that an inner product is a cosine. Names of modules and parameters
-are those of OpenAI's release; the sticker CLIP that ships with this repository is a small one of
-the same build, trained by `train.py clip`.
+both divided by their norm, so that an inner product is a cosine; in place of the ViT some of the
+published models have a ResNet. Names of modules and parameters are those of OpenAI's release.
+`load` takes the published checkpoints of OpenAI, OpenCLIP and Hugging Face, and the small sticker
+CLIP that ships with this repository, trained by `train.py clip`.
 
 Shapes: B batch, C channels, H W picture, L tokens (M keys), D width (d a head), E CLIP dimension.
 
-Left out so far: the ResNet image towers and the published checkpoints' own file formats.
+Left out: other projects' towers (timm's, Hugging Face's text models), CoCa's and SigLIP's heads.
 """
 from __future__ import annotations
 
 import functools
 import hashlib
 import html
+import importlib.util
 import json
 import math
 import os
+import pickletools
 import re
 import struct
 import warnings
+import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -50,9 +56,9 @@ class ClipConfig:
     """Sizes of both towers. The defaults are ViT-B/32's."""
     embed_dim: int = 512             # E
     image_size: int = 224            # pixels a side
-    patch_size: int = 32             # pixels a side
+    patch_size: int = 32             # pixels a side; of a ResNet: pixels a feature
     vision_width: int = 768          # D of the image tower
-    vision_layers: int = 12
+    vision_layers: int | tuple[int, ...] = 12        # four numbers of blocks: a ResNet
     vision_heads: int = 12
     context_length: int = 77         # L of the text tower, start and end token included
     vocab_size: int = 49408          # the end token is the last id
@@ -60,11 +66,17 @@ class ClipConfig:
     text_layers: int = 12
     text_heads: int = 8
     activation: str = "quick_gelu"   # OpenAI's weights; "gelu" for most of OpenCLIP's
+    vision_hidden: int = 0           # hidden width of an MLP; 0 is 4 D
+    text_hidden: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.vision_layers, list):                         # JSON gives lists back
+            object.__setattr__(self, "vision_layers", tuple(self.vision_layers))
         for name, value in asdict(self).items():
-            if name != "activation" and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} is {value!r}, wanted a whole number of 1 or more")
+            least = 0 if name.endswith("hidden") else 1
+            for number in value if isinstance(value, tuple) and len(value) == 4 else (value,):
+                if name != "activation" and (type(number) is not int or number < least):
+                    raise ValueError(f"{name} is {value!r}, wanted whole numbers from {least} up")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}, wanted {list(ACTIVATIONS)}")
         if (self.image_size % self.patch_size or self.vision_width % self.vision_heads
@@ -231,6 +243,225 @@ def load_model(path: str | os.PathLike, classes: dict[str, tuple[type, type]]
     return model.eval(), metadata
 
 
+# ---------------------------------------------------------------- weights on disk (zip archives)
+#
+# torch.save and torch.jit.save write a zip: TOP/data.pkl, a pickle, and each tensor's raw bytes in
+# TOP/data/KEY. A pickle is a program for a small stack machine: most instructions push a value,
+# GLOBAL pushes a Python name, and REDUCE, NEWOBJ and BUILD call what was named. To load a pickle is
+# to run it, so a foreign one may do anything. The machine below knows the instructions that tensors
+# in plain containers need; what it may "call" is written out here, and nothing is imported.
+
+STORAGE_DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
+                  "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+                  "LongStorage": torch.int64, "IntStorage": torch.int32,
+                  "ShortStorage": torch.int16, "CharStorage": torch.int8,
+                  "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
+MAX_PICKLE = 100_000_000              # bytes
+
+
+@dataclass(frozen=True)
+class Name:
+    """A Python name that a pickle mentions, "module name"; never looked up."""
+    text: str
+
+
+@dataclass(eq=False)
+class Node:
+    """An object of a TorchScript archive: its attributes, without any code."""
+    name: str
+    attributes: dict
+
+
+def build_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
+    """What `torch._utils._rebuild_tensor_v2` does, kept inside the storage."""
+    check(isinstance(storage, Tensor) and all(type(n) is int and n >= 0
+                                              for n in (offset, *size, *stride)),
+          "a tensor has an odd size")
+    check(len(size) <= 16 and math.prod(size) <= len(storage), "a tensor exceeds its storage")
+    return storage.as_strided(size, stride, offset)
+
+
+CALLABLE = {
+    "torch._utils _rebuild_tensor_v2": build_tensor,
+    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
+    "collections OrderedDict": lambda items=(): dict(items),
+    "torch Size": tuple,
+    "torch.jit._pickle build_intlist": list, "torch.jit._pickle build_doublelist": list,
+    "torch.jit._pickle build_boollist": list, "torch.jit._pickle build_tensorlist": list,
+    "torch.jit._pickle restore_type_tag": lambda value, _: value,
+}
+PUSHES_ITS_VALUE = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
+                    "SHORT_BINUNICODE"}
+PUSHES = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
+          "EMPTY_TUPLE": tuple, "EMPTY_LIST": list, "EMPTY_DICT": dict}
+
+
+def run_pickle(program: bytes, open_storage: Callable[[tuple], Tensor]) -> object:
+    """Run a pickle on a machine that can only build tensors, numbers, strings and containers.
+
+    open_storage: persistent id -> the storage as a flat tensor.
+    Raises ValueError naming what the pickle wants to call or do besides.
+    """
+    stack, outer, memo = [], [], {}                # `outer`: the stacks below each open MARK
+
+    def pop(n: int) -> list:
+        check(len(stack) >= n, "its pickle takes from an empty stack")
+        taken = stack[len(stack) - n:]
+        del stack[len(stack) - n:]
+        return taken
+
+    def pop_mark() -> list:
+        nonlocal stack
+        taken, stack = stack, outer.pop()
+        return taken
+
+    for op, value, _ in pickletools.genops(program):
+        name = op.name
+        if name in ("PROTO", "FRAME"):
+            continue
+        elif name in PUSHES_ITS_VALUE:
+            stack.append(value)
+        elif name in PUSHES:
+            stack.append(PUSHES[name]())
+        elif name == "GLOBAL":
+            stack.append(Name(value))
+        elif name == "STACK_GLOBAL":
+            stack.append(Name(" ".join(pop(2))))
+        elif name == "MARK":
+            outer.append(stack)
+            stack = []
+        elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[value])
+        elif name == "TUPLE":
+            items = pop_mark()                     # the stack below the mark is the stack again
+            stack.append(tuple(items))
+        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(pop(int(name[-1]))))
+        elif name in ("APPEND", "APPENDS"):
+            items = pop(1) if name == "APPEND" else pop_mark()
+            check(type(stack[-1]) is list, "its pickle appends to no list")
+            stack[-1].extend(items)
+        elif name in ("SETITEM", "SETITEMS"):
+            items = pop(2) if name == "SETITEM" else pop_mark()
+            check(type(stack[-1]) is dict, "its pickle fills no table")
+            stack[-1].update(zip(items[::2], items[1::2]))
+        elif name == "BINPERSID":
+            stack.append(open_storage(*pop(1)))
+        elif name in ("REDUCE", "NEWOBJ"):
+            called, arguments = pop(2)
+            what = called.text if isinstance(called, Name) else repr(called)[:60]
+            if name == "NEWOBJ" and what.startswith("__torch__") and arguments == ():
+                stack.append(Node(what, {}))
+            else:
+                check(name == "REDUCE" and what in CALLABLE,
+                      f"its pickle wants to call {what!r}, which is refused")
+                stack.append(CALLABLE[what](*arguments))
+        elif name == "BUILD":
+            state = pop(1)[0]
+            check(isinstance(state, dict), "its pickle gives an object no table of attributes")
+            if isinstance(stack[-1], Node):
+                stack[-1].attributes.update(state)
+            else:                                  # a state dict's _metadata: version numbers
+                check(type(stack[-1]) is dict, "its pickle changes what has no attributes")
+        elif name == "STOP":
+            check(len(stack) == 1 and not outer, "its pickle ends early")
+            return stack[0]
+        else:
+            raise ValueError(f"its pickle has the instruction {name}, which is refused")
+    raise ValueError("its pickle has no end")
+
+
+def read_archive(path: str | os.PathLike) -> object:
+    """Read what torch.save or torch.jit.save wrote: containers, tensors, and `Node` for a module.
+
+    No code of the file runs, nothing is imported; all lengths are checked against the file's.
+    Raises ValueError with one sentence where the file is damaged or holds anything else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = {info.filename: info for info in archive.infolist()}
+            pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
+            check(len(pickles) == 1, "it has no data.pkl")
+            top, file_size = pickles[0].split("/")[0], os.path.getsize(path)
+
+            def read(name: str, n_bytes: int | None = None) -> bytearray:
+                info = entries[name]
+                check(info.compress_type == zipfile.ZIP_STORED and info.file_size <= file_size
+                      and n_bytes in (None, info.file_size), f"its entry {name} has an odd size")
+                return bytearray(archive.read(info))               # checks the checksum too
+
+            @functools.cache
+            def storage(kind: str, key: str, n: int) -> Tensor:
+                check(kind.split()[-1] in STORAGE_DTYPES, f"it has a storage of kind {kind!r}")
+                dtype = STORAGE_DTYPES[kind.split()[-1]]
+                raw = read(f"{top}/data/{key}", n * dtype.itemsize)
+                return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+
+            def open_storage(persistent_id: tuple) -> Tensor:
+                what, kind, key, _, n = persistent_id              # _ is the device it was on
+                check(what == "storage" and isinstance(kind, Name), "it refers to no storage")
+                return storage(kind.text, key, n)
+
+            order = entries.get(f"{top}/byteorder")
+            check(order is None or archive.read(order) == b"little", "it is big-endian")
+            check(entries[pickles[0]].file_size <= MAX_PICKLE, "its pickle is too long")
+            return run_pickle(bytes(read(pickles[0])), open_storage)
+    except (zipfile.BadZipFile, zlib.error, struct.error, ArithmeticError, AttributeError,
+            EOFError, LookupError, NotImplementedError, OSError, RuntimeError, TypeError,
+            ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} is not a whole archive of plain tensors: {reason}") from None
+
+
+def named_tensors(found: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
+    """Dotted name -> tensor, out of a TorchScript module, a state dict, or what is around one."""
+    check(depth < 50, "its modules are nested too deeply")
+    if isinstance(found, Node):
+        tensors = {}
+        for name, value in found.attributes.items():
+            if isinstance(value, Tensor):
+                tensors[prefix + name] = value
+            elif isinstance(value, Node):
+                tensors |= named_tensors(value, f"{prefix}{name}.", depth + 1)
+            check(len(tensors) < 100_000, "it has too many tensors")
+        return tensors
+    check(isinstance(found, dict), "it holds no table of tensors")
+    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    inner = [found[name] for name in ("state_dict", "model_state_dict", "model") if name in found]
+    return named_tensors(inner[0], prefix, depth + 1) if inner and len(tensors) < 2 else tensors
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
+    """Named tensors of any weights file, and whether it was a TorchScript archive.
+
+    .safetensors, zip archives of torch.save and torch.jit.save, torch.save's older single pickle
+    (through torch.load's own restricted reader). Raises FileNotFoundError or ValueError.
+    """
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"no weights file at {path}")
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start == b"PK":
+        found = read_archive(path)
+    elif start == b"\x80\x02":
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:               # torch raises many kinds on damaged files
+            reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:120]
+            raise ValueError(f"{path} is no file of plain tensors: {reason}") from None
+    else:
+        return read_weights(path)[0], False
+    try:
+        tensors = named_tensors(found)
+        check(len(tensors) > 0 and all(isinstance(name, str) for name in tensors),
+              "it holds no table of tensors")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no model: {error}") from None
+    return tensors, isinstance(found, Node)
+
+
 # ---------------------------------------------------------------- tokenizer
 #
 # Byte-pair encoding (Sennrich et al., 1508.07909) over UTF-8 bytes, as GPT-2 and CLIP do it. Every
@@ -295,6 +526,7 @@ class Tokenizer:
         self.words = words
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end = len(words) - 2, len(words) - 1
+        self.pad = 0                                 # OpenAI's and OpenCLIP's; Hugging Face: end
         self.cache: dict[str, list[int]] = {}
 
     def encode_word(self, word: str) -> list[int]:
@@ -327,9 +559,9 @@ class Tokenizer:
         return bytes(byte_of.get(s, 32) for s in symbols).decode("utf-8", "replace").strip()
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """int64 (B, L): start, tokens, end, then zeros. A longer text is cut and keeps its end
+        """int64 (B, L): start, tokens, end, then `pad`. A longer text is cut and keeps its end
         token (CLIP pools there), with a warning."""
-        tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
+        tokens = torch.full((len(texts), self.context_length), self.pad)
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
             if len(ids) > self.context_length:
@@ -338,6 +570,66 @@ class Tokenizer:
                 ids = [*ids[: self.context_length - 1], self.end]
             row[: len(ids)] = torch.tensor(ids)
         return tokens
+
+
+# ---------------------------------------------------------------- the published vocabulary
+
+VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
+PUBLISHED_SIZE = 49408
+
+
+def published_merges(lines: list[str]) -> list[tuple[str, str]]:
+    """The merges CLIP uses of the published list: a header line, then 48,894 of 262,144 pairs."""
+    merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
+    check(len(set(merges)) == 48894 and all(len(pair) == 2 for pair in merges),
+          f"it has {len(set(merges))} different merges, wanted 48894 pairs")
+    return merges
+
+
+def find_vocabulary(beside: Path) -> Path | None:
+    """A file or folder with CLIP's vocabulary: beside the weights, or in an installed CLIP package
+    (found on the disk, not imported)."""
+    if (beside / VOCABULARY).is_file() or (beside / "merges.txt").is_file():
+        return beside
+    for package in ("clip", "open_clip"):
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if (Path(folder) / VOCABULARY).is_file():
+                return Path(folder)
+    return None
+
+
+def read_vocabulary(path: Path, context_length: int = 77) -> Tokenizer:
+    """CLIP's published tokenizer from the list of merges, gzipped or not, or from a folder with it
+    or with Hugging Face's merges.txt (and vocab.json, which must then agree).
+
+    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
+    """
+    file = path
+    if path.is_dir():
+        file = path / (VOCABULARY if (path / VOCABULARY).is_file() else "merges.txt")
+    if not file.is_file():
+        raise FileNotFoundError(f"no {VOCABULARY} or merges.txt at {path}")
+    try:
+        raw = file.read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            # The published list has 1.4 MB in the clear; a bomb is cut off, then has no fit.
+            raw = zlib.decompressobj(wbits=31).decompress(raw, 20_000_000)
+        tokenizer = Tokenizer(published_merges(raw.decode("utf-8").split("\n")), context_length)
+    except (ValueError, zlib.error) as error:
+        raise ValueError(f"{file} is not CLIP's list of merges: {error}") from None
+    if file.name == "merges.txt":
+        if (file.parent / "vocab.json").is_file():
+            check(read_json(file.parent / "vocab.json") == tokenizer.ids,
+                  f"{file.parent / 'vocab.json'} and {file} disagree")
+        # Hugging Face fills up with its pad token, the end token unless told otherwise.
+        tokenizer.pad = tokenizer.end
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (file.parent / name).is_file():
+                pad = read_json(file.parent / name).get("pad_token")
+                pad = pad.get("content") if isinstance(pad, dict) else pad
+                tokenizer.pad = tokenizer.ids.get(pad, tokenizer.pad)
+    return tokenizer
 
 
 # ---------------------------------------------------------------- pictures
@@ -376,12 +668,12 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def fit_square(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side resized to `size` with Pillow's antialiased bicubic, then a centre crop."""
     width, height = picture.size
-    short, long = min(width, height), max(width, height)
+    short = min(width, height)
     if short != size:                               # the long side is truncated, not rounded
         width, height = (size if side == short else int(size * side / short)
                          for side in (width, height))
     left, top = round((width - size) / 2), round((height - size) / 2)
-    if short != size and long > 16 * short:         # a thin picture: resize what is kept alone
+    if short != size and width * height > 64_000_000:      # thin as a thread: resize what is kept
         x, y = picture.width / width, picture.height / height
         return picture.resize((size, size), Image.Resampling.BICUBIC,
                               box=(left * x, top * y, (left + size) * x, (top + size) * y))
@@ -463,16 +755,16 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(ln(x)), then x + MLP(ln(x)), hidden width 4 D."""
+    """Pre-norm residual block: x + attention(ln(x)), then x + MLP(ln(x))."""
 
-    def __init__(self, width: int, heads: int, activation: str) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.attn = Attention(width, heads)
         self.ln_1 = LayerNorm(width)
         self.mlp = nn.Sequential()
-        self.mlp.add_module("c_fc", nn.Linear(width, 4 * width))
+        self.mlp.add_module("c_fc", nn.Linear(width, hidden))
         self.mlp.add_module("gelu", ACTIVATIONS[activation]())
-        self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
+        self.mlp.add_module("c_proj", nn.Linear(hidden, width))
         self.ln_2 = LayerNorm(width)
 
     def forward(self, x: Tensor, is_causal: bool) -> Tensor:
@@ -483,11 +775,12 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks; `is_causal` hides later tokens (text)."""
 
-    def __init__(self, width: int, layers: int, heads: int, activation: str,
+    def __init__(self, width: int, layers: int, heads: int, hidden: int, activation: str,
                  is_causal: bool) -> None:
         super().__init__()
         self.is_causal = is_causal
-        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+        self.resblocks = nn.ModuleList(Block(width, heads, hidden or 4 * width, activation)
+                                       for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.resblocks:
@@ -507,7 +800,7 @@ class VisionTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(D ** -0.5 * torch.randn(n_patches + 1, D))
         self.ln_pre = LayerNorm(D)
         self.transformer = Transformer(D, config.vision_layers, config.vision_heads,
-                                       config.activation, is_causal=False)
+                                       config.vision_hidden, config.activation, is_causal=False)
         self.ln_post = LayerNorm(D)
         self.proj = nn.Parameter(D ** -0.5 * torch.randn(D, config.embed_dim))
 
@@ -521,6 +814,81 @@ class VisionTransformer(nn.Module):
         return self.ln_post(x[:, 0]) @ self.proj                         # (B, E)
 
 
+class Bottleneck(nn.Module):
+    """ResNet-50's block, 1x1 → 3x3 → 1x1, in CLIP's anti-aliased form: a stride is an average pool
+    in front of a convolution, on both ways."""
+
+    def __init__(self, c_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        c_out = 4 * width
+        self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
+        self.stride, self.downsample = stride, None
+        if stride > 1 or c_in != c_out:
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False),
+                                            nn.BatchNorm2d(c_out))
+
+    def forward(self, x: Tensor) -> Tensor:                              # (B, C, h, w)
+        short = x
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        if self.stride > 1:
+            x, short = F.avg_pool2d(x, self.stride), F.avg_pool2d(short, self.stride)
+        x = self.bn3(self.conv3(x))                                      # (B, C', h', w')
+        return F.relu(x + (short if self.downsample is None else self.downsample(short)))
+
+
+class AttentionPool(nn.Module):
+    """The mean of all features asks, the mean and the features answer; one answer a picture."""
+
+    def __init__(self, n_features: int, width: int, heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.positional_embedding = nn.Parameter(width ** -0.5 * torch.randn(n_features + 1, width))
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.c_proj = nn.Linear(width, width), nn.Linear(width, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:                              # (B, D, h, w)
+        x = x.flatten(2).transpose(1, 2)                                 # (B, L-1, D)
+        x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding.to(x.dtype)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L, d)
+                   for part in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)))
+        x = attention(q, k, v)                                           # (B, heads, 1, d)
+        return self.c_proj(x.flatten(1))                                 # (B, E)
+
+
+class ModifiedResNet(nn.Module):
+    """The other image tower: a stem of three convolutions, four stages, attention pooling."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        width = config.vision_width
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        c_in = width
+        for i, n_blocks in enumerate(config.vision_layers):
+            c_out = width * 2 ** i                                       # a quarter of the output
+            blocks = [Bottleneck(c_in, c_out, stride=1 if i == 0 else 2)]
+            blocks += [Bottleneck(4 * c_out, c_out, stride=1) for _ in range(n_blocks - 1)]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
+            c_in = 4 * c_out
+        self.attnpool = AttentionPool((config.image_size // 32) ** 2, c_in, config.vision_heads,
+                                      config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:                              # (B, 3, H, W)
+        x = F.relu(self.bn1(self.conv1(x)))                              # (B, D/2, H/2, W/2)
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)             # (B, D, H/4, W/4)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))        # (B, 32 D, H/32, W/32)
+        return self.attnpool(x)                                          # (B, E)
+
+
 class CLIP(nn.Module):
     """Both towers and the learned temperature. `tokenizer` belongs to the weights.
 
@@ -532,25 +900,28 @@ class CLIP(nn.Module):
         D = config.text_width
         self.config = config
         self.tokenizer: Tokenizer | None = None
-        self.visual = VisionTransformer(config)
+        is_resnet = isinstance(config.vision_layers, tuple)
+        self.visual = ModifiedResNet(config) if is_resnet else VisionTransformer(config)
         self.token_embedding = nn.Embedding(config.vocab_size, D)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, D))
         self.transformer = Transformer(D, config.text_layers, config.text_heads,
-                                       config.activation, is_causal=True)
+                                       config.text_hidden, config.activation, is_causal=True)
         self.ln_final = LayerNorm(D)
         self.text_projection = nn.Parameter(D ** -0.5 * torch.randn(D, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         nn.init.normal_(self.token_embedding.weight, std=0.02)
-        for tower in (self.visual.transformer, self.transformer):
-            initialise(tower)
+        initialise(self.transformer)
+        if not is_resnet:
+            initialise(self.visual.transformer)
 
     def embed_images(self, pixels: Tensor) -> Tensor:
         """CLIP pixels (B, 3, H, W) -> unit-norm float32 (B, E)."""
-        return F.normalize(self.visual(pixels).float(), dim=-1)
+        dtype = self.visual.conv1.weight.dtype
+        return F.normalize(self.visual(pixels.to(dtype)).float(), dim=-1)
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """int64 (B, L) from the tokenizer -> unit-norm float32 (B, E)."""
-        # Attention is causal: nothing behind the end token can change it, so it is cut away.
+        # Attention is causal: nothing behind the first end token can change it: it is cut away.
         tokens = tokens[:, : int(tokens.argmax(-1).max()) + 1]
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, D)
         x = self.ln_final(self.transformer(x))
@@ -559,7 +930,15 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """Texts -> unit-norm float32 (B, E), on the model's device; cut with a warning if long."""
+        """Texts -> unit-norm float32 (B, E), on the model's device; cut with a warning if long.
+
+        Raises FileNotFoundError where weights came without their vocabulary and none was found.
+        """
+        if self.tokenizer is None:
+            raise FileNotFoundError(
+                f"texts need CLIP's vocabulary: put {VOCABULARY} (openai/CLIP and open_clip keep "
+                "it in their package's folder) or Hugging Face's vocab.json and merges.txt beside "
+                "the weights, or name it")
         return self.embed_tokens(self.tokenizer(texts).to(self.logit_scale.device))
 
     @torch.no_grad()
@@ -581,16 +960,22 @@ class CLIP(nn.Module):
     def describe(self) -> str:
         """The build in words, for manifests and messages."""
         c = self.config
-        return (f"CLIP ViT {c.image_size}/{c.patch_size}, {c.vision_layers} x {c.vision_width} and "
-                f"{c.text_layers} x {c.text_width}")
+        tower = f"ViT {c.image_size}/{c.patch_size}, {c.vision_layers} x {c.vision_width}"
+        if isinstance(c.vision_layers, tuple):
+            blocks = ",".join(map(str, c.vision_layers))
+            tower = f"ResNet {c.image_size}, {blocks} x {c.vision_width}"
+        return f"CLIP {tower} and {c.text_layers} x {c.text_width}, {c.activation}"
 
     def fingerprint(self) -> str:
         """16 hex digits that tell two CLIPs apart, the same for float32 and float16 files.
 
-        Weights, config and vocabulary go in: two CLIPs with one fingerprint embed alike.
+        Weights, config and vocabulary go in: two CLIPs with one fingerprint embed alike. The
+        published vocabulary is one for all and may be absent: it is left out.
         """
-        merges = self.tokenizer.merges if self.tokenizer else []
-        digest = hashlib.sha256(json.dumps([asdict(self.config), merges]).encode())
+        is_own = self.tokenizer is not None and len(self.tokenizer.words) != PUBLISHED_SIZE
+        config = {name: value for name, value in asdict(self.config).items() if value}
+        digest = hashlib.sha256(json.dumps(
+            [config, self.tokenizer.merges if is_own else []]).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -604,6 +989,192 @@ def initialise(tower: Transformer) -> None:
         nn.init.normal_(block.attn.out_proj.weight, std=D ** -0.5 * (2 * layers) ** -0.5)
         nn.init.normal_(block.mlp.c_fc.weight, std=(2 * D) ** -0.5)
         nn.init.normal_(block.mlp.c_proj.weight, std=D ** -0.5 * (2 * layers) ** -0.5)
+
+
+# ---------------------------------------------------------------- published checkpoints
+#
+# Three projects publish CLIPs under three sets of names. All are turned into OpenAI's, then the
+# sizes are read off the shapes; what shapes can't say (heads, activation) is read from a config
+# beside the file, or known, or guessed with a warning.
+
+# Hugging Face's names, piece by piece; q, k, v and the transposed projections are treated apart.
+FROM_HUGGING_FACE = (
+    ("vision_model.embeddings.class_embedding", "visual.class_embedding"),
+    ("vision_model.embeddings.patch_embedding", "visual.conv1"),
+    ("vision_model.embeddings.position_embedding.weight", "visual.positional_embedding"),
+    ("vision_model.pre_layrnorm", "visual.ln_pre"),                     # their spelling
+    ("vision_model.post_layernorm", "visual.ln_post"),
+    ("vision_model.encoder.layers", "visual.transformer.resblocks"),
+    ("text_model.embeddings.token_embedding", "token_embedding"),
+    ("text_model.embeddings.position_embedding.weight", "positional_embedding"),
+    ("text_model.encoder.layers", "transformer.resblocks"),
+    ("text_model.final_layer_norm", "ln_final"),
+    ("visual_projection.weight", "visual.proj"),
+    ("text_projection.weight", "text_projection"),
+    (".self_attn.", ".attn."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
+    (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}      # OpenCLIP's H, g, bigG image towers; else 64
+
+
+def to_openai_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Any of the three layouts -> OpenAI's names, wrappers' prefixes stripped."""
+    # "module.", "model." and the like: whatever stands in front of the text tower.
+    for inner in ("text_model.embeddings.token_embedding.weight", "text.token_embedding.weight",
+                  "token_embedding.weight"):
+        prefixes = [name.removesuffix(inner) for name in tensors if name.endswith(inner)]
+        if prefixes:
+            break
+    else:
+        raise ValueError("it has no token_embedding: no CLIP in OpenAI's, OpenCLIP's or Hugging "
+                         "Face's layout")
+    tensors = {name.removeprefix(prefixes[0]): t for name, t in tensors.items()
+               if name.startswith(prefixes[0])}
+    tensors = {name: t for name, t in tensors.items() if name.split(".")[-1] not in NOT_WEIGHTS}
+    if not inner.startswith("text_model."):
+        return {name.removeprefix("text."): t for name, t in tensors.items()}
+    renamed = {}
+    for name, t in tensors.items():
+        for theirs, ours in FROM_HUGGING_FACE:
+            name = name.replace(theirs, ours)
+        renamed[name] = t.T if name in ("visual.proj", "text_projection") else t
+    for name in [name for name in renamed if ".attn.q_proj." in name]:
+        parts = [renamed.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj",
+                                                                       "v_proj")]
+        renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
+    return renamed
+
+
+def sizes_from_shapes(tensors: dict[str, Tensor], activation: str, heads: dict[str, int]
+                      ) -> ClipConfig:
+    """The config of weights in OpenAI's names. heads: `vision_heads`, `text_heads` where known."""
+    def shape(name: str) -> tuple[int, ...]:
+        check(name in tensors, f"it lacks {name}")
+        return tuple(tensors[name].shape)
+
+    def count(pattern: str) -> int:
+        return len({found[1] for name in tensors if (found := re.match(pattern, name))})
+
+    text_width = shape("ln_final.weight")[0]
+    text = {"embed_dim": shape("text_projection")[1],
+            "context_length": shape("positional_embedding")[0],
+            "vocab_size": shape("token_embedding.weight")[0], "text_width": text_width,
+            "text_layers": count(r"transformer\.resblocks\.(\d+)\."),
+            "text_heads": heads.get("text_heads", text_width // 64),
+            "text_hidden": shape("transformer.resblocks.0.mlp.c_fc.bias")[0],
+            "activation": activation}
+    if "visual.proj" in tensors:
+        width, _, _, patch = shape("visual.conv1.weight")
+        side = math.isqrt(shape("visual.positional_embedding")[0] - 1)
+        vision = {"image_size": side * patch, "patch_size": patch, "vision_width": width,
+                  "vision_layers": count(r"visual\.transformer\.resblocks\.(\d+)\."),
+                  "vision_heads": width // HEAD_WIDTHS.get(width, 64),
+                  "vision_hidden": shape("visual.transformer.resblocks.0.mlp.c_fc.bias")[0]}
+    else:
+        width = shape("visual.layer1.0.conv1.weight")[0]
+        side = math.isqrt(shape("visual.attnpool.positional_embedding")[0] - 1)
+        vision = {"image_size": 32 * side, "patch_size": 32, "vision_width": width,
+                  "vision_layers": tuple(count(rf"visual\.layer{i}\.(\d+)\.") for i in range(1, 5)),
+                  "vision_heads": width // 2, "vision_hidden": 0}
+    if "vision_heads" in heads:
+        vision["vision_heads"] = heads["vision_heads"]
+    return ClipConfig(**text, **vision)
+
+
+def read_json(path: Path) -> dict:
+    """A small JSON table. Raises ValueError with one sentence where it is none."""
+    try:
+        table = json.loads(path.read_text("utf-8"))
+        check(isinstance(table, dict), "it holds no table")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable as JSON: {error}") from None
+    return table
+
+
+def config_beside(folder: Path) -> tuple[str | None, dict[str, int]]:
+    """Activation and heads as the folder's config tells: Hugging Face's or OpenCLIP's, else None.
+
+    Raises ValueError for a config that asks for what CLIP here is not.
+    """
+    try:
+        if (folder / "open_clip_config.json").is_file():
+            found = read_json(folder / "open_clip_config.json")
+            model = found["model_cfg"]
+            vision, text = model["vision_cfg"], model["text_cfg"]
+            odd = {"timm_model_name", "hf_model_name"} & (set(vision) | set(text))
+            check(not odd, f"{', '.join(odd)}: towers of other projects are not built here")
+            pixels = found.get("preprocess_cfg", {})
+            for name, ours in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
+                check(np.allclose(pixels.get(name, ours), ours, atol=1e-6),
+                      f"its pixels have the {name} {pixels.get(name)}, CLIP's have {ours}")
+            heads = {"text_heads": text["heads"]}
+            if isinstance(vision["layers"], int):
+                heads["vision_heads"] = vision["width"] // vision.get("head_width", 64)
+            return "quick_gelu" if model.get("quick_gelu") else "gelu", heads
+        if (folder / "config.json").is_file():
+            found = read_json(folder / "config.json")
+            vision, text = found["vision_config"], found["text_config"]
+            # Their class' defaults are ViT-B/32's: a config names what differs.
+            activation = text.get("hidden_act", "quick_gelu")
+            other = vision.get("hidden_act", "quick_gelu")
+            check(activation == other and activation in ACTIVATIONS,
+                  f"its towers' activations are {other!r} and {activation!r}")
+            return activation, {"vision_heads": vision.get("num_attention_heads", 12),
+                                "text_heads": text.get("num_attention_heads", 8)}
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"the config in {folder} is not one of a CLIP: "
+                         f"{type(error).__name__} {error}") from None
+    return None, {}
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder as Hugging Face lays it out: one file, or shards and their table."""
+    for name in ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
+                 "open_clip_pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_tensors(folder / name)[0]
+    table = folder / "model.safetensors.index.json"
+    if not table.is_file():
+        raise FileNotFoundError(f"no model.safetensors, nor shards of it, in {folder}")
+    where = read_json(table).get("weight_map")
+    check(isinstance(where, dict) and all(isinstance(name, str) and Path(name).name == name
+                                          for name in where.values()),
+          f"{table} has no weight_map of files in its folder")
+    shards = {name: read_tensors(folder / name)[0] for name in sorted(set(where.values()))}
+    missing = [name for name, shard in where.items() if name not in shards[shard]]
+    check(not missing, f"{table} names {missing[:1]}, which is not in its shard")
+    return {name: shards[shard][name] for name, shard in where.items()}
+
+
+def load_foreign(path: Path, activation: str | None) -> CLIP:
+    """A CLIP from weights that this project did not write, without its tokenizer."""
+    if path.is_dir():
+        tensors, is_torchscript, folder = weights_in(path), False, path
+    else:
+        (tensors, is_torchscript), folder = read_tensors(path), path.parent
+    told, heads = config_beside(folder)
+    try:
+        tensors = to_openai_names(tensors)
+        if activation is None:
+            # Only OpenAI published archives, and all of them use QuickGELU.
+            activation = "quick_gelu" if is_torchscript else told
+        if activation is None:
+            is_half = tensors["token_embedding.weight"].dtype == torch.float16
+            activation = "quick_gelu" if is_half else "gelu"
+            warnings.warn(
+                f"nothing beside {path} says which activation it wants: guessed {activation}, as "
+                f"{'OpenAI' if is_half else 'most of OpenCLIP'}'s "
+                f"{'float16' if is_half else 'float32'} weights do; say activation=... if you know",
+                stacklevel=3)
+        config = sizes_from_shapes(tensors, activation, heads)
+        with torch.device("meta"):
+            model = CLIP(config)
+        model.load_state_dict({name: (t.float() if t.is_floating_point() else t).contiguous()
+                               for name, t in tensors.items()}, assign=True)
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not fit a CLIP: {reason}") from None
+    return model
 
 
 # ---------------------------------------------------------------- load, save
@@ -625,15 +1196,53 @@ def save(path: str | os.PathLike, model: CLIP, metadata: dict[str, str]) -> None
     save_model(path, model, {**metadata, "merges": merges})
 
 
-def load(path: str | os.PathLike) -> CLIP:
-    """Load a CLIP with its tokenizer from one file, in eval mode, float32, on the CPU.
+def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
+         activation: str | None = None, dtype: torch.dtype = torch.float32) -> CLIP:
+    """Load a CLIP, ours or a published one, with its tokenizer, in eval mode, on the CPU.
 
+    path: our .safetensors; OpenAI's TorchScript .pt; a state dict as .pt, .bin or .safetensors in
+        OpenAI's, OpenCLIP's or Hugging Face's names; a folder as Hugging Face lays it out.
+    tokenizer: the published vocabulary's file or folder, where it does not lie beside the weights
+        and no CLIP package is installed. Without any, pictures can be embedded, texts can't.
+    activation: "quick_gelu" or "gelu", where neither the file nor a config beside it tells; a guess
+        is made with a warning. `describe()` says what was taken.
     Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
     """
-    model, metadata = load_model(path, {"CLIP": (CLIP, ClipConfig)})
-    lines = metadata.get("merges", "").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines if line]
-    if 514 + len(merges) != model.config.vocab_size or any(len(pair) != 2 for pair in merges):
-        raise ValueError(f"{path} has {len(merges)} merges for {model.config.vocab_size} tokens")
-    model.tokenizer = Tokenizer(merges, model.config.context_length)
-    return model.requires_grad_(False)
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if activation not in (None, *ACTIVATIONS):
+        raise ValueError(f"activation is {activation!r}, wanted {' or '.join(ACTIVATIONS)}")
+    if is_ours(path):
+        model, metadata = load_model(path, {"CLIP": (CLIP, ClipConfig)})
+        lines = metadata.get("merges", "").split("\n")
+        merges = [tuple(line.split(" ")) for line in lines if line]
+        n_words = 514 + len(merges)
+        if n_words != model.config.vocab_size or any(len(pair) != 2 for pair in merges):
+            raise ValueError(f"{path} has {len(merges)} merges for {model.config.vocab_size} ids")
+        model.tokenizer = Tokenizer(merges, model.config.context_length)
+    else:
+        model = load_foreign(path, activation)
+        where = Path(tokenizer) if tokenizer else None
+        if where is None and model.config.vocab_size == PUBLISHED_SIZE:
+            where = find_vocabulary(path if path.is_dir() else path.parent)
+        if where is not None:
+            model.tokenizer = read_vocabulary(where, model.config.context_length)
+            if model.config.vocab_size != PUBLISHED_SIZE:
+                raise ValueError(f"{where} has {PUBLISHED_SIZE} tokens, {path} wants "
+                                 f"{model.config.vocab_size}")
+    return model.eval().requires_grad_(False).to(dtype)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file says that this project wrote it. Damaged files are left to their reader."""
+    if path.is_dir() or path.stat().st_size < 8:
+        return not path.is_dir()
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if start in (b"PK", b"\x80\x02"):
+        return False
+    try:
+        return read_header(path)[0].get("__metadata__", {}).get("format") == FORMAT
+    except (ValueError, RecursionError, struct.error, AttributeError):
+        return True

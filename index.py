@@ -26,6 +26,7 @@ import os
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,29 +236,45 @@ def is_listable(name: str) -> bool:
     return "\n" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
-def embed_folder(clip: clip_model.CLIP, folder: str | os.PathLike, batch_size: int = 256
-                 ) -> tuple[Tensor, list[str], list[str]]:
+def embed_folder(clip: clip_model.CLIP, folder: str | os.PathLike, batch_size: int = 256,
+                 bf16: bool = False) -> tuple[Tensor, list[str], list[str]]:
     """Embed all pictures below a folder: unit-norm float32 (N, E), their relative names, and one
-    sentence for each file that could not be read."""
-    names, bad, embeddings, batch = [], [], [], []
-    files = list_images(folder)
-    for i, name in enumerate(files):
+    sentence for each file that could not be read.
+
+    Threads decode and resize the next batch while CLIP sees this one (Pillow lets other threads run
+    meanwhile). bf16: matrix products in bfloat16, faster, the cosine to float32's above 0.999.
+    """
+    files, start = list_images(folder), time.time()
+    device = clip.logit_scale.device
+
+    def read(name: str) -> Image.Image | str:
         try:
             if not is_listable(name):
                 raise ValueError(f"{name!r} is no file name for a list of lines in UTF-8")
             picture = clip_model.read_image(Path(folder) / name)
-            batch.append(clip_model.fit_square(picture, clip.config.image_size))
-            names.append(name)
+            return clip_model.fit_square(picture, clip.config.image_size)
         except ValueError as error:
-            bad.append(str(error))
-        if batch and (len(batch) == batch_size or i + 1 == len(files)):
-            embeddings.append(clip.embed_pictures(batch).cpu())
-            batch = []
+            return str(error)
+
+    names, bad, embeddings = [], [], [torch.zeros(0, clip.config.embed_dim)]
+    batches = [files[i:i + batch_size] for i in range(0, len(files), batch_size)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as workers:
+        coming = workers.map(read, batches[0] if batches else [])
+        for i, batch in enumerate(batches):
+            found = dict(zip(batch, coming))
+            coming = workers.map(read, batches[i + 1] if i + 1 < len(batches) else [])
+            bad += [sentence for sentence in found.values() if isinstance(sentence, str)]
+            pictures = {name: p for name, p in found.items() if not isinstance(p, str)}
+            names += pictures
+            if pictures:
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    embeddings.append(clip.embed_pictures(list(pictures.values())).cpu())
             if sys.stderr.isatty():
-                end = "\n" if i + 1 == len(files) else ""
-                print(f"\r{i + 1}/{len(files)} pictures embedded ", end=end, file=sys.stderr)
-    dim = clip.config.embed_dim
-    return torch.cat([torch.zeros(0, dim), *embeddings]), names, bad
+                done = min(len(files), (i + 1) * batch_size)
+                left = (time.time() - start) / done * (len(files) - done)
+                print(f"\r{done}/{len(files)} pictures embedded, {left:.0f} s left ",
+                      end="\n" if done == len(files) else "", file=sys.stderr)
+    return torch.cat(embeddings), names, bad
 
 
 def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
@@ -279,9 +296,9 @@ def build(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out} is a file, wanted a folder to write")
     clip = clip_model.load(args.clip).to(clip_model.pick_device(args.device))
-    print(f"{args.images} through {args.clip} ({clip.fingerprint()}, "
+    print(f"{args.images} through {args.clip} ({clip.describe()}, {clip.fingerprint()}, "
           f"{clip.config.embed_dim} dimensions)")
-    embeddings, names, bad = embed_folder(clip, args.images)
+    embeddings, names, bad = embed_folder(clip, args.images, bf16=args.bf16)
     for sentence in bad:
         print(f"skipped: {sentence}", file=sys.stderr)
     if not names:
@@ -325,6 +342,7 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("images", type=Path, help="folder of pictures")
     sub.add_argument("--clip", type=Path, default=shipped / "clip.safetensors")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--bf16", action="store_true", help="embed in bfloat16: about twice as fast")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     sub.set_defaults(run=build)
 

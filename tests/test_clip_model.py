@@ -86,7 +86,7 @@ def test_a_model_loads_from_its_path_alone(tmp_path):
 
 def test_foreign_and_misfitting_files_are_refused(tmp_path):
     write_weights(tmp_path / "foreign", {"x": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="not written by this project"):
+    with pytest.raises(ValueError, match="no token_embedding"):
         clip_model.load(tmp_path / "foreign")
     model = tiny_clip()
     clip_model.save_model(tmp_path / "c", model, {})  # no merges
