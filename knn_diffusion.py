@@ -7,7 +7,8 @@ embeddings (kNN-Diffusion Sec. 3):
     inference    condition on f_txt(text) and the k rows of H nearest to that
 
     continuous   x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε,  t = 1 … T, ᾱ_0 = 1; the U-Net predicts ε, v or x_0
-    guidance     out = uncond + s·(cond − uncond), s = 1 is off
+    discrete     tokens are masked and replaced; a transformer predicts p(x_0 | x_t)
+    guidance     out = uncond + s·(cond − uncond), s = 1 is off; of log p for tokens
 
     paper        code                            paper        code
     x_t, ε, v    xt, eps, v                      ᾱ_t, β_t     alpha_bar[t], beta[t]
@@ -17,7 +18,7 @@ embeddings (kNN-Diffusion Sec. 3):
 Shapes: B batch, C channels, H W picture, L image tokens (h·w), D width of the condition, E CLIP
 dimension, K neighbours, T steps. Pictures are in [-1, 1]. t is the step: 1 … T; x_0 is the picture.
 
-Left out so far: the discrete backbone (VQ-Diffusion), editing.
+Left out so far: editing.
 """
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import attention, load_model, save_model
+from clip_model import QuickGELU, attention, load_model, save_model
 
 # ---------------------------------------------------------------- configuration
 
@@ -56,7 +57,8 @@ class UNetConfig:
     noise_shift: float = 1.0                  # √SNR is multiplied by it; below 1: noisier
     unshuffle: int = 1                        # Ours: pixels of r x r squares become channels
     position_map: bool = False                # Ours: a learned map is added to the input features
-    query_map: int = 0                        # Ours: channels of a map made from the query
+    query_map: int = 0                        # Ours: channels of a map made from the query ...
+    query_hidden: int = 1024                  # ... by a perceptron with so many hidden units
 
     def __post_init__(self) -> None:
         for name in ("widths", "attention", "self_attention"):        # JSON gives lists back
@@ -80,10 +82,10 @@ PRESETS = {
                       learned_variance=False),
     # Two CPU cores: everything happens on 16x16 and 8x8 features.
     "stickers": UNetConfig(
-        embed_dim=256, widths=(96, 192), blocks=1, norm_groups=8, head_channels=48,
+        embed_dim=256, widths=(96, 160), blocks=1, norm_groups=8, head_channels=32,
         condition_width=256, time_width=192, attention=(16, 8), self_attention=(8,), dropout=0.0,
         target="x0", learned_variance=False, noise_shift=0.5, unshuffle=4, position_map=True,
-        query_map=16),
+        query_map=24),
 }
 
 
@@ -170,7 +172,7 @@ class Condition(nn.Module):
     vector put in *before* every path that reads the condition, so that no path can miss it.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig | TransformerConfig) -> None:
         super().__init__()
         E, D = config.embed_dim, config.condition_width
         self.n_neighbors = config.n_neighbors
@@ -340,8 +342,12 @@ class UNet(nn.Module):
                 size //= 2
                 self.down.append(Level(config, c, c, size, "down", attend=False))
                 skips.append(c)
-        self.query_map = nn.Linear(
-            config.embed_dim, config.query_map * size * size) if config.query_map else None
+        # Ours: which picture a query means has to be learned by heart. A perceptron does that at
+        # next to no cost: its hidden units are the places of a memory. Convolutions are not.
+        self.query_map = nn.Sequential(
+            nn.Linear(config.embed_dim, config.query_hidden), nn.SiLU(),
+            nn.Linear(config.query_hidden, config.query_map * size * size),
+        ) if config.query_map else None
         self.map_in = nn.Conv2d(config.query_map, c, 1) if config.query_map else None
         self.middle = nn.ModuleList([Level(config, c, c, size),
                                      Level(config, c, c, size, attend=False)])
@@ -608,17 +614,403 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
     yield from SAMPLERS[sampler](predict, schedule, times, noise)
 
 
+# ================================================================ the discrete backbone
+#
+# VQ-Diffusion (Gu et al., 2111.14822): x_0 is L tokens of 0 … V−1 (vqvae.py), MASK = V. In a step a
+# token stays, or becomes any code, or MASK, which it remains:
+#
+#     q(x_t | x_{t−1}):   itself α_t + β_t,   another code β_t each,   MASK γ_t;   α + Vβ + γ = 1
+#
+# The steps' products have a closed form. A token was let alone in all steps with ᾱ_t = ∏ α_i and
+# not masked in any with 1 − γ̄_t = ∏ (1 − γ_i); in between it is any code, β̄_t each:
+#
+#     q(x_t | x_0):       x_0 itself ᾱ_t + β̄_t,   another code β̄_t,   MASK γ̄_t;   ᾱ + Vβ̄ + γ̄ = 1
+#
+# From any s to any later t it is the same form with ᾱ_t/ᾱ_s and (1 − γ̄_t)/(1 − γ̄_s) in place of the
+# products: one function serves every stride. t runs 1 … T, t = 0 is the picture.
+
+LOG_ZERO = -70.0                   # the one floor of log probabilities: e^-70 is about 4e-31
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """The discrete backbone. Defaults: VQ-Diffusion-B (19 blocks of 1024) on 32x32 tokens."""
+    image_size: int = 256                     # pixels a side, of the VQ-VAE's pictures
+    n_codes: int = 8192                       # V
+    tokens_a_side: int = 32                   # h = w; L = h·w
+    embed_dim: int = 512                      # E, CLIP's dimension
+    n_neighbors: int = 10                     # K in training
+    width: int = 1024                         # D
+    layers: int = 19
+    heads: int = 16
+    condition_width: int = 512                # of the condition's tokens
+    T: int = 100                              # steps of the diffusion
+    schedule: str = "released"                # "released": the code's; "paper": the text's
+    auxiliary: float = 5e-4                   # λ of −log p(x_0 | x_t), the text-to-image configs'
+    query_map: int = 0                        # Ours: channels of a map made from the query ...
+    query_hidden: int = 1024                  # ... by a perceptron with so many hidden units
+
+    def __post_init__(self) -> None:
+        if self.schedule not in ("released", "paper") or self.T < 2 or self.width % self.heads:
+            raise ValueError(f"schedule {self.schedule!r}, T {self.T}, width {self.width}, heads "
+                             f"{self.heads}: wanted released or paper, T >= 2, heads that divide")
+
+
+DISCRETE_PRESETS = {
+    "paper": TransformerConfig(),
+    "gpu": TransformerConfig(image_size=128, tokens_a_side=16, n_codes=1024, width=512, layers=16,
+                             heads=8),
+    "stickers": TransformerConfig(image_size=64, tokens_a_side=16, n_codes=1024, embed_dim=256,
+                                  width=192, layers=8, heads=6, condition_width=192, query_map=8,
+                                  query_hidden=512),
+}
+
+
+# ---------------------------------------------------------------- mask and replace
+
+class MaskSchedule:
+    """ᾱ_t and γ̄_t, float64, index 0 … T, and what follows from them.
+
+    "released" (VQ-Diffusion's code): ᾱ falls linearly from 0.99999 at t = 1 to 0.000009 at T, γ̄
+    rises from 0.000009 to 0.99999: Vβ̄ is 1e-6 throughout, almost pure masking. "paper" (its text):
+    γ̄ rises linearly to 0.9 and Vβ̄ to 0.1; ᾱ_T = 0 is raised to FLOOR, taken from Vβ̄.
+    """
+    FLOOR = 1e-6
+
+    def __init__(self, T: int, n_codes: int, kind: str = "released") -> None:
+        t = torch.arange(T + 1, dtype=torch.float64)
+        if kind == "released":
+            alpha_bar = 0.99999 + (t - 1) / (T - 1) * (0.000009 - 0.99999)
+            gamma_bar = 0.000009 + (t - 1) / (T - 1) * (0.99999 - 0.000009)
+        else:
+            alpha_bar, gamma_bar = (1 - t / T).clamp(min=self.FLOOR), 0.9 * t / T
+        alpha_bar[0], gamma_bar[0] = 1, 0
+        self.T, self.n_codes = T, n_codes
+        self.alpha_bar, self.gamma_bar = alpha_bar, gamma_bar              # (T+1,)
+        self.beta_bar = (1 - alpha_bar - gamma_bar) / n_codes
+        assert (alpha_bar.diff() < 0).all() and (gamma_bar.diff() > 0).all()
+        assert (self.beta_bar >= 0).all() and ((self.beta_bar / alpha_bar).diff() > -1e-18).all()
+
+    def between(self, s: int | Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """α, β, γ of q(x_t | x_s), s < t, float64, shaped as s and t."""
+        s, t = torch.as_tensor(s).cpu(), torch.as_tensor(t).cpu()
+        alpha = self.alpha_bar[t] / self.alpha_bar[s]
+        gamma = 1 - (1 - self.gamma_bar[t]) / (1 - self.gamma_bar[s])
+        return alpha, ((1 - alpha - gamma) / self.n_codes).clamp(min=0), gamma
+
+
+def mask_and_replace(x0: Tensor, t: Tensor, schedule: MaskSchedule, u: Tensor, codes: Tensor
+                     ) -> Tensor:
+    """Draw x_t given x_0: int64 (B, L). u: uniform (B, L); codes: uniform in 0 … V−1 (B, L)."""
+    stays = schedule.alpha_bar[t.cpu()].to(u)[:, None]                     # (B, 1)
+    replaced = stays + (schedule.n_codes * schedule.beta_bar[t.cpu()]).to(u)[:, None]
+    xt = torch.where(u < stays, x0, codes)
+    return torch.where(u < replaced, xt, schedule.n_codes)                 # MASK = V
+
+
+def one_hot_log(x0: Tensor, n_codes: int) -> Tensor:
+    """Tokens (B, L) → log probabilities (B, L, V): 0 at the token, LOG_ZERO elsewhere."""
+    log_p = torch.full((*x0.shape, n_codes), LOG_ZERO, device=x0.device)
+    return log_p.scatter(-1, x0[..., None], 0.0)
+
+
+def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
+                  ) -> Tensor:
+    """log p(x_s | x_t) = log Σ_v q(x_s | x_t, x_0 = v) p(x_0 = v), for any s < t.
+
+    log_x0: log p(x_0) (B, L, V), normalised; xt: int64 (B, L); t, s: int64 (B,). Returns float32
+    (B, L, V+1), MASK last. With a one-hot log_x0 it is the true posterior q(x_s | x_t, x_0).
+
+    Bayes, and that x_s tells all that x_t has of x_0:
+        q(x_s | x_t, v) = q(x_t | x_s) q(x_s | v) / q(x_t | v).
+    Only the last two factors hold v, so with w_v = p(v) / q(x_t | v) and W = Σ_v w_v
+        p(x_s | x_t) = q(x_t | x_s) · Σ_v w_v q(x_s | v).
+    For a code c, q(c | v) is ᾱ_s [c = v] + β̄_s, so the sum is ᾱ_s w_c + β̄_s W; for MASK: γ̄_s W.
+    The outer factor is, for x_t = MASK: γ_{t|s} from a code, 1 from MASK; for a code x_t:
+    α_{t|s} [c = x_t] + β_{t|s} from a code c, 0 from MASK. And q(x_t | v) is γ̄_t for MASK, whatever
+    v is: so a masked token's w is p itself, but for a factor; else ᾱ_t [v = x_t] + β̄_t.
+    """
+    V = schedule.n_codes
+
+    def log(p: Tensor) -> Tensor:                                          # (B,) → (B, 1, 1)
+        return p.clamp(min=math.exp(LOG_ZERO)).log().to(log_x0)[:, None, None]
+
+    alpha, beta, gamma = schedule.between(s, t)
+    is_masked = (xt == V)[..., None]                                       # (B, L, 1)
+    is_xt = F.one_hot(xt, V + 1)[..., :V].bool()                           # (B, L, V)
+    bars = schedule.alpha_bar, schedule.beta_bar, schedule.gamma_bar
+    alpha_t, beta_t, gamma_t = (bar[t.cpu()] for bar in bars)
+    alpha_s, beta_s, gamma_s = (bar[s.cpu()] for bar in bars)
+
+    log_denominator = torch.where(is_masked, log(gamma_t), torch.where(
+        is_xt, log(alpha_t + beta_t), log(beta_t)))                        # log q(x_t | v)
+    log_w = log_x0 - log_denominator                                       # (B, L, V)
+    log_W = log_w.logsumexp(-1, keepdim=True)                              # (B, L, 1)
+    log_outer = torch.where(is_masked, log(gamma), torch.where(
+        is_xt, log(alpha + beta), log(beta)))                              # log q(x_t | x_s = c)
+    log_codes = log_outer + torch.logaddexp(log(alpha_s) + log_w, log(beta_s) + log_W)
+    log_mask = torch.where(is_masked, log(gamma_s) + log_W, LOG_ZERO)
+    log_p = torch.cat([log_codes, log_mask], dim=-1)                       # (B, L, V+1)
+    return log_p.log_softmax(-1).clamp(min=LOG_ZERO)                       # rounding, no more
+
+
+# ---------------------------------------------------------------- the transformer
+
+class AdaLayerNorm(nn.Module):
+    """LayerNorm with scale and shift from the step and the query."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:                  # (B, L, D), (B, D)
+        scale, shift = self.modulation(time)[:, None].chunk(2, dim=-1)
+        return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype) * (1 + scale) + shift
+
+
+class TokenBlock(nn.Module):
+    """Self-attention of the tokens, cross-attention to the condition, MLP."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        D = config.width
+        self.heads = config.heads
+        self.norm_self, self.norm_cross, self.norm_mlp = (
+            AdaLayerNorm(D), AdaLayerNorm(D), nn.LayerNorm(D))
+        self.to_qkv, self.out_self = nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.to_q, self.out_cross = nn.Linear(D, D), nn.Linear(D, D)
+        self.condition_kv = nn.Linear(config.condition_width, 2 * D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), QuickGELU(), nn.Linear(4 * D, D))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:           # (B, L or M, D) each
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        return attention(q, k, v).transpose(1, 2).flatten(2)               # (B, L, D)
+
+    def forward(self, x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
+        x = x + self.out_self(self.attend(*self.to_qkv(self.norm_self(x, time)).chunk(3, dim=-1)))
+        k, v = self.condition_kv(tokens).chunk(2, dim=-1)                  # (B, 1+K, D)
+        x = x + self.out_cross(self.attend(self.to_q(self.norm_cross(x, time)), k, v))
+        return x + self.mlp(self.norm_mlp(x))
+
+
+class TokenTransformer(nn.Module):
+    """log p(x_0 | x_t) under a condition: VQ-Diffusion's network, one time table for all norms."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        D, side = config.width, config.tokens_a_side
+        self.condition = Condition(config)
+        self.time = nn.Embedding(config.T + 1, D)
+        self.query_to_time = nn.Linear(config.embed_dim, D)
+        self.token = nn.Embedding(config.n_codes + 1, D)                   # MASK is the last
+        self.row, self.column = nn.Embedding(side, D), nn.Embedding(side, D)
+        for table in (self.time, self.token, self.row, self.column):
+            nn.init.normal_(table.weight, std=0.02)
+        self.query_map = nn.Sequential(
+            nn.Linear(config.embed_dim, config.query_hidden), nn.SiLU(),
+            nn.Linear(config.query_hidden, config.query_map * side * side),
+        ) if config.query_map else None                                    # as the U-Net's
+        self.map_in = nn.Linear(config.query_map, D) if config.query_map else None
+        self.blocks = nn.ModuleList(TokenBlock(config) for _ in range(config.layers))
+        self.norm_out, self.out = nn.LayerNorm(D), zeroed(nn.Linear(D, config.n_codes))
+
+    def forward(self, xt: Tensor, t: Tensor, query: Tensor | None, neighbors: Tensor | None,
+                drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None) -> Tensor:
+        """xt int64 (B, L) in 0 … V, t (B,) in 1 … T, condition as in `Condition.forward`.
+
+        Returns log probabilities float32 (B, L, V), normalised, at least LOG_ZERO.
+        """
+        tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
+        time = F.silu(self.time(t) + self.query_to_time(query))            # (B, D)
+        places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)     # (L, D)
+        x = self.token(xt) + places                                        # (B, L, D)
+        if self.query_map is not None:
+            x = x + self.map_in(self.query_map(query).unflatten(1, (x.shape[1], -1)))
+        for block in self.blocks:
+            x = block(x, time, tokens)
+        return self.out(self.norm_out(x)).float().log_softmax(-1).clamp(min=LOG_ZERO)
+
+
+# ---------------------------------------------------------------- loss
+
+def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, xt: Tensor,
+                  t: Tensor, query: Tensor, neighbors: Tensor, drop_query: Tensor,
+                  drop_neighbors: Tensor) -> tuple[Tensor, Tensor]:
+    """The variational term and the auxiliary one of each sample, nats a token: two (B,).
+
+    KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion Eq. 6 to 8; at t = 1 q is certain and
+    this is −log p(x_0 | x_1). Then −log p(x_0 | x_t), which teaches x_0 at once, with the code's
+    adaptive weight 2 − (t−1)/T. Neither is divided by the probability of t yet: see `TimeSampler`.
+    """
+    log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors)    # (B, L, V)
+    log_p = log_posterior(log_x0, xt, t, t - 1, schedule)                  # (B, L, V+1)
+    log_q = log_posterior(one_hot_log(x0, schedule.n_codes), xt, t, t - 1, schedule)
+    kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean(1)                   # (B,)
+    auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
+    return kl, model.config.auxiliary * (2 - (t - 1) / schedule.T) * auxiliary
+
+
+class TimeSampler:
+    """Steps t drawn in proportion to √E[loss²], so that each counts alike (2102.09672 Sec. 3.3).
+
+    As VQ-Diffusion's code has it: a running mean of 0.9 and 0.1; t = 1 takes the value of t = 2;
+    uniform until every t was seen ten times.
+    """
+
+    def __init__(self, T: int) -> None:
+        self.mean_square = torch.zeros(T + 1, dtype=torch.float64)         # index 0 is not used
+        self.seen = torch.zeros(T + 1, dtype=torch.int64)
+
+    def probabilities(self) -> Tensor:
+        """float64 (T+1,), 0 at t = 0; they sum to 1."""
+        p = torch.ones_like(self.mean_square)
+        if (self.seen[1:] > 10).all():
+            p = self.mean_square.sqrt() + 1e-4
+            p[1] = p[2]
+        p[0] = 0
+        return p / p.sum()
+
+    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n steps int64 (n,), and their weights 1/(T·p) float32 (n,), whose mean is 1."""
+        p = self.probabilities()
+        t = torch.multinomial(p, n, replacement=True, generator=generator)
+        return t, (1 / ((len(p) - 1) * p[t])).float()
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Note the variational terms (n,) of the steps t (n,)."""
+        for step, value in zip(t.tolist(), loss.detach().double().tolist()):
+            if math.isfinite(value):
+                self.mean_square[step] = (value ** 2 if self.seen[step] == 0 else
+                                          0.9 * self.mean_square[step] + 0.1 * value ** 2)
+                self.seen[step] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"mean_square": self.mean_square, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.mean_square.copy_(state["mean_square"])
+        self.seen.copy_(state["seen"])
+
+
+# ---------------------------------------------------------------- guidance and sampling
+
+@torch.no_grad()
+def denoise_tokens(model: TokenTransformer, xt: Tensor, t: int, query: Tensor | None,
+                   neighbors: Tensor | None, guidance: float = 1.0, truncation: float = 1.0
+                   ) -> Tensor:
+    """Guided, truncated log p(x_0 | x_t), normalised: (B, L, V).
+
+    log p = log p_u + guidance·(log p_c − log p_u), renormalised (Improved VQ-Diffusion,
+    2205.16007).
+    truncation r < 1 keeps the most likely codes, those with less than r of mass before them
+    (VQ-Diffusion Sec. 4.3), and so always one.
+    """
+    steps = torch.full((len(xt),), t, device=xt.device)
+    log_p = model(xt, steps, query, neighbors)
+    if guidance != 1.0:
+        uncond = model(xt, steps, None, None)
+        log_p = uncond + guidance * (log_p - uncond)
+        log_p = log_p.log_softmax(-1).clamp(min=LOG_ZERO)
+    if truncation < 1.0:
+        ordered, order = log_p.sort(dim=-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()                  # mass ahead of a code
+        ordered = ordered.masked_fill(before >= truncation, LOG_ZERO)
+        log_p = ordered.scatter(-1, order, ordered).log_softmax(-1).clamp(min=LOG_ZERO)
+    return log_p
+
+
+def gumbel_max(log_p: Tensor, u: Tensor) -> Tensor:
+    """A draw from exp(log_p) along the last axis: arg-max of log p − log(−log u), u uniform."""
+    return (log_p - (-u.clamp(1e-20, 1 - 1e-7).log()).log()).argmax(-1)
+
+
+def uniform_source(seeds: list[int], device: torch.device | str = "cpu"
+                   ) -> Callable[..., Tensor]:
+    """A function (*shape) → uniform (B, *shape), each sample's from its own seed, as
+    `noise_source`."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return lambda *shape: torch.stack(
+        [torch.rand(shape, generator=g) for g in generators]).to(device)
+
+
+def ancestral(predict: Callable[[Tensor, int], Tensor], schedule: MaskSchedule, times: list[int],
+              length: int, uniform: Callable[..., Tensor]) -> Iterator[Tensor]:
+    """x_T from the prior (β̄_T a code, the rest MASK), then x_s from p(x_s | x_t) along `times`."""
+    V = schedule.n_codes
+    u, v = uniform(2, length).unbind(1)                                    # (B, L) each
+    is_code = u < V * schedule.beta_bar[-1].item() + schedule.alpha_bar[-1].item()
+    xt = torch.where(is_code, (v * V).long().clamp(max=V - 1), V)
+    for t, s in zip(times, times[1:]):
+        now, then = (torch.full((len(xt),), i, device=xt.device) for i in (t, s))
+        log_p = log_posterior(predict(xt, t), xt, now, then, schedule)
+        xt = gumbel_max(log_p, uniform(length, V + 1))
+        yield xt
+
+
+def by_purity(predict: Callable[[Tensor, int], Tensor], schedule: MaskSchedule, times: list[int],
+              length: int, uniform: Callable[..., Tensor], sharpen: float = 0.0
+              ) -> Iterator[Tensor]:
+    """Unmask the surest tokens first: Improved VQ-Diffusion's high-quality inference (2205.16007).
+
+    From t to s as many tokens are unmasked as the schedule unmasks on average, at places drawn in
+    proportion to their purity max_v p(x_0 = v); `sharpen` r raises log p by 1 + r·purity. A token
+    once set stays. For schedules that only mask ("released").
+    """
+    V = schedule.n_codes
+    xt = torch.full_like(uniform(length), V, dtype=torch.int64)            # (B, L), all MASK
+    for t, s in zip(times, times[1:]):
+        log_p = predict(xt, t)                                             # (B, L, V)
+        purity = log_p.max(-1).values.exp()                                # (B, L)
+        if sharpen:
+            log_p = ((1 + sharpen * purity)[..., None] * log_p).log_softmax(-1)
+        drawn = gumbel_max(log_p, uniform(length, V))                      # (B, L)
+        left = round(length * schedule.gamma_bar[s].item()) if s > 0 else 0
+        n_set = max(0, int((xt[0] == V).sum()) - left)                     # alike in all samples
+        gumbel = -(-uniform(length).clamp(1e-20, 1 - 1e-7).log()).log()
+        rank = (purity.clamp(min=1e-20).log() + gumbel).masked_fill(xt != V, -torch.inf)
+        chosen = rank.topk(n_set, dim=1).indices
+        xt = xt.scatter(1, chosen, drawn.gather(1, chosen))
+        yield xt
+
+
+ORDERS = {"ancestral": ancestral, "purity": by_purity}
+
+
+def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tensor | None,
+                  seeds: list[int], steps: int = 25, guidance: float = 2.0,
+                  truncation: float = 1.0, order: str = "ancestral") -> Iterator[Tensor]:
+    """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
+
+    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. order:
+    "ancestral", or "purity" (the surest places first).
+    """
+    config = model.config
+    schedule = MaskSchedule(config.T, config.n_codes, config.schedule)
+    if not 1 <= steps <= config.T:
+        raise ValueError(f"steps is {steps}, wanted 1 to {config.T}")
+    times = [round(config.T * (steps - i) / steps) for i in range(steps + 1)]
+    device = model.token.weight.device
+
+    def predict(xt: Tensor, t: int) -> Tensor:
+        return denoise_tokens(model, xt, t, query, neighbors, guidance, truncation)
+
+    yield from ORDERS[order](predict, schedule, times, config.tokens_a_side ** 2,
+                             uniform_source(seeds, device))
+
+
 # ---------------------------------------------------------------- load, save
 
-def load(path: str | os.PathLike) -> tuple[UNet, dict[str, str]]:
-    """A model in eval mode, float32, on the CPU, and its file's metadata.
+def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, str]]:
+    """A model of either backbone in eval mode, float32, on the CPU, and its file's metadata.
 
     Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
     """
-    model, metadata = load_model(path, {"UNet": (UNet, UNetConfig)})
+    model, metadata = load_model(path, {"UNet": (UNet, UNetConfig),
+                                        "TokenTransformer": (TokenTransformer, TransformerConfig)})
     return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata
 
 
-def save(path: str | os.PathLike, model: UNet, metadata: dict[str, str]) -> None:
+def save(path: str | os.PathLike, model: UNet | TokenTransformer, metadata: dict[str, str]) -> None:
     """Write float16 weights and config; `metadata` names CLIP's fingerprint and the command."""
     save_model(path, model, metadata)

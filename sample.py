@@ -24,13 +24,15 @@ from torch import Tensor
 import clip_model
 import index as retrieval
 import knn_diffusion
+import vqvae
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
 SHOWN_NEIGHBORS = 5              # pictures of neighbours drawn in the grid, at most
 
 
 def open_all(weights: Path, clip_path: Path, index_path: Path
-             ) -> tuple[knn_diffusion.UNet, dict[str, str], clip_model.CLIP, retrieval.Index]:
+             ) -> tuple[knn_diffusion.UNet | knn_diffusion.TokenTransformer, dict[str, str],
+                        clip_model.CLIP, retrieval.Index]:
     """Load a generator, its file's metadata, a CLIP and an index that belong together.
 
     Raises FileNotFoundError, or ValueError with one sentence where one is damaged or where the
@@ -47,27 +49,53 @@ def open_all(weights: Path, clip_path: Path, index_path: Path
     return model, metadata, clip, index
 
 
-def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
-                 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str,
+                 query: str = "nearest") -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Search, then keep what `condition` names: query (B, E) and neighbours (B, K, E) or None, and
-    what was found: scores and row ids (B, K). queries: unit-norm (B, E)."""
+    what was found: scores and row ids (B, K). queries: unit-norm (B, E).
+
+    query: "text" hands the queries on as they are, as the paper does. Departs: "nearest" puts the
+    best neighbour in a query's place, where neighbours are shown at all. A text's embedding lies
+    apart from all pictures' (the sticker CLIP's: cosine 0.67 to its own picture, 0.99 between that
+    and the neighbour), where a small network that has seen pictures only knows no shapes.
+    """
     scores, ids = index.search(queries.cpu(), k)
     rows = torch.from_numpy(index.embeddings[ids.numpy()]).float().to(queries.device)    # (B, K, E)
+    if query == "nearest" and condition == "both" and rows.shape[1]:
+        queries = rows[:, 0]                                                             # (B, E)
     return (None if condition == "neighbors" else queries,
             None if condition == "query" or k == 0 else rows, scores, ids)
 
 
-def generate(model: knn_diffusion.UNet, query: Tensor | None, neighbors: Tensor | None,
-             seeds: list[int], batch_size: int = 16, **options) -> list[Image.Image]:
-    """One picture a seed, in batches. query (B, E), neighbors (B, K, E), B seeds; `options` go to
-    `knn_diffusion.sample`: steps, guidance, sampler, dynamic_threshold."""
+def open_codec(path: Path, model: knn_diffusion.TokenTransformer, metadata: dict[str, str]
+               ) -> vqvae.VQVAE:
+    """The VQ-VAE that a transformer's tokens belong to. Raises ValueError for another one."""
+    codec = vqvae.load(path)[0]
+    wanted, found = metadata.get("vqvae", ""), vqvae.fingerprint(codec)
+    if wanted not in ("", found) or model.config.n_codes != codec.config.n_codes:
+        raise ValueError(f"the weights draw tokens of the VQ-VAE {wanted} ({model.config.n_codes} "
+                         f"codes), {path} is {found} ({codec.config.n_codes} codes)")
+    return codec
+
+
+def generate(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, query: Tensor | None,
+             neighbors: Tensor | None, seeds: list[int], batch_size: int = 16,
+             codec: vqvae.VQVAE | None = None, **options) -> list[Image.Image]:
+    """One picture a seed, in batches. query (B, E), neighbors (B, K, E), B seeds.
+
+    `options` go to `knn_diffusion.sample`: steps, guidance, sampler, dynamic_threshold; or with a
+    `codec`, for a transformer, to `sample_tokens`: steps, guidance, truncation, order.
+    """
+    draw = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
     pictures = []
     for start in range(0, len(seeds), batch_size):
         part = slice(start, start + batch_size)
-        for x in knn_diffusion.sample(model, None if query is None else query[part],
-                                      None if neighbors is None else neighbors[part],
-                                      seeds[part], **options):
+        for x in draw(model, None if query is None else query[part],
+                      None if neighbors is None else neighbors[part], seeds[part], **options):
             x0 = x                                            # the last x_t is the picture
+        if codec:
+            with torch.no_grad():
+                x0 = codec.decode(x0)
         pictures += clip_model.to_pictures(x0)
     return pictures
 
@@ -117,8 +145,10 @@ def check_numbers(args: argparse.Namespace, T: int) -> None:
         raise ValueError(f"--steps is {args.steps}, wanted 1 to {T}")
     if args.seed + args.n > 2**63:
         raise ValueError(f"--seed is {args.seed}, wanted less than 2^63")
-    if args.dynamic_threshold is not None and not 0 < args.dynamic_threshold <= 1:
-        raise ValueError(f"--dynamic-threshold is {args.dynamic_threshold}, wanted 0 to 1")
+    for name, value in (("--dynamic-threshold", args.dynamic_threshold),
+                        ("--truncation", args.truncation)):
+        if value is not None and not 0 < value <= 1:
+            raise ValueError(f"{name} is {value}, wanted 0 to 1")
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}, wanted a finite number")
     for path in (args.out, args.singles):
@@ -139,21 +169,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--image", type=Path, metavar="FILE",
                         help="a picture as the query instead of a text: shows the modality gap")
     parser.add_argument("--backbone", choices=["continuous", "discrete"],
-                        help="must fit the weights; so far all are continuous")
-    parser.add_argument("--weights", type=Path, default=SHIPPED / "continuous.safetensors")
+                        help="must fit the weights (default: what they are; continuous)")
+    parser.add_argument("--weights", type=Path,
+                        help="default: the shipped sticker weights of the backbone")
+    parser.add_argument("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors",
+                        help="discrete: what makes pictures of tokens")
     parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     parser.add_argument("--index", type=Path, default=SHIPPED / "index",
                         help="another index gives another domain, with the same weights")
     parser.add_argument("--k", type=int, default=10, help="neighbours (default 10); 0: none")
     parser.add_argument("--condition", choices=["both", "query", "neighbors"],
                         help="what the model is shown (default: what it was trained with)")
+    parser.add_argument("--query", choices=["nearest", "text"], default="nearest",
+                        help="beside its neighbours: the best of them in the text's place "
+                             "(default), or the text's own embedding, as in the paper")
     parser.add_argument("--n", type=int, default=4, help="samples a prompt (default 4)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default 20)")
-    parser.add_argument("--sampler", choices=list(knn_diffusion.SAMPLERS), default="dpm",
-                        help="dpm: DPM-Solver++(2M) (default); ddim; ddpm wants many steps")
+    parser.add_argument("--steps", type=int,
+                        help="sampling steps (default: continuous 20, discrete 25)")
+    parser.add_argument("--sampler", choices=[*knn_diffusion.SAMPLERS, *knn_diffusion.ORDERS],
+                        help="continuous: dpm, DPM-Solver++(2M) (default); ddim; ddpm wants many "
+                             "steps. Discrete: ancestral (default); purity, the surest first")
     parser.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default 2")
     parser.add_argument("--dynamic-threshold", type=float, metavar="P",
-                        help="clip x_0 at its P quantile (0.995, say) instead of at 1")
+                        help="continuous: clip x_0 at its P quantile (0.995, say), not at 1")
+    parser.add_argument("--truncation", type=float, metavar="R", default=1.0,
+                        help="discrete: only the likeliest codes, R of mass (default 1: all)")
     parser.add_argument("--seed", type=int, default=0, help="sample j of a prompt uses seed + j")
     parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default 16)")
     parser.add_argument("--out", type=Path, default=Path("picture.png"), help="the grid to write")
@@ -178,37 +218,60 @@ def run(args: argparse.Namespace) -> None:
     start = time.time()
     prompts = read_prompts(args)
     device = clip_model.pick_device(args.device)
-    if args.backbone == "discrete":
-        raise ValueError("--backbone discrete: there are no discrete weights yet")
+    args.weights = args.weights or SHIPPED / f"{args.backbone or 'continuous'}.safetensors"
     model, metadata, clip, index = open_all(args.weights, args.clip, args.index)
+    backbone = settle_backbone(args, model)
+    codec = open_codec(args.vqvae, model, metadata) if backbone == "discrete" else None
     check_numbers(args, model.config.T)
     args.condition = args.condition or metadata.get("condition", "both")
     if args.condition == "neighbors" and args.k == 0:
         raise ValueError("--condition neighbors wants --k of 1 or more")
     model, clip = model.to(device), clip.to(device)
+    codec = codec.to(device) if codec else None
     k = min(args.k, len(index))
     if args.k > len(index):
         print(f"k is {args.k}, the index has {len(index)} rows: using {k}", file=sys.stderr)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"continuous {args.weights} ({parameters:,} parameters), {args.clip}, {args.index} "
-          f"(N = {len(index)}), k = {k}, condition {args.condition}, {args.steps} {args.sampler} "
-          f"steps, guidance {args.guidance:g}, seed {args.seed}, {device}")
+    print(f"{backbone} {args.weights} ({parameters:,} parameters), {args.clip} "
+          f"({clip.describe()}), {args.index} (N = {len(index)}), k = {k}, "
+          f"condition {args.condition}, query {args.query}, {args.steps} {args.sampler} steps, "
+          f"guidance {args.guidance:g}, seed {args.seed}, {device}")
 
     if args.image:
-        labels = [args.image.name]
+        labels, args.query = [args.image.name], "text"         # a picture's embedding is one
         queries = clip.embed_pictures([clip_model.read_image(args.image)])
     else:
         labels, queries = prompts, clip.embed_texts(prompts)                   # (prompts, E)
-    query, neighbors, scores, ids = condition_on(queries, index, k, args.condition)
+    query, neighbors, scores, ids = condition_on(queries, index, k, args.condition,
+                                                  args.query)
     repeat = [part if part is None else part.repeat_interleave(args.n, dim=0)
               for part in (query, neighbors)]                                  # (prompts·n, ...)
     seeds = [args.seed + j for _ in labels for j in range(args.n)]
-    pictures = generate(model, *repeat, seeds, args.batch_size, steps=args.steps,
-                        guidance=args.guidance, sampler=args.sampler,
-                        dynamic_threshold=args.dynamic_threshold)
+    options = {"sampler": args.sampler, "dynamic_threshold": args.dynamic_threshold}
+    if codec:
+        options = {"order": args.sampler, "truncation": args.truncation}
+    pictures = generate(model, *repeat, seeds, args.batch_size, codec, steps=args.steps,
+                        guidance=args.guidance, **options)
     samples = [pictures[i * args.n:(i + 1) * args.n] for i in range(len(labels))]
     write(args, labels, samples, scores, ids, index)
     print(f"wrote {args.out}, {time.time() - start:.1f} s")
+
+
+def settle_backbone(args: argparse.Namespace, model: torch.nn.Module) -> str:
+    """The backbone that the weights are, and the defaults that hang on it. Raises ValueError where
+    an argument contradicts it."""
+    is_discrete = isinstance(model, knn_diffusion.TokenTransformer)
+    backbone = "discrete" if is_discrete else "continuous"
+    if args.backbone not in (None, backbone):
+        raise ValueError(f"{args.weights} is {backbone}, --backbone says {args.backbone}")
+    samplers = list(knn_diffusion.ORDERS if is_discrete else knn_diffusion.SAMPLERS)
+    args.sampler = args.sampler or ("ancestral" if is_discrete else "dpm")
+    if args.sampler not in samplers:
+        raise ValueError(f"--sampler {args.sampler} does not go with {backbone} weights; there is "
+                         f"{', '.join(samplers)}")
+    if args.steps is None:
+        args.steps = 25 if is_discrete else 20
+    return backbone
 
 
 def write(args: argparse.Namespace, labels: list[str], samples: list[list[Image.Image]],
@@ -218,8 +281,9 @@ def write(args: argparse.Namespace, labels: list[str], samples: list[list[Image.
     The settings stand in every PNG's text chunk "parameters", as JSON.
     """
     settings = {name: getattr(args, name) for name in (
-        "n", "k", "condition", "steps", "sampler", "guidance", "dynamic_threshold")}
-    settings |= {name: str(getattr(args, name)) for name in ("weights", "clip", "index")}
+        "n", "k", "condition", "query", "steps", "sampler", "guidance", "dynamic_threshold",
+        "truncation")}
+    settings |= {name: str(getattr(args, name)) for name in ("weights", "vqvae", "clip", "index")}
 
     def chunk(**own: object) -> PngInfo:
         info = PngInfo()

@@ -1,7 +1,11 @@
-"""Train the parts of kNN-Diffusion on one machine:  python train.py clip | continuous
+"""Train the parts of kNN-Diffusion on one machine:  python train.py WHAT
+
+WHAT is one of
 
     clip         a small CLIP from captions.jsonl: the only training that ever reads a word
+    vqvae        pictures <-> tokens, from any folder of pictures
     continuous   the U-Net, from pictures, cached embeddings and cached neighbours alone
+    discrete     the transformer, from the same and cached tokens
 
 Each loop is flat: draw a batch, compute the loss, step, average, log, save. All randomness of a
 step comes from a generator seeded with (seed, step), so that a resumed run goes on as if it had
@@ -23,7 +27,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +38,9 @@ from torch import Tensor, nn
 
 import clip_model
 import knn_diffusion
-from index import Index, check_encoder, list_images, neighbor_table, open_index
-from knn_diffusion import UNetConfig
+import vqvae
+from index import Index, check_encoder, list_images, neighbor_table, open_index, save_array
+from knn_diffusion import TransformerConfig, UNetConfig
 
 # ---------------------------------------------------------------- stages that every loop shares
 
@@ -55,18 +60,69 @@ def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             {"params": others, "weight_decay": 0.0}]
 
 
-def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, lr: float,
+class Muon(torch.optim.Optimizer):
+    """Momentum with every singular value of a matrix's update made about 1 (Jordan et al., 2024).
+
+    So directions that few pictures ask for move as far as those that all of them ask for: what has
+    to be learned by heart is learned sooner. A convolution counts as the matrix (C', C·h·w). The
+    factor 0.2 √max(rows, columns) gives AdamW's usual update size, and so its learning rates and
+    decay (Liu et al., 2502.16982 Eq. 4).
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float,
+                 momentum: float = 0.95) -> None:
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay,
+                                      "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for p in (p for p in group["params"] if p.grad is not None):
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - momentum)
+                matrix = p.grad.lerp(mean, momentum).flatten(1)            # Nesterov's look ahead
+                scale = 0.2 * math.sqrt(max(matrix.shape))
+                p.mul_(1 - lr * group["weight_decay"])
+                p.add_(orthogonal(matrix).view(p.shape), alpha=-lr * scale)
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """U Vᵀ of the matrix U S Vᵀ, roughly: five Newton-Schulz steps in bfloat16 bring every singular
+    value to between about 0.7 and 1.2. Coefficients: Jordan et al. (2024)."""
+    x = matrix.bfloat16() if len(matrix) <= matrix.shape[1] else matrix.T.bfloat16()
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.T                                     # x ← (3.4445 − 4.7750 G + 2.0315 G²) x
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                        beta=3.4445)
+    return (x if len(matrix) <= matrix.shape[1] else x.T).to(matrix)
+
+
+def muon_and_adam(model: nn.Module, lr: float, at_the_ends: tuple[str, ...]
+                  ) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices and convolutions inside, AdamW for vectors, maps, and the layers at the
+    ends that `at_the_ends` names."""
+    inside = {name: p for name, p in model.named_parameters()
+              if p.ndim >= 2 and name.endswith("weight") and not name.startswith(at_the_ends)}
+    others = [p for name, p in model.named_parameters() if name not in inside]
+    return [Muon(list(inside.values()), lr=lr, weight_decay=0.01),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+
+
+def descend(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float,
             max_norm: float) -> bool:
     """One optimiser step with a clipped gradient. False, and no step, where a gradient or the loss
     is not finite."""
-    optimizer.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         return False
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
     return True
 
 
@@ -138,17 +194,19 @@ class Progress:
 
 
 def save_state(path: Path, step: int, settings: dict, model: nn.Module, ema: nn.Module,
-               optimizer: torch.optim.Optimizer) -> None:
-    """Write all that a resumed run needs, atomically; seed and step are the random state."""
+               others: list) -> None:
+    """Write all that a resumed run needs, atomically; seed and step are the random state. others:
+    optimisers and whatever else has a state_dict."""
     part = path.with_name(path.name + ".part")
     torch.save({"step": step, "settings": settings, "model": model.state_dict(),
-                "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}, part)
+                "ema": ema.state_dict(),
+                "others": [other.state_dict() for other in others]}, part)
     os.replace(part, path)
 
 
 def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn.Module,
-               optimizer: torch.optim.Optimizer) -> int:
-    """Restore weights, average and optimiser in place; return the steps done.
+               others: list) -> int:
+    """Restore weights, average, optimisers and the rest in place; return the steps done.
 
     Raises ValueError with one sentence where the file is damaged or of another model, where the run
     was started with other settings, or has all its steps behind it.
@@ -158,7 +216,8 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
         done, then = int(state["step"]), dict(state["settings"])
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
-        optimizer.load_state_dict(state["optimizer"])
+        for other, then_was in zip(others, state["others"], strict=True):
+            other.load_state_dict(then_was)
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
             pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
@@ -346,10 +405,10 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
         model.tokenizer = clip_model.Tokenizer(merges, config.context_length)
     model, tokenizer = model.to(device), model.tokenizer
     ema = copy.deepcopy(model).eval()
-    optimizer = torch.optim.AdamW(weight_groups(model, 0.1), lr=lr, betas=(0.9, 0.98), eps=1e-6,
-                                  fused=True)
+    optimizers = [torch.optim.AdamW(weight_groups(model, 0.1), lr=lr, betas=(0.9, 0.98), eps=1e-6,
+                                    fused=True)]
     settings = {"seed": seed, "batch_size": batch_size, "lr": lr}
-    first = load_state(out / "state.pt", steps, settings, model, ema, optimizer) if resume else 0
+    first = load_state(out / "state.pt", steps, settings, model, ema, optimizers) if resume else 0
     command = all_commands(weights, command)
     out.mkdir(parents=True, exist_ok=True)
     print(f"clip: {data} ({len(pictures.rows)} pictures, {len(captions)} captions) -> {out}, "
@@ -358,7 +417,7 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
 
     def checkpoint(step: int) -> None:
         clip_model.save(out / "clip.safetensors", ema, {"step": str(step), "command": command})
-        save_state(out / "state.pt", step, settings, model, ema, optimizer)
+        save_state(out / "state.pt", step, settings, model, ema, optimizers)
 
     progress = Progress(out, first, steps, minutes)
     has_plain = any(row.get("plain") for row in pictures.rows)
@@ -373,7 +432,7 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
             logits = model(pixels, tokens)
         loss = contrastive_loss(logits, concepts, is_exact)
         rate = learning_rate(step, lr, 200, steps)
-        finite = descend(model, optimizer, loss, rate, max_norm=1.0)
+        finite = descend(model, optimizers, loss, rate, max_norm=1.0)
         average(ema, model, step, 0.998)
         progress.update(step, loss.item(), rate, batch_size, finite)
         if (step + 1) % 250 == 0:
@@ -386,17 +445,143 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
     checkpoint(step + 1)
 
 
-# ---------------------------------------------------------------- the continuous backbone
+# ---------------------------------------------------------------- the VQ-VAE
+
+def read_pictures(folder: Path, names: list[str], size: int) -> np.ndarray:
+    """Pictures of a folder, squares of `size`: uint8 (N, H, W, 3)."""
+    pictures = np.empty((len(names), size, size, 3), np.uint8)
+    for i, name in enumerate(names):
+        picture = clip_model.read_image(folder / name)
+        pictures[i] = np.asarray(clip_model.fit_square(picture, size))
+    return pictures
+
+
+def to_x(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def split_by_drawing(names: list[str], every: int) -> tuple[list[str], list[str]]:
+    """File names to train on, and those kept out: each `every`-th drawing in all its renderings,
+    "fox-0.png", "fox-1.png", … (a drawing is a name up to its last hyphen); 0 keeps none out."""
+    drawings = sorted({name.rpartition("-")[0] or name for name in names})
+    kept_out = set(drawings[every - 1::every]) if every else set()
+    is_out = [(name.rpartition("-")[0] or name) in kept_out for name in names]
+    return ([name for name, out in zip(names, is_out) if not out],
+            [name for name, out in zip(names, is_out) if out])
+
+
+@torch.no_grad()
+def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
+                ) -> tuple[Tensor, float, Tensor]:
+    """Some reconstructions, the mean PSNR in dB, and how often each code was used (V,)."""
+    counts = torch.zeros(model.config.n_codes, dtype=torch.int64)
+    first, quality = torch.zeros(0), []
+    for i in range(0, len(pictures), 128):
+        x = to_x(pictures[i:i + 128]).to(device)
+        tokens = model.encode(x)
+        found = model.decode(tokens, x.shape[2] // model.config.factor)
+        counts += tokens.flatten().cpu().bincount(minlength=len(counts))
+        quality.append(vqvae.psnr(found, x).cpu())
+        first = found[:12].cpu() if i == 0 else first
+    return first, torch.cat(quality).mean().item(), counts
+
+
+def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int, steps: int,
+                batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
+                minutes: float | None, device: torch.device, bf16: bool, command: str) -> None:
+    """Train the VQ-VAE on a folder of pictures; write out/vqvae.safetensors and out/state.pt.
+
+    keep_out: every so many drawings one is not trained on and measured instead.
+    """
+    if config.gumbel:
+        raise ValueError("the Gumbel codebook loads and runs here; training it is left out")
+    torch.manual_seed(seed)
+    names = [name for name in list_images(data) if is_readable(data / name)]
+    train_names, test_names = split_by_drawing(names, keep_out)
+    if not train_names:
+        raise ValueError(f"no readable picture to train on below {data}")
+    weights = out / "vqvae.safetensors" if resume else init
+    model = vqvae.load(weights)[0] if weights else vqvae.VQVAE(config)
+    config = model.config
+    pictures = read_pictures(data, train_names, config.image_size)
+    tests = read_pictures(data, test_names[:1000] or train_names[:1000], config.image_size)
+    model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = muon_and_adam(model, lr, ("encoder.conv_in", "decoder.conv_out", "quantize"))
+    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "keep_out": keep_out}
+    first = load_state(out / "state.pt", steps, settings, model, ema, optimizers) if resume else 0
+    command = all_commands(weights, command)
+    (out / "samples").mkdir(parents=True, exist_ok=True)
+    print(f"vqvae: {data} ({len(pictures)} pictures, {len(test_names)} kept out) -> {out}, "
+          f"{config.image_size} px, factor {config.factor}, V {config.n_codes}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps} of "
+          f"{batch_size}, {device}", flush=True)
+
+    def draw_batch(seeded: torch.Generator) -> Tensor:
+        rows = torch.randint(len(pictures), (batch_size,), generator=seeded)
+        return to_x(pictures[rows.numpy()]).to(device, memory_format=torch.channels_last)
+
+    def revive(step: int) -> int:
+        """Restart the codes that eight batches do not use. The weights and (seed, step) decide
+        alone, so a resumed run does the same."""
+        seeded = torch.Generator().manual_seed(step_seed(seed + 1, step))
+        counts = torch.zeros(config.n_codes, dtype=torch.int64)
+        with torch.no_grad(), autocast(device, bf16):
+            for _ in range(8):
+                z = model.latents(draw_batch(seeded)).float()
+                counts += model.quantize.nearest(z).flatten().cpu().bincount(minlength=len(counts))
+        return vqvae.restart_dead_codes(model.quantize, counts, z, seeded)
+
+    def checkpoint(step: int) -> None:
+        x, quality, counts = reconstruct(ema, tests, device)
+        report = (f"PSNR {quality:.2f} dB on {len(tests)} pictures of drawings "
+                  f"{'kept out' if test_names else 'trained on'}, {int((counts > 0).sum())} of "
+                  f"{len(counts)} codes used, perplexity {vqvae.perplexity(counts):.0f}")
+        print(f"step {step}: {report}", flush=True)
+        originals = to_x(tests[: len(x)])
+        clip_model.grid([clip_model.to_pictures(part) for part in (originals, x)],
+                        config.image_size).save(out / "samples" / f"{step:07d}.png")
+        vqvae.save(out / "vqvae.safetensors", ema, {"step": str(step), "command": command,
+                                                    "measured": report})
+        save_state(out / "state.pt", step, settings, model, ema, optimizers)
+
+    progress = Progress(out, first, steps, minutes)
+    for step in range(first, steps):
+        x = draw_batch(torch.Generator().manual_seed(step_seed(seed, step)))
+        with autocast(device, bf16):
+            found, codebook_loss, _ = model(x)
+            loss = vqvae.reconstruction_loss(found, x) + codebook_loss
+        rate = learning_rate(step, lr, 300, steps)
+        finite = descend(model, optimizers, loss, rate, max_norm=1.0)
+        if (step + 1) % 250 == 0 and step + 1 < 0.8 * steps:     # codes settle in the last fifth
+            revive(step)
+        average(ema, model, step, 0.999)
+        progress.update(step, loss.item(), rate, batch_size, finite)
+        if (step + 1) % 1000 == 0:
+            checkpoint(step + 1)
+        if progress.out_of_time():
+            break
+    checkpoint(step + 1)
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        clip_model.read_image(path)
+        return True
+    except ValueError as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return False
+
+
+# ---------------------------------------------------------------- both backbones
 
 class CachedPictures:
     """Pictures with cached embeddings and neighbours: all that a diffusion training may see."""
 
     def __init__(self, folder: Path, index: Index, size: int, k: int) -> None:
         check_same_files(folder, index)
-        self.pictures = np.empty((len(index), size, size, 3), np.uint8)
-        for i, path in enumerate(index.paths):
-            picture = clip_model.read_image(folder / path)
-            self.pictures[i] = np.asarray(clip_model.fit_square(picture, size))
+        self.pictures = read_pictures(folder, index.paths, size)
         self.embeddings = torch.from_numpy(np.array(index.embeddings))                # (N, E)
         self.neighbors = torch.from_numpy(neighbor_table(index, k)).long()            # (N, K)
 
@@ -405,8 +590,11 @@ class CachedPictures:
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_0 in [-1, 1] (B, 3, H, W), f_img(x_0) (B, E), its neighbours (B, K, E), float32."""
-        x0 = torch.from_numpy(self.pictures[rows.numpy()]).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return x0, self.embeddings[rows].float(), self.embeddings[self.neighbors[rows]].float()
+        return to_x(self.pictures[rows.numpy()]), *self.conditions(rows)
+
+    def conditions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """f_img(x_0) (B, E) and its neighbours (B, K, E), float32."""
+        return self.embeddings[rows].float(), self.embeddings[self.neighbors[rows]].float()
 
 
 def check_same_files(folder: Path, index: Index) -> None:
@@ -434,52 +622,146 @@ def check_goes_with(weights: Path, model: knn_diffusion.UNet, metadata: dict[str
                          f"made by {made_by or 'an unknown one'} ({E} dimensions)")
 
 
-def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, condition: str,
-                     steps: int, batch_size: int, lr: float, seed: int, resume: bool,
-                     init: Path | None, minutes: float | None, device: torch.device, bf16: bool,
-                     command: str) -> None:
-    """Train the U-Net on pictures alone; write out/continuous.safetensors (EMA) and out/state.pt.
+@dataclass
+class Continuous:
+    """What a step and a glance at the samples are with the U-Net."""
+    pictures: CachedPictures
+    config: UNetConfig
+    condition: str
+    device: torch.device
+    at_the_ends = ("conv_in.", "conv_out.")
 
-    condition: "both", or "query" for the paper's no-kNN model, whose neighbours are always null
-    ("neighbors" blinds the query instead). Weights to start from keep their own sizes; what they
-    predict from now on is config.target.
+    def __post_init__(self) -> None:
+        self.schedule = knn_diffusion.Schedule(self.config.T, self.config.noise_shift)
+        self.state: list = []                                              # none beside the weights
+
+    def loss(self, model: nn.Module, rows: Tensor, seeded: torch.Generator) -> Tensor:
+        x0, query, neighbors = self.pictures.batch(rows)
+        t = torch.randint(1, self.config.T + 1, (len(rows),), generator=seeded)
+        eps = torch.randn(x0.shape, generator=seeded)
+        drops = knn_diffusion.draw_drops(len(rows), seeded, self.condition)
+        return knn_diffusion.diffusion_loss(model, self.schedule, *(
+            part.to(self.device) for part in (x0, query, neighbors, t, eps, *drops)))
+
+    def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
+             seeds: list[int]) -> Tensor:
+        *_, x = knn_diffusion.sample(model, query, neighbors, seeds, steps=20)
+        return x
+
+
+@dataclass
+class Discrete:
+    """The same with the transformer over the VQ-VAE's tokens."""
+    pictures: CachedPictures
+    config: TransformerConfig
+    condition: str
+    device: torch.device
+    codec: vqvae.VQVAE
+    index: Index
+    at_the_ends = ("token.", "row.", "column.", "time.", "out.")
+
+    def __post_init__(self) -> None:
+        self.schedule = knn_diffusion.MaskSchedule(self.config.T, self.config.n_codes,
+                                                   self.config.schedule)
+        self.times = knn_diffusion.TimeSampler(self.config.T)
+        self.state = [self.times]
+        self.tokens = token_table(self.pictures.pictures, self.codec, self.index, self.device)
+
+    def loss(self, model: nn.Module, rows: Tensor, seeded: torch.Generator) -> Tensor:
+        x0 = self.tokens[rows].long()                                      # (B, L)
+        query, neighbors = self.pictures.conditions(rows)
+        t, weight = self.times.draw(len(rows), seeded)
+        u = torch.rand(x0.shape, generator=seeded)
+        codes = torch.randint(self.config.n_codes, x0.shape, generator=seeded)
+        drops = knn_diffusion.draw_drops(len(rows), seeded, self.condition)
+        xt = knn_diffusion.mask_and_replace(x0, t, self.schedule, u, codes)
+        terms, auxiliary = knn_diffusion.discrete_loss(model, self.schedule, *(
+            part.to(self.device) for part in (x0, xt, t, query, neighbors, *drops)))
+        self.times.update(t, terms)
+        return ((terms + auxiliary) * weight.to(self.device)).mean()
+
+    def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
+             seeds: list[int]) -> Tensor:
+        *_, tokens = knn_diffusion.sample_tokens(model, query, neighbors, seeds)
+        return self.codec.decode(tokens)
+
+
+@torch.no_grad()
+def token_table(pictures: np.ndarray, codec: vqvae.VQVAE, index: Index, device: torch.device
+                ) -> Tensor:
+    """int32 (N, L): every picture's tokens, read from tokens-<VQ-VAE's fingerprint>.npy in the
+    index's folder, or computed and written there."""
+    path = index.folder / f"tokens-{vqvae.fingerprint(codec)}.npy"
+    side = pictures.shape[1] // codec.config.factor
+    if path.is_file():
+        tokens = np.load(path, allow_pickle=False)
+        if tokens.shape == (len(pictures), side * side):
+            return torch.from_numpy(tokens)
+    tokens = np.concatenate([
+        codec.encode(to_x(pictures[i:i + 256]).to(device)).cpu().numpy().astype(np.int32)
+        for i in range(0, len(pictures), 256)])
+    save_array(path, tokens)
+    return torch.from_numpy(tokens)
+
+
+def train_diffusion(what: str, data: Path, out: Path, index: Index,
+                    config: UNetConfig | TransformerConfig, condition: str, steps: int,
+                    batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
+                    minutes: float | None, device: torch.device, bf16: bool, command: str,
+                    codec: vqvae.VQVAE | None = None) -> None:
+    """Train either backbone on pictures alone; write out/WHAT.safetensors (EMA) and out/state.pt.
+
+    what: "continuous", or "discrete" with a VQ-VAE as `codec`. condition: "both", or "query" for
+    the paper's no-kNN model, whose neighbours are always null ("neighbors" blinds the query
+    instead). Weights to start from keep their own sizes; a U-Net's target is from now on config's.
     """
     torch.manual_seed(seed)
-    weights = out / "continuous.safetensors" if resume else init
+    weights = out / f"{what}.safetensors" if resume else init
+    model_class = knn_diffusion.UNet if what == "continuous" else knn_diffusion.TokenTransformer
     if weights:
         model, metadata = knn_diffusion.load(weights)
+        if not isinstance(model, model_class):
+            raise ValueError(f"{weights} holds a {type(model).__name__}, {what} wants a "
+                             f"{model_class.__name__}")
         check_goes_with(weights, model, metadata, index)
     else:
-        model = knn_diffusion.UNet(config)
-    config = model.config = replace(model.config, target=config.target)
+        model = model_class(config)
+    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition}
+    made_with = {"condition": condition, "clip": index.manifest.get("encoder_hash", "")}
+    if what == "continuous":
+        model.config = replace(model.config, target=config.target)
+        settings["target"] = config.target
+    else:
+        codec, settings["vqvae"] = codec.to(device), vqvae.fingerprint(codec)
+        made_with["vqvae"] = settings["vqvae"]
+        check_tokens(model.config, codec.config)
+    config = model.config
     pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
+    stages = (Continuous(pictures, config, condition, device) if what == "continuous" else
+              Discrete(pictures, config, condition, device, codec, index))
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
-    optimizer = torch.optim.AdamW(weight_groups(model, 0.01), lr=lr, betas=(0.9, 0.99), fused=True)
-    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition,
-                "target": config.target}
-    first = load_state(out / "state.pt", steps, settings, model, ema, optimizer) if resume else 0
+    optimizers = muon_and_adam(model, lr, stages.at_the_ends)
+    others = [*optimizers, *stages.state]
+    first = load_state(out / "state.pt", steps, settings, model, ema, others) if resume else 0
     command = all_commands(weights, command)
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    print(f"continuous ({condition}): {data} ({len(pictures)} pictures), {index.folder} -> {out}, "
+    print(f"{what} ({condition}): {data} ({len(pictures)} pictures), {index.folder} -> {out}, "
           f"K {pictures.neighbors.shape[1]}, "
           f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps} of "
           f"{batch_size}, {device}", flush=True)
 
     def checkpoint(step: int) -> None:
-        knn_diffusion.save(out / "continuous.safetensors", ema, {
-            "step": str(step), "command": command, "condition": condition,
-            "clip": index.manifest.get("encoder_hash", "")})
-        save_state(out / "state.pt", step, settings, model, ema, optimizer)
+        knn_diffusion.save(out / f"{what}.safetensors", ema,
+                           {"step": str(step), "command": command, **made_with})
+        save_state(out / "state.pt", step, settings, model, ema, others)
 
     def draw_samples(step: int) -> None:
         rows = torch.arange(12) * (len(pictures) // 12)
         x0, query, neighbors = (part.to(device) for part in pictures.batch(rows))
         with autocast(device, bf16):
-            *_, x = knn_diffusion.sample(ema, None if condition == "neighbors" else query,
-                                         None if condition == "query" else neighbors,
-                                         seeds=list(range(12)), steps=20)
+            x = stages.draw(ema, None if condition == "neighbors" else query,
+                            None if condition == "query" else neighbors, seeds=list(range(12)))
         clip_model.grid([clip_model.to_pictures(part) for part in (x0, x)], config.image_size).save(
             out / "samples" / f"{step:07d}.png")
 
@@ -488,17 +770,11 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
         # One generator a step: rows, times, noise and drops are the same after a resume.
         seeded = torch.Generator().manual_seed(step_seed(seed, step))
         torch.manual_seed(step_seed(seed + 1, step))                   # dropout inside the model
-        x0, query, neighbors = pictures.batch(
-            torch.randint(len(pictures), (batch_size,), generator=seeded))
-        t = torch.randint(1, config.T + 1, (batch_size,), generator=seeded)
-        eps = torch.randn(x0.shape, generator=seeded)
-        drop_query, drop_neighbors = knn_diffusion.draw_drops(batch_size, seeded, condition)
+        rows = torch.randint(len(pictures), (batch_size,), generator=seeded)
         with autocast(device, bf16):
-            loss = knn_diffusion.diffusion_loss(
-                model, schedule, *(part.to(device) for part in (
-                    x0, query, neighbors, t, eps, drop_query, drop_neighbors)))
+            loss = stages.loss(model, rows, seeded)
         rate = learning_rate(step, lr, 300, steps)
-        finite = descend(model, optimizer, loss, rate, max_norm=1.0)
+        finite = descend(model, optimizers, loss, rate, max_norm=1.0)
         average(ema, model, step, 0.9995)
         progress.update(step, loss.item(), rate, batch_size, finite)
         if (step + 1) % 500 == 0:
@@ -510,33 +786,47 @@ def train_continuous(data: Path, out: Path, index: Index, config: UNetConfig, co
     checkpoint(step + 1)
 
 
+def check_tokens(config: TransformerConfig, codec: vqvae.VQVAEConfig) -> None:
+    """Raise ValueError where a transformer and a VQ-VAE do not speak the same tokens."""
+    side = config.image_size // codec.factor
+    if config.n_codes != codec.n_codes or config.tokens_a_side != side:
+        raise ValueError(f"the transformer draws {config.tokens_a_side}x{config.tokens_a_side} "
+                         f"tokens of {config.n_codes}, the VQ-VAE makes {side}x{side} of "
+                         f"{codec.n_codes} from {config.image_size} px")
+
+
 # ---------------------------------------------------------------- the command
 
 def main(argv: list[str] | None = None) -> int:
     shipped = Path(__file__).parent / "weights" / "stickers"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["clip", "continuous"])
+    parser.add_argument("what", choices=["clip", "vqvae", "continuous", "discrete"])
     parser.add_argument("--data", type=Path, required=True,
-                        help="clip: a folder with captions.jsonl; continuous: a folder of pictures")
+                        help="clip: a folder with captions.jsonl; else: a folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--preset", default="stickers",
-                        help="clip: stickers; continuous: stickers, gpu or paper")
+                        help="stickers; for continuous and discrete also gpu, paper; for vqvae "
+                             f"{', '.join(vqvae.PRESETS)}")
     parser.add_argument("--steps", type=int, help="total number of steps, resumed ones included")
     parser.add_argument("--batch-size", type=int, help="pictures a step")
-    parser.add_argument("--lr", type=float, help="peak learning rate (AdamW)")
+    parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
     parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh")
     parser.add_argument("--minutes", type=float, help="stop after this long, state written")
-    parser.add_argument("--index", type=Path, default=shipped / "index", help="continuous: the "
-                        "index of the pictures in --data")
-    parser.add_argument("--clip", type=Path, help="continuous: refuse an index of another CLIP; "
-                        "training itself runs none")
-    parser.add_argument("--k", type=int, default=10, help="continuous: neighbours (default 10)")
+    parser.add_argument("--index", type=Path, default=shipped / "index",
+                        help="both backbones: the index of the pictures in --data")
+    parser.add_argument("--vqvae", type=Path, default=shipped / "vqvae.safetensors",
+                        help="discrete: what makes the tokens")
+    parser.add_argument("--clip", type=Path, help="both backbones: refuse an index of another "
+                        "CLIP; training itself runs none")
+    parser.add_argument("--k", type=int, default=10, help="both backbones: neighbours (default 10)")
     parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both",
-                        help="continuous: query trains the paper's no-kNN baseline")
+                        help="both backbones: query trains the paper's no-kNN baseline")
     parser.add_argument("--target", choices=["eps", "v", "x0"],
                         help="continuous: what the U-Net predicts (default: the preset's)")
+    parser.add_argument("--keep-out", type=int, default=10, metavar="N", help="vqvae: measure on "
+                        "every N-th drawing instead of training on it (default 10; 0: none)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--no-bf16", action="store_true", help="train in float32")
     argv = sys.argv[1:] if argv is None else argv
@@ -555,22 +845,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 DEFAULTS = {"clip": {"steps": 2600, "batch_size": 512, "lr": 1e-3},
-            "continuous": {"steps": 20000, "batch_size": 64, "lr": 5e-4}}
+            "vqvae": {"steps": 10000, "batch_size": 64, "lr": 2e-3},
+            "discrete": {"steps": 20000, "batch_size": 64, "lr": 2e-3},
+            "continuous": {"steps": 20000, "batch_size": 64, "lr": 2e-3}}
 
 
 def run(args: argparse.Namespace, command: str) -> None:
     """Check what was asked for, then train. Raises ValueError or FileNotFoundError before anything
     is written."""
-    presets = {"clip": {"stickers": clip_model.STICKERS}, "continuous": knn_diffusion.PRESETS}
+    presets = {"clip": {"stickers": clip_model.STICKERS}, "vqvae": vqvae.PRESETS,
+               "continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS}
     if args.preset not in presets[args.what]:
         raise ValueError(f"no preset {args.preset!r} for {args.what}; there is "
                          f"{', '.join(presets[args.what])}")
     config = presets[args.what][args.preset]
     steps, batch_size, lr = (DEFAULTS[args.what][name] if getattr(args, name) is None
                              else getattr(args, name) for name in ("steps", "batch_size", "lr"))
-    if steps < 1 or batch_size < 1 or not lr > 0 or args.k < 1 or args.seed < 0:
+    if steps < 1 or batch_size < 1 or not lr > 0 or args.k < 1 or args.seed < 0 or (
+            args.keep_out < 0 or args.keep_out == 1):
         raise ValueError("--steps, --batch-size, --k want 1 or more, --lr more than 0, --seed 0 or "
-                         "more")
+                         "more, --keep-out 0 or 2 and more")
     if args.resume and not (args.out / "state.pt").is_file():
         raise ValueError(f"nothing to resume: {args.out / 'state.pt'} does not exist")
     if not args.data.is_dir():
@@ -585,14 +879,23 @@ def run(args: argparse.Namespace, command: str) -> None:
         if not (args.data / "captions.jsonl").is_file():
             raise FileNotFoundError(f"no captions.jsonl in {args.data}")
         train_clip(args.data, args.out, config, **common)
+    elif args.what == "vqvae":
+        train_vqvae(args.data, args.out, config, args.keep_out, **common)
     else:
         index = open_index(args.index)
         if args.clip:
             clip = clip_model.load(args.clip)
             check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
-        config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=args.k,
-                         target=args.target or config.target)
-        train_continuous(args.data, args.out, index, config, args.condition, **common)
+        config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=args.k)
+        codec = None
+        if args.what == "continuous":
+            config = replace(config, target=args.target or config.target)
+        else:
+            codec = vqvae.load(args.vqvae)[0]
+            config = replace(config, n_codes=codec.config.n_codes,
+                             tokens_a_side=config.image_size // codec.config.factor)
+        train_diffusion(args.what, args.data, args.out, index, config, args.condition, **common,
+                        codec=codec)
 
 
 if __name__ == "__main__":

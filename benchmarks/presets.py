@@ -1,6 +1,6 @@
 """What the continuous presets cost here:  python benchmarks/presets.py [stickers gpu paper]
 
-One warm-up and then --repeats real training steps each (bf16, AdamW, random data of the right
+One warm-up and then --repeats real training steps each (bf16, Muon, random data of the right
 shapes): parameters, pictures a second (median), and the process's peak memory, each preset in a
 process of its own.
 """
@@ -27,7 +27,7 @@ def measure(name: str, batch: int, repeats: int, device: torch.device) -> str:
     """One row of the table."""
     config = knn_diffusion.PRESETS[name]
     model = knn_diffusion.UNet(config).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(train.weight_groups(model, 0.01), lr=1e-4, fused=True)
+    optimizers = train.muon_and_adam(model, 1e-4, at_the_ends=("conv_in.", "conv_out."))
     schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
     size = config.image_size
     x0, eps = torch.rand(batch, 3, size, size) * 2 - 1, torch.randn(batch, 3, size, size)
@@ -41,7 +41,7 @@ def measure(name: str, batch: int, repeats: int, device: torch.device) -> str:
         start = time.perf_counter()
         with train.autocast(device, True):
             loss = knn_diffusion.diffusion_loss(model, schedule, *inputs)
-        train.descend(model, optimizer, loss, 1e-4, 1.0)
+        train.descend(model, optimizers, loss, 1e-4, 1.0)
         loss.item()                                           # wait for the device
         seconds.append(time.perf_counter() - start)
     if device.type == "cuda":

@@ -37,6 +37,7 @@ import clip_model  # noqa: E402
 import index as retrieval  # noqa: E402
 import knn_diffusion  # noqa: E402
 import sample  # noqa: E402
+import vqvae  # noqa: E402
 
 STYLES = ("flat", "outlined")
 BACKGROUNDS = ("white", "black", "red", "green", "blue", "yellow", "purple", "orange", "pink",
@@ -387,17 +388,17 @@ def pick_prompts(data: Path, n: int, seed: int, held_out: bool) -> list[str]:
 @dataclass
 class Maker:
     """A generator with its CLIP and an index: prompts in, pictures out."""
-    model: knn_diffusion.UNet
+    model: knn_diffusion.UNet | knn_diffusion.TokenTransformer
     clip: clip_model.CLIP
     index: retrieval.Index
+    codec: vqvae.VQVAE | None                       # of a transformer
 
     def draw(self, prompts: list[str], args: argparse.Namespace, k: int = 10,
-             condition: str = "both", guidance: float | None = None) -> list[Image.Image]:
+             condition: str = "both", query: str = "nearest") -> list[Image.Image]:
         queries = self.clip.embed_texts(prompts)
-        query, neighbors, _, _ = sample.condition_on(queries, self.index, k, condition)
+        query, neighbors, _, _ = sample.condition_on(queries, self.index, k, condition, query)
         return sample.generate(self.model, query, neighbors, [args.seed] * len(prompts), 50,
-                               steps=args.steps, sampler="dpm",
-                               guidance=args.guidance if guidance is None else guidance)
+                               self.codec, steps=args.steps, guidance=args.guidance)
 
     def clip_score(self, pictures: list[Image.Image], prompts: list[str]) -> float:
         """Mean cosine of the pictures with their prompts, by the same CLIP that steered them."""
@@ -406,13 +407,17 @@ class Maker:
 
 
 def open_maker(args: argparse.Namespace, weights: Path, index_path: Path) -> Maker:
-    model, _, clip, index = sample.open_all(weights, args.clip, index_path)
-    return Maker(model, clip, index)
+    model, metadata, clip, index = sample.open_all(weights, args.clip, index_path)
+    is_discrete = isinstance(model, knn_diffusion.TokenTransformer)
+    codec = sample.open_codec(args.vqvae, model, metadata) if is_discrete else None
+    args.steps = args.steps or (25 if is_discrete else 20)
+    return Maker(model, clip, index, codec)
 
 
 def print_protocol(args: argparse.Namespace, bench: Bench, n: int, what: str) -> None:
-    print(f"{n} {what}, one sample each from seed {args.seed}, {args.steps} DPM-Solver++(2M) "
-          f"steps, guidance {args.guidance:g}, {args.weights}, {args.clip}, {args.index}.\n"
+    print(f"{n} {what}, one sample each from seed {args.seed}, {args.steps} steps of the "
+          f"backbone's default sampler, guidance {args.guidance:g}, {args.weights}, {args.clip}, "
+          f"{args.index}.\n"
           f"A share's standard error is {50 / n ** 0.5:.1f} points at 50 %. CLIP: mean cosine with "
           "the prompt, by the CLIP that steers, for information.\n"
           f"The judge {bench.accuracy}.\n")
@@ -434,10 +439,14 @@ def table(args: argparse.Namespace) -> None:
     maker = open_maker(args, args.weights, args.index)
     prompts = pick_prompts(args.data, args.n, args.seed, held_out=False)
     print_protocol(args, bench, len(prompts), "prompts")
-    for label, options in (("query + 10 neighbours", {}), ("query only", {"condition": "query"}),
+    for label, options in (("10 neighbours, the nearest as query", {}),
+                           ("10 neighbours, the text as query", {"query": "text"}),
+                           ("the text only", {"condition": "query"}),
                            ("10 neighbours only", {"condition": "neighbors"}),
-                           ("query + 1", {"k": 1}), ("query + 5", {"k": 5}),
-                           ("query + 20", {"k": 20}))[: 1 if args.quick else None]:
+                           ("1 neighbour, also as query", {"k": 1}),
+                           ("5 neighbours, the nearest as query", {"k": 5}),
+                           ("20 neighbours, the nearest as query", {"k": 20})
+                           )[: 1 if args.quick else None]:
         print_row(label, bench, maker, maker.draw(prompts, args, **options), prompts)
     if args.baseline:
         other = open_maker(args, args.baseline, args.index)
@@ -455,12 +464,15 @@ def swap(args: argparse.Namespace) -> None:
     """The same held-out prompts, weights and seeds with the default index and with the other."""
     bench = open_bench(args.judge)
     prompts = pick_prompts(args.data, args.n, args.seed, held_out=True)
+    makers = {folder: open_maker(args, args.weights, folder)
+              for folder in (args.index, args.heldout_index)}
     print_protocol(args, bench, len(prompts), "held-out prompts")
-    for folder in (args.index, args.heldout_index):
-        maker = open_maker(args, args.weights, folder)
-        for condition in ("both", "neighbors"):
-            print_row(f"{folder.name}, {condition}", bench, maker,
-                      maker.draw(prompts, args, condition=condition), prompts)
+    for folder, maker in makers.items():
+        for label, options in (("the nearest as query", {}), ("the text as query",
+                                                              {"query": "text"}),
+                               ("neighbours only", {"condition": "neighbors"})):
+            print_row(f"{folder.name}, {label}", bench, maker,
+                      maker.draw(prompts, args, **options), prompts)
 
 
 # ---------------------------------------------------------------- the command
@@ -471,6 +483,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "stickers")
     parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     parser.add_argument("--weights", type=Path, default=SHIPPED / "continuous.safetensors")
+    parser.add_argument("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors")
     parser.add_argument("--baseline", type=Path, help="table: weights of the no-kNN model")
     parser.add_argument("--index", type=Path, default=SHIPPED / "index")
     parser.add_argument("--heldout-index", type=Path, default=SHIPPED / "index-heldout")
@@ -481,18 +494,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--quick", action="store_true", help="table: the first row only")
-    parser.add_argument("--steps", type=int, help="sampling steps (20), or the judge's (1500)")
+    parser.add_argument("--steps", type=int, help="of sampling (default: continuous 20, discrete "
+                        "25), or of the judge (1500)")
     parser.add_argument("--out", type=Path, default=Path("judge.safetensors"),
                         help="train-judge: file to write")
     argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     args.command_line = "python examples/evaluate.py " + shlex.join(argv)
-    if args.steps is None:
-        args.steps = 1500 if args.what == "train-judge" else 20
+    if args.steps is None and args.what == "train-judge":
+        args.steps = 1500
     if args.n is None:
         args.n = 100 if args.what == "swap" else 200
     try:
-        if args.steps < 1 or args.n < 1 or args.seed < 0:
+        if args.steps is not None and args.steps < 1 or args.n < 1 or args.seed < 0:
             raise ValueError("--steps and --n want 1 or more, --seed 0 or more")
         if args.what == "judge" and not args.singles:
             raise ValueError("judge wants --singles DIR")

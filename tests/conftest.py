@@ -45,7 +45,7 @@ UNET_CONFIG = knn_diffusion.UNetConfig(
     learned_variance=False,
     unshuffle=2,
     position_map=True,
-    query_map=4,
+    query_map=4, query_hidden=24,
 )
 
 

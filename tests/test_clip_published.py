@@ -64,7 +64,8 @@ def openai_model(tower: str, activation: str = "quick_gelu", **changes) -> nn.Mo
         if tower == "resnet":                        # running statistics that fit the weights
             model.train()
             for _ in range(20):
-                model.encode_image(torch.randn(4, 3, *[TOWERS[tower]["image_resolution"]] * 2))
+                side = model.visual.input_resolution
+                model.encode_image(torch.randn(4, 3, side, side))
             model.eval()
     if activation == "gelu":
         for module in model.modules():
@@ -123,7 +124,7 @@ def test_full_size_towers_equal_openais_own_code(tower, tmp_path):
     sizes |= ({"vision_layers": 12, "vision_width": 768, "vision_patch_size": 32}
               if tower == "ViT-B/32" else
               {"vision_layers": (3, 4, 6, 3), "vision_width": 64, "vision_patch_size": None})
-    theirs = openai_model("vit", **sizes)
+    theirs = openai_model("vit" if tower == "ViT-B/32" else "resnet", **sizes)
     torch.save(theirs.state_dict(), tmp_path / "w.pt")
     assert_same_embeddings(clip_model.load(tmp_path / "w.pt", activation="quick_gelu"), theirs, 224)
 
@@ -386,12 +387,18 @@ def test_tensors_can_not_reach_beyond_their_storage(tmp_path):
     name = next(name for name in parts if name.endswith("data.pkl"))
     program = parts[name]
     assert program.count(b"K\x06\x85") == 1                     # the size, (6,)
-    parts[name] = program.replace(b"K\x06\x85", b"K\x07\x85")
-    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
-        for entry, content in parts.items():
-            archive.writestr(entry, content)
-    with pytest.raises(ValueError, match="storage"):
-        read_archive(tmp_path / "w.pt")
+    assert program.count(b"K\x01\x85") == 1                     # the stride, (1,)
+    longer = program.replace(b"K\x06\x85", b"K\x07\x85")
+    # a stride of 0 shows one number again and again: small in the file, huge once it is copied
+    endless = program.replace(b"K\x06\x85", b"J\xff\xff\xff\x7f\x85").replace(
+        b"K\x01\x85", b"K\x00\x85")
+    for changed in (longer, endless):
+        parts[name] = changed
+        with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+            for entry, content in parts.items():
+                archive.writestr(entry, content)
+        with pytest.raises(ValueError, match="storage"):
+            read_archive(tmp_path / "w.pt")
 
 
 def corrupted(raw: bytes, rng: random.Random) -> tuple[bytes, str]:

@@ -109,7 +109,7 @@ def test_every_path_reads_the_query():
             if alive != "time":
                 model.query_to_time.weight.zero_()
             if alive != "map":
-                model.query_map.weight.zero_()
+                model.query_map[2].weight.zero_()
             if alive != "tokens":
                 model.condition.to_width.weight.zero_()
         xt, t = torch.randn(1, 3, 16, 16), torch.tensor([50])

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_clip, tiny_unet, write_pictures
+from conftest import randomised, tiny_clip, tiny_unet, write_pictures
 from PIL import Image
 
 import clip_model
 import index as retrieval
 import knn_diffusion
 import sample
+import vqvae
 
 
 def run(world, *extra):
@@ -106,14 +107,20 @@ def test_the_condition_is_the_texts_embedding_and_its_neighbours(world):
     clip = clip_model.load(world / "clip.safetensors")
     index = retrieval.open_index(world / "index")
     queries = clip.embed_texts(["red fox"])
-    query, neighbors, scores, ids = sample.condition_on(queries, index, 4, "both")
+    query, neighbors, scores, ids = sample.condition_on(queries, index, 4, "both", "text")
     nearest = (torch.from_numpy(index.embeddings.astype(np.float32)) @ queries[0]).argsort(
         descending=True
     )[:4]
     assert torch.equal(query, queries) and ids[0].tolist() == nearest.tolist()
     assert torch.equal(neighbors[0], torch.from_numpy(index.embeddings[nearest]).float())
-    assert sample.condition_on(queries, index, 4, "query")[1] is None
-    assert sample.condition_on(queries, index, 4, "neighbors")[0] is None
+    # or, with the same neighbours, the best of them in the text's place
+    stand_in, same, _, _ = sample.condition_on(queries, index, 4, "both", "nearest")
+    assert torch.equal(stand_in, neighbors[:, 0]) and torch.equal(same, neighbors)
+    for way in ("text", "nearest"):
+        alone, none, _, _ = sample.condition_on(queries, index, 4, "query", way)
+        assert none is None and torch.equal(alone, queries)
+        assert torch.equal(sample.condition_on(queries, index, 0, "both", way)[0], queries)
+        assert sample.condition_on(queries, index, 4, "neighbors", way)[0] is None
 
 
 def test_no_neighbours_is_the_same_as_condition_query(world, tmp_path):
@@ -311,3 +318,60 @@ def test_weights_clip_and_index_must_belong_together(world, tmp_path, capsys):
         == 2
     )
     assert "holds a CLIP, wanted UNet" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the discrete backbone
+
+
+@pytest.fixture(scope="module")
+def discrete_world(world, tmp_path_factory):
+    """A tiny transformer and the VQ-VAE that its tokens belong to."""
+    folder = tmp_path_factory.mktemp("discrete")
+    config = vqvae.VQVAEConfig(
+        image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(),
+        latent_channels=8, embed_dim=4, n_codes=16, norm_groups=4)
+    torch.manual_seed(0)
+    codec = randomised(vqvae.VQVAE(config))
+    torch.nn.init.normal_(codec.quantize.embedding.weight, std=5)    # codes that look different
+    vqvae.save(folder / "vqvae.safetensors", codec, {})
+    vqvae.save(folder / "other.safetensors", randomised(vqvae.VQVAE(config), 1), {})
+    model = randomised(knn_diffusion.TokenTransformer(knn_diffusion.TransformerConfig(
+        image_size=16, n_codes=16, tokens_a_side=8, embed_dim=16, n_neighbors=3, width=16,
+        layers=1, heads=2, condition_width=12, T=6)))
+    knn_diffusion.save(folder / "discrete.safetensors", model, {
+        "vqvae": vqvae.fingerprint(codec),
+        "clip": clip_model.load(world / "clip.safetensors").fingerprint()})
+    return folder
+
+
+def run_discrete(world, folder, *extra):
+    return sample.main([
+        "a fox", "--n", "2", "--clip", str(world / "clip.safetensors"),
+        "--index", str(world / "index"), "--weights", str(folder / "discrete.safetensors"),
+        "--vqvae", str(folder / "vqvae.safetensors"), *map(str, extra)])
+
+
+def test_discrete_weights_draw_pictures_through_the_vqvae(world, discrete_world, tmp_path):
+    for name, batch in (("a", 2), ("b", 1)):
+        assert run_discrete(world, discrete_world, "--steps", 4, "--batch-size", batch,
+                            "--out", tmp_path / f"{name}.png", "--singles", tmp_path / name) == 0
+    one, two = (pixels(tmp_path / name / "000-01.png") for name in "ab")
+    assert one.shape == (16, 16, 3) and one.std() > 5
+    assert np.abs(one - two).max() <= 2                              # the seed rule holds here too
+    assert np.abs(one - pixels(tmp_path / "a" / "000-00.png")).max() > 5
+    settings = json.loads(Image.open(tmp_path / "a.png").info["parameters"])
+    assert (settings["sampler"], settings["steps"]) == ("ancestral", 4)
+    assert run_discrete(world, discrete_world, "--steps", 4, "--sampler", "purity",
+                        "--truncation", 0.9, "--out", tmp_path / "c.png") == 0
+
+
+@pytest.mark.parametrize("extra, word", [
+    (["--backbone", "continuous"], "is discrete"), (["--sampler", "ddim"], "ancestral"),
+    (["--truncation", "1.5", "--steps", "4"], "truncation"), (["--steps", "7"], "1 to 6"),
+    (["--vqvae", "OTHER"], "VQ-VAE"), (["--vqvae", "NONE"], "no weights")])
+def test_discrete_contradictions_are_refused(world, discrete_world, tmp_path, capsys, extra, word):
+    paths = {"OTHER": discrete_world / "other.safetensors", "NONE": tmp_path / "none"}
+    extra = [paths.get(part, part) for part in extra]
+    assert run_discrete(world, discrete_world, *extra, "--out", tmp_path / "p.png") == 2
+    error = capsys.readouterr().err
+    assert word in error and error.count("\n") == 1 and not (tmp_path / "p.png").exists()

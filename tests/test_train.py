@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import CLIP_CONFIG, UNET_CONFIG, tiny_unet, write_pictures
 import clip_model
 import knn_diffusion
 import train
+import vqvae
 from index import open_index
 
 CPU = torch.device("cpu")
@@ -39,9 +41,10 @@ def test_a_step_that_is_not_finite_changes_nothing():
     model = torch.nn.Linear(2, 1)
     optimizer = torch.optim.AdamW(train.weight_groups(model, 0.1), lr=1.0)
     before = model.weight.clone()
-    assert not train.descend(model, optimizer, model(torch.ones(1, 2)).sum() * torch.nan, 0.1, 1.0)
+    nan = model(torch.ones(1, 2)).sum() * torch.nan
+    assert not train.descend(model, [optimizer], nan, 0.1, 1.0)
     assert torch.equal(model.weight, before)
-    assert train.descend(model, optimizer, model(torch.ones(1, 2)).sum(), 0.1, 1.0)
+    assert train.descend(model, [optimizer], model(torch.ones(1, 2)).sum(), 0.1, 1.0)
     assert not torch.equal(model.weight, before) and optimizer.param_groups[0]["lr"] == 0.1
 
 
@@ -60,6 +63,34 @@ def test_only_matrices_are_decayed():
     groups = train.weight_groups(torch.nn.Linear(3, 2), 0.3)
     assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
     assert [p.shape for g in groups for p in g["params"]] == [(2, 3), (2,)]
+
+
+def test_muon_moves_every_singular_direction_alike():
+    """Five Newton-Schulz steps against the singular value decomposition, and one step by hand."""
+    torch.manual_seed(0)
+    for shape in ((6, 40), (40, 6), (16, 32)):
+        gradient = torch.randn(shape)
+        u, _, vt = torch.linalg.svd(gradient, full_matrices=False)
+        turned = u.T @ train.orthogonal(gradient) @ vt.T
+        assert ((turned.diagonal() > 0.6) & (turned.diagonal() < 1.3)).all()
+        assert (turned - turned.diagonal().diag()).abs().max() < 0.05
+    weight = torch.nn.Parameter(torch.randn(4, 2, 3, 3))
+    before, weight.grad = weight.detach().clone(), torch.randn(4, 2, 3, 3)
+    train.Muon([weight], lr=0.1, weight_decay=0.5).step()
+    update = train.orthogonal(weight.grad.flatten(1)).view(4, 2, 3, 3)
+    wanted = before * 0.95 - 0.1 * 0.2 * math.sqrt(18) * update  # 18 columns are the longer side
+    assert torch.allclose(weight, wanted, atol=2e-3)  # bfloat16 inside
+
+
+def test_muon_gets_matrices_inside_and_adam_the_rest():
+    model = tiny_unet()
+    muon, adam = train.muon_and_adam(model, 0.1, at_the_ends=("conv_in.", "conv_out."))
+    sizes = [sum(p.numel() for g in o.param_groups for p in g["params"]) for o in (muon, adam)]
+    assert sum(sizes) == sum(p.numel() for p in model.parameters()) and sizes[0] > sizes[1]
+    by_adam = {id(p) for g in adam.param_groups for p in g["params"]}
+    for ends in (model.conv_in, model.conv_out):
+        assert all(id(p) in by_adam for p in ends.parameters())
+    assert id(model.condition.type_embedding) in by_adam and id(model.position_map) in by_adam
 
 
 # ---------------------------------------------------------------- CLIP
@@ -169,7 +200,8 @@ def test_a_resumed_clip_equals_an_uninterrupted_one(captioned, tmp_path, monkeyp
 def train_tiny_unet(world, out, steps, **options):
     options = {"resume": False, "init": None, "minutes": None, "condition": "both", **options}
     (out / "samples").mkdir(parents=True, exist_ok=True)
-    train.train_continuous(
+    train.train_diffusion(
+        "continuous",
         world / "images",
         out,
         open_index(world / "index"),
@@ -203,6 +235,85 @@ def test_resuming_does_not_change_the_experiment(world, tmp_path):
     train_tiny_unet(world, tmp_path / "a", 3, resume=True)
     commands = clip_model.read_weights(tmp_path / "a" / "continuous.safetensors")[1]["command"]
     assert commands == "a test\na test"
+
+
+TINY_TRANSFORMER = knn_diffusion.TransformerConfig(
+    image_size=16, n_codes=16, tokens_a_side=8, embed_dim=16, n_neighbors=3, width=16, layers=1,
+    heads=2, condition_width=12, T=6, query_map=2, query_hidden=8)
+
+
+def train_tiny_transformer(world, out, steps, codec, resume=False, **options):
+    train.train_diffusion(
+        "discrete", world / "images", out, open_index(world / "index"), TINY_TRANSFORMER,
+        **{**dict(condition="both", steps=steps, batch_size=8, lr=1e-3, seed=5, resume=resume,
+                  init=None, minutes=None, device=CPU, bf16=False, command="a test", codec=codec),
+           **options})
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def test_a_resumed_transformer_equals_an_uninterrupted_one(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
+    torch.manual_seed(0)
+    codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
+    whole = train_tiny_transformer(world, tmp_path / "a", 24, codec)       # T·11 draws and more
+    train_tiny_transformer(world, tmp_path / "b", 13, codec)
+    resumed = train_tiny_transformer(world, tmp_path / "b", 24, codec, resume=True)
+    assert equal_states(whole, resumed)
+    for one, two in zip(whole["others"][-1].values(), resumed["others"][-1].values()):
+        assert torch.equal(one, two) and one.abs().sum() > 0               # the time sampler too
+    model, metadata = knn_diffusion.load(tmp_path / "a" / "discrete.safetensors")
+    assert isinstance(model, knn_diffusion.TokenTransformer)
+    assert metadata["vqvae"] == vqvae.fingerprint(codec)
+    # tokens are computed once and kept beside the embeddings
+    table = open_index(world / "index").folder / f"tokens-{vqvae.fingerprint(codec)}.npy"
+    assert np.load(table).shape == (len(open_index(world / "index")), 64)
+    other = vqvae.VQVAE(TINY_VQVAE).eval()
+    with pytest.raises(ValueError, match="vqvae was"):
+        train_tiny_transformer(world, tmp_path / "b", 30, other, resume=True)
+    with pytest.raises(ValueError, match="holds a TokenTransformer"):
+        train_tiny_unet(world, tmp_path / "c", 1, init=tmp_path / "a" / "discrete.safetensors")
+    wide = vqvae.VQVAE(replace(TINY_VQVAE, n_codes=20)).eval()
+    with pytest.raises(ValueError, match="8x8 of 20"):
+        train_tiny_transformer(world, tmp_path / "d", 1, wide)
+
+
+# ---------------------------------------------------------------- the VQ-VAE
+
+TINY_VQVAE = vqvae.VQVAEConfig(
+    image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(), latent_channels=8,
+    embed_dim=4, n_codes=16, norm_groups=4)
+
+
+def train_tiny_vqvae(data, out, steps, resume=False, keep_out=3, **changes):
+    train.train_vqvae(data, out, TINY_VQVAE, keep_out, **{
+        **dict(steps=steps, batch_size=4, lr=1e-3, seed=0, resume=resume, init=None, minutes=None,
+               device=CPU, bf16=False, command="a test"), **changes})
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def test_kept_out_drawings_leave_with_all_their_renderings():
+    names = [f"flat/{name}-{i}.png" for name in "abcdef" for i in range(3)] + ["plain.png"]
+    kept, out = train.split_by_drawing(names, 3)
+    assert out == [f"flat/{name}-{i}.png" for name in "cf" for i in range(3)]
+    assert sorted(kept + out) == sorted(names)
+    assert train.split_by_drawing(names, 0) == (names, [])
+
+
+def test_vqvae_resumes_as_if_never_stopped_and_learns(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-2)
+    data = tmp_path / "pictures"
+    write_pictures(data, 8)
+    (data / "broken.png").write_bytes(b"")
+    whole = train_tiny_vqvae(data, tmp_path / "a", 60)
+    train_tiny_vqvae(data, tmp_path / "b", 25)
+    assert equal_states(whole, train_tiny_vqvae(data, tmp_path / "b", 60, resume=True))
+    model, metadata = vqvae.load(tmp_path / "a" / "vqvae.safetensors")
+    assert "PSNR" in metadata["measured"] and "broken.png" in capsys.readouterr().err
+    log = (tmp_path / "a" / "log.csv").read_text().splitlines()
+    assert float(log[-1].split(",")[1]) < 0.8
+    assert (tmp_path / "a" / "samples" / "0000060.png").is_file()
+    with pytest.raises(ValueError, match="keep_out was 3, is 2"):
+        train_tiny_vqvae(data, tmp_path / "b", 70, resume=True, keep_out=2)
 
 
 def test_weights_of_another_clip_are_no_start(world, tmp_path):

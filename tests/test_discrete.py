@@ -1,0 +1,414 @@
+"""knn_diffusion.py, discrete half: closed forms by enumeration, samplers by their own chain."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import randomised
+
+import knn_diffusion as kd
+from knn_diffusion import MaskSchedule, TransformerConfig
+
+CONFIG = TransformerConfig(image_size=16, n_codes=7, tokens_a_side=3, embed_dim=16, n_neighbors=3,
+                           width=16, layers=2, heads=2, condition_width=12, T=10, query_map=2,
+                           query_hidden=8)
+KINDS = ("released", "paper")
+
+
+def tiny_transformer(seed: int = 0) -> kd.TokenTransformer:
+    torch.manual_seed(seed)
+    return randomised(kd.TokenTransformer(CONFIG), seed)
+
+
+def one_step_matrix(schedule: MaskSchedule, t: int) -> torch.Tensor:
+    """Q_t (V+1, V+1), row x_{t−1}, column x_t, written from the definition with per-step values by
+    ratios (VQ-Diffusion Eq. 4)."""
+    V = schedule.n_codes
+    alpha = (schedule.alpha_bar[t] / schedule.alpha_bar[t - 1]).item()
+    gamma = (1 - (1 - schedule.gamma_bar[t]) / (1 - schedule.gamma_bar[t - 1])).item()
+    beta = (1 - alpha - gamma) / V
+    Q = torch.full((V + 1, V + 1), beta, dtype=torch.float64)
+    for v in range(V):
+        Q[v, v] += alpha
+        Q[v, V] = gamma
+    Q[V] = 0
+    Q[V, V] = 1
+    return Q
+
+
+def cumulative_matrix(schedule: MaskSchedule, t: int) -> torch.Tensor:
+    """The closed form of x_0 → x_t."""
+    V = schedule.n_codes
+    Q = schedule.beta_bar[t].item() * torch.ones(V + 1, V + 1, dtype=torch.float64)
+    Q[range(V), range(V)] += schedule.alpha_bar[t].item()
+    Q[:, V] = schedule.gamma_bar[t].item()
+    Q[V] = 0
+    Q[V, V] = 1
+    return Q
+
+
+# ---------------------------------------------------------------- mask and replace
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("V, T", [(2, 2), (3, 5), (6, 8)])
+def test_products_of_steps_equal_the_closed_form(kind, V, T):
+    schedule, product = MaskSchedule(T, V, kind), torch.eye(V + 1, dtype=torch.float64)
+    for t in range(1, T + 1):
+        step = one_step_matrix(schedule, t)
+        assert (step >= -1e-15).all() and torch.allclose(step.sum(1), torch.ones_like(step[0]))
+        product = product @ step
+        assert torch.allclose(product, cumulative_matrix(schedule, t), atol=1e-12)
+        for s in range(t):
+            alpha, beta, gamma = schedule.between(s, t)
+            between = torch.eye(V + 1, dtype=torch.float64)
+            for i in range(s + 1, t + 1):
+                between = between @ one_step_matrix(schedule, i)
+            assert between[0, 0].item() == pytest.approx((alpha + beta).item(), abs=1e-12)
+            assert between[0, 1].item() == pytest.approx(beta.item(), abs=1e-12)
+            assert between[0, V].item() == pytest.approx(gamma.item(), abs=1e-12)
+
+
+def test_both_schedules_are_the_published_ones():
+    code = MaskSchedule(100, 2887, "released")
+    assert code.alpha_bar[[1, 100]].tolist() == pytest.approx([0.99999, 0.000009])
+    assert code.gamma_bar[[1, 100]].tolist() == pytest.approx([0.000009, 0.99999])
+    assert (2887 * code.beta_bar[1:]).tolist() == pytest.approx([1e-6] * 100)
+    text = MaskSchedule(100, 2887, "paper")
+    assert text.gamma_bar[[50, 100]].tolist() == pytest.approx([0.45, 0.9])
+    assert (2887 * text.beta_bar[[50, 100]]).tolist() == pytest.approx([0.05, 0.1], abs=2e-6)
+    assert text.alpha_bar[100] == MaskSchedule.FLOOR
+    for schedule in (code, text):
+        assert (schedule.alpha_bar[0], schedule.gamma_bar[0], schedule.beta_bar[0]) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drawn_tokens_follow_the_closed_form(kind):
+    """u on a fine grid and every code in turn: the integral, no sampling."""
+    V, T, n = 5, 8, 4000
+    schedule = MaskSchedule(T, V, kind)
+    u = ((torch.arange(n, dtype=torch.float64) + 0.5) / n).repeat_interleave(V)
+    codes = torch.arange(V).repeat(n)
+    for t in (1, 4, 8):
+        for x0 in (0, 3):
+            xt = kd.mask_and_replace(torch.full((1, n * V), x0), torch.tensor([t]), schedule,
+                                     u[None], codes[None])
+            share = xt[0].bincount(minlength=V + 1) / (n * V)
+            assert torch.allclose(share.double(), cumulative_matrix(schedule, t)[x0], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("V, T", [(2, 4), (4, 6), (6, 8)])
+def test_posterior_equals_bayes_on_small_vocabulary(kind, V, T):
+    """q(x_s | x_t, x_0) by enumeration of products of one-step matrices, MASK included."""
+    schedule = MaskSchedule(T, V, kind)
+    x0 = torch.arange(V).repeat_interleave(V + 1)[None]                    # every (x_0, x_t)
+    xt = torch.arange(V + 1).repeat(V)[None]
+    for t in range(1, T + 1):
+        for s in range(t):
+            between = torch.eye(V + 1, dtype=torch.float64)
+            for i in range(s + 1, t + 1):
+                between = between @ one_step_matrix(schedule, i)
+            upto = cumulative_matrix(schedule, s)
+            log_p = kd.log_posterior(kd.one_hot_log(x0, V).double(), xt, torch.tensor([t]),
+                                     torch.tensor([s]), schedule)[0]
+            assert torch.allclose(log_p.exp().sum(-1), torch.ones(len(log_p)).double())
+            for found, a, b in zip(log_p.exp(), x0[0].tolist(), xt[0].tolist()):
+                joint = upto[a] * between[:, b]                            # over x_s
+                assert torch.allclose(found, joint / joint.sum(), atol=1e-7), (t, s, a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_posterior_under_the_network_is_the_mean_over_x0(kind):
+    V, T = 5, 8
+    schedule, generator = MaskSchedule(T, V, kind), torch.Generator().manual_seed(0)
+    xt = torch.arange(V + 1)[None]
+    log_x0 = torch.randn(1, V + 1, V, generator=generator).double().log_softmax(-1)
+    for s, t in ((0, 1), (3, 4), (2, 7), (0, 8)):
+        at = torch.tensor([t]), torch.tensor([s])
+        mean = sum(log_x0[..., v, None].exp() * kd.log_posterior(
+            kd.one_hot_log(torch.full_like(xt, v), V).double(), xt, *at, schedule).exp()
+            for v in range(V))
+        found = kd.log_posterior(log_x0, xt, *at, schedule).exp()
+        assert torch.allclose(found, mean, atol=1e-7)
+
+
+# ---------------------------------------------------------------- loss
+
+
+def fixed(log_x0: torch.Tensor, config: TransformerConfig):
+    """A model that always says log_x0."""
+    def model(*_: object) -> torch.Tensor:
+        return log_x0
+    model.config = config
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_is_zero_for_the_true_x0_and_positive_else(kind):
+    schedule = MaskSchedule(10, 7, kind)
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randint(7, (10, 9), generator=generator)
+    t = torch.arange(1, 11)
+    xt = kd.mask_and_replace(x0, t, schedule, torch.rand(10, 9, generator=generator),
+                             torch.randint(7, (10, 9), generator=generator))
+    ideal = fixed(kd.one_hot_log(x0, 7), CONFIG)
+    terms, auxiliary = kd.discrete_loss(ideal, schedule, x0, xt, t, None, None, None, None)
+    assert terms.abs().max() < 1e-5 and auxiliary.abs().max() == 0
+    blind = fixed(torch.full((10, 9, 7), -math.log(7)), CONFIG)
+    terms, auxiliary = kd.discrete_loss(blind, schedule, x0, xt, t, None, None, None, None)
+    assert (terms[1:][(xt[1:] == 7).any(1)] > 1e-4).all()
+    wanted = CONFIG.auxiliary * math.log(7) * (2 - (t - 1) / 10)           # from 2 down to 1.1
+    assert torch.allclose(auxiliary, wanted, rtol=1e-5)
+
+
+def test_kl_term_by_hand():
+    """One masked token, V = 2, from t = 2: the KL of two three-way distributions."""
+    schedule = MaskSchedule(4, 2, "paper")
+    log_x0 = torch.tensor([[[0.3, 0.7]]]).log()
+    x0, xt, t = torch.tensor([[0]]), torch.tensor([[2]]), torch.tensor([2])
+
+    def posterior(p: list[float]) -> list[float]:
+        between, upto = one_step_matrix(schedule, 2), cumulative_matrix(schedule, 1)
+        total = torch.zeros(3, dtype=torch.float64)
+        for v in (0, 1):
+            joint = upto[v] * between[:, 2]
+            total += p[v] * joint / joint.sum()
+        return total.tolist()
+
+    q, p = posterior([1.0, 0.0]), posterior([0.3, 0.7])
+    wanted = sum(a * math.log(a / b) for a, b in zip(q, p))
+    terms, _ = kd.discrete_loss(fixed(log_x0, CONFIG), schedule, x0, xt, t, None, None, None, None)
+    assert terms.item() == pytest.approx(wanted, rel=1e-4)
+
+
+def test_times_are_drawn_by_their_loss_and_weighed_back():
+    times = kd.TimeSampler(5)
+    assert times.probabilities().tolist() == [0, 0.2, 0.2, 0.2, 0.2, 0.2]
+    for _ in range(11):
+        times.update(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([9.0, 1.0, 2.0, 3.0, 4.0]))
+    p = times.probabilities()
+    wanted = torch.tensor([1.0, 1.0, 2.0, 3.0, 4.0]).double() + 1e-4       # t = 1 takes t = 2's
+    assert torch.allclose(p[1:], wanted / wanted.sum()) and p[0] == 0
+    t, weight = times.draw(20_000, torch.Generator().manual_seed(0))
+    assert t.min() == 1 and t.max() == 5
+    assert torch.allclose(t.bincount(minlength=6) / 20_000.0, p.float(), atol=0.015)
+    assert torch.allclose(weight, (1 / (5 * p[t])).float()) and abs(weight.mean() - 1) < 0.02
+    times.update(torch.tensor([3]), torch.tensor([0.0]))
+    assert times.mean_square[3] == pytest.approx(0.9 * 4)
+    times.update(torch.tensor([3]), torch.tensor([math.nan]))              # skipped, not poisoned
+    assert times.mean_square[3] == pytest.approx(0.9 * 4)
+
+
+# ---------------------------------------------------------------- samplers
+
+
+def uniforms(batch: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda *shape: torch.rand(batch, *shape, generator=generator)
+
+
+def chi_square(counts: torch.Tensor, p: torch.Tensor) -> float:
+    """The statistic over cells of at least 5 expected, minus its degrees of freedom, in standard
+    deviations of its distribution."""
+    expected = counts.sum() * p
+    big = expected >= 5
+    statistic = ((counts[big] - expected[big]) ** 2 / expected[big]).sum().item()
+    freedom = max(1, int(big.sum()) - 1)
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def ideal_predictor(p: torch.Tensor, schedule: MaskSchedule, length: int):
+    """log p(x_0^i | x_t), each place's marginal of the true joint posterior; p over V^length."""
+    V = schedule.n_codes
+    states = torch.tensor(list(itertools.product(range(V), repeat=length)))      # (V^L, L)
+
+    def predict(xt: torch.Tensor, t: int) -> torch.Tensor:
+        likelihood = torch.ones(len(xt), len(states), dtype=torch.float64)
+        Q = cumulative_matrix(schedule, t)
+        for i in range(length):
+            likelihood *= Q[states[:, i]][:, xt[:, i]].T
+        joint = likelihood * p
+        joint /= joint.sum(1, keepdim=True)
+        marginals = torch.stack([
+            torch.stack([joint[:, states[:, i] == v].sum(1) for v in range(V)], -1)
+            for i in range(length)], 1)
+        return marginals.clamp(min=1e-30).log()
+    return predict
+
+
+def chain_distribution(p: torch.Tensor, schedule: MaskSchedule, times: list[int], length: int
+                       ) -> torch.Tensor:
+    """The distribution of x_0 that the sampler's own Markov chain has, by enumerating (V+1)^L
+    states; posteriors from products of one-step matrices."""
+    V, predict = schedule.n_codes, ideal_predictor(p, schedule, length)
+    states = torch.tensor(list(itertools.product(range(V + 1), repeat=length)))
+    last = cumulative_matrix(schedule, schedule.T)[0].clone()
+    last[:V] = last[:V].sum() / V                                          # the prior
+    now = last[states].prod(1)
+    for t, s in zip(times, times[1:]):
+        between = torch.eye(V + 1, dtype=torch.float64)
+        for i in range(s + 1, t + 1):
+            between = between @ one_step_matrix(schedule, i)
+        upto = cumulative_matrix(schedule, s)
+        joint = upto[:V, None] * between.T[None]                           # (x_0, x_t, x_s)
+        posterior = joint / joint.sum(-1, keepdim=True).clamp(min=1e-300)
+        network = predict(states, t).exp()                                 # (states, L, V)
+        step = torch.ones(len(states), len(states), dtype=torch.float64)
+        for i in range(length):
+            per_place = torch.einsum("nv,vnc->nc", network[:, i], posterior[:, states[:, i]])
+            step *= per_place[:, states[:, i]]
+        now = now @ step
+    inside = (states < V).all(1)
+    return now[inside] / now[inside].sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("T, steps", [(1 + 7, 8), (8, 3), (8, 1)])
+def test_one_token_is_exact_at_any_stride(kind, T, steps):
+    V, n = 5, 20_000
+    p = torch.tensor([0.5, 0.25, 0.15, 0.08, 0.02]).double()
+    schedule = MaskSchedule(T, V, kind)
+    times = [round(T * (steps - i) / steps) for i in range(steps + 1)]
+    *_, x0 = kd.ancestral(ideal_predictor(p, schedule, 1), schedule, times, 1, uniforms(n))
+    assert abs(chi_square(x0[:, 0].bincount(minlength=V + 1)[:V].double(), p)) < 4
+    assert (x0 < V).all()
+
+
+def test_three_dependent_tokens_follow_the_chain_and_converge():
+    """The network gives each place's marginal, so what is set in one step is set independently:
+    the error falls as 1/T."""
+    V, n, distances = 2, 20_000, []
+    generator = torch.Generator().manual_seed(3)
+    p = torch.rand(V ** 3, generator=generator, dtype=torch.float64) ** 3
+    p /= p.sum()
+    for T in (8, 16, 32):
+        schedule, times = MaskSchedule(T, V, "released"), list(range(T, -1, -1))
+        chain = chain_distribution(p, schedule, times, 3)
+        distances.append(0.5 * (chain - p).abs().sum().item())
+        if T == 8:
+            *_, x0 = kd.ancestral(ideal_predictor(p, schedule, 3), schedule, times, 3, uniforms(n))
+            code = (x0 * torch.tensor([V ** 2, V, 1])).sum(1)
+            assert abs(chi_square(code.bincount(minlength=V ** 3).double(), chain)) < 4
+            assert abs(chi_square(code.bincount(minlength=V ** 3).double(), p)) > 4
+    assert 0.4 < distances[1] / distances[0] < 0.6 and 0.4 < distances[2] / distances[1] < 0.6
+
+
+def test_gumbel_max_draws_from_the_distribution():
+    p = torch.tensor([0.6, 0.3, 0.1, 0.0])
+    drawn = kd.gumbel_max(p.clamp(min=1e-30).log().expand(20_000, 4), uniforms(20_000)(4))
+    assert drawn.max() < 3
+    assert abs(chi_square(drawn.bincount(minlength=4)[:3].double(), p[:3].double())) < 4
+
+
+def test_truncation_keeps_the_codes_before_r_of_mass():
+    log_p = torch.tensor([[[0.1, 0.5, 0.15, 0.25]]]).log()
+    for r, kept in ((0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.76, [1, 2, 3]), (0.95, [0, 1, 2, 3])):
+        found = kd.denoise_tokens(fixed(log_p, CONFIG), torch.zeros(1, 1, dtype=torch.int64), 3,
+                                  None, None, truncation=r)[0, 0].exp()
+        p = torch.tensor([0.1, 0.5, 0.15, 0.25])
+        wanted = torch.zeros(4)
+        wanted[kept] = p[kept] / p[kept].sum()
+        assert torch.allclose(found, wanted, atol=1e-6), r
+
+
+def test_guidance_extrapolates_log_probabilities():
+    model = tiny_transformer()
+    xt, query = torch.randint(8, (2, 9)), torch.nn.functional.normalize(torch.randn(2, 16), dim=1)
+    neighbors = torch.nn.functional.normalize(torch.randn(2, 3, 16), dim=-1)
+    t = torch.full((2,), 4)
+    with torch.no_grad():
+        cond, uncond = model(xt, t, query, neighbors), model(xt, t, None, None)
+    assert (cond - uncond).abs().max() > 1e-2
+    for s in (0.0, 1.0, 3.0):
+        found = kd.denoise_tokens(model, xt, 4, query, neighbors, guidance=s)
+        wanted = torch.softmax(uncond.double() + s * (cond - uncond).double(), -1)
+        assert torch.allclose(found.exp().double(), wanted, atol=1e-6), s
+    assert torch.equal(kd.denoise_tokens(model, xt, 4, query, neighbors, 1.0), cond)
+
+
+def test_purity_sets_the_surest_first_and_keeps_what_is_set():
+    schedule = MaskSchedule(10, 3, "released")
+    sure = torch.tensor([0.999, 0.34, 0.999, 0.34, 0.34, 0.34])
+    log_p = torch.stack([sure, (1 - sure) / 2, (1 - sure) / 2], -1).log()
+
+    def predict(xt, t):
+        return log_p.expand(len(xt), 6, 3)
+
+    path = list(kd.by_purity(predict, schedule, [10, 7, 4, 2, 0], 6, uniforms(400)))
+    masks = [(x == 3).sum(1) for x in path]
+    assert all((m == m[0]).all() for m in masks)                           # alike in all samples
+    assert [int(m[0]) for m in masks] == [round(6 * schedule.gamma_bar[s].item())
+                                          for s in (7, 4, 2)] + [0]
+    for a, b in zip(path, path[1:]):
+        assert torch.equal(a[a < 3], b[a < 3])
+    set_first = (path[0] < 3).float().mean(0)
+    assert set_first[[0, 2]].min() > 1.5 * set_first[[1, 3, 4, 5]].max()
+
+
+# ---------------------------------------------------------------- the transformer
+
+
+def condition(batch: int, k: int = 3):
+    torch.manual_seed(1)
+    query, neighbors = torch.randn(batch, 16), torch.randn(batch, k, 16)
+    return (torch.nn.functional.normalize(query, dim=-1),
+            torch.nn.functional.normalize(neighbors, dim=-1))
+
+
+def test_a_dropped_condition_equals_null_on_every_path():
+    model, (query, neighbors) = tiny_transformer(), condition(4)
+    xt, t = torch.randint(8, (4, 9)), torch.full((4,), 3)
+    yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    with torch.no_grad():
+        full = model(xt, t, query, neighbors)
+        for drop_query, drop_neighbors, q, n in ((yes, yes, None, None), (yes, no, None, neighbors),
+                                                 (no, yes, query, None)):
+            dropped = model(xt, t, query, neighbors, drop_query, drop_neighbors)
+            assert torch.allclose(dropped, model(xt, t, q, n), atol=1e-6)
+            assert (dropped - full).abs().max() > 1e-3
+        assert torch.allclose(model(xt, t, query, neighbors[:, [2, 0, 1]]), full, atol=1e-5)
+        assert torch.allclose(full.exp().sum(-1), torch.ones(4, 9), atol=1e-5)
+
+
+def test_every_input_reaches_the_output():
+    model, (query, neighbors) = tiny_transformer(), condition(1)
+    xt, t = torch.full((1, 9), 7), torch.tensor([3])
+    with torch.no_grad():
+        base = model(xt, t, query, neighbors)
+        other = xt.clone()
+        other[0, 8] = 2
+        changed = (model(other, t, query, neighbors) - base).abs().amax(-1)[0]
+        assert (changed > 1e-5).all()                                      # nothing is causal
+        assert (model(xt, t + 1, query, neighbors) - base).abs().max() > 1e-4
+        assert base[0].std(0).max() > 1e-3                                 # places differ
+
+
+def test_samples_end_without_masks_and_depend_on_their_seed_alone():
+    model, (query, neighbors) = tiny_transformer(), condition(3)
+    for order in ("ancestral", "purity"):
+        *_, three = kd.sample_tokens(model, query, neighbors, [5, 6, 7], steps=4, order=order)
+        assert three.shape == (3, 9) and three.max() < 7
+        *_, one = kd.sample_tokens(model, query[1:2], neighbors[1:2], [6], steps=4, order=order)
+        assert torch.equal(one[0], three[1])
+    with pytest.raises(ValueError, match="steps is 11"):
+        next(kd.sample_tokens(model, query, neighbors, [1, 2, 3], steps=11))
+
+
+def test_paper_preset_has_about_400_million_parameters():
+    with torch.device("meta"):
+        paper = kd.TokenTransformer(kd.DISCRETE_PRESETS["paper"])
+        stickers = kd.TokenTransformer(kd.DISCRETE_PRESETS["stickers"])
+    n = sum(p.numel() for p in paper.parameters())
+    assert abs(n / 400e6 - 1) < 0.05
+    assert 2 * sum(p.numel() for p in stickers.parameters()) < 16_000_000  # bytes when shipped
+
+
+def test_a_transformer_comes_back_from_its_file(tmp_path):
+    model = tiny_transformer()
+    kd.save(tmp_path / "d.safetensors", model, {"step": "3", "command": "x"})
+    found, metadata = kd.load(tmp_path / "d.safetensors")
+    assert isinstance(found, kd.TokenTransformer) and found.config == CONFIG
+    assert metadata["step"] == "3"
+    assert torch.allclose(found.out.weight, model.out.weight.half().float())

@@ -1,0 +1,394 @@
+"""Pictures <-> tokens: a VQ-VAE (van den Oord et al., 1711.00937) in VQGAN's build (2012.09841).
+
+The discrete backbone of kNN-Diffusion Sec. 3.2 draws tokens, not pixels:
+
+    encode   z = E(x),  token of a place = argmin_v ‖z − e_v‖²       x (B, 3, H, W) in [-1, 1]
+    decode   x̂ = D(e_token)                                          tokens (B, L), 0 … V−1
+    loss     |x − x̂| + (x − x̂)² + ‖sg[z] − e‖² + β ‖z − sg[e]‖²,  sg: no gradient
+
+The arg-min has no gradient. *Straight through* means: D is given e, but on the way back its
+gradient goes to z as if z had been given; near each other they want the same. The third term moves
+the code towards what the encoder says, the fourth (commitment, β) the encoder towards its code.
+They have the same value and teach different sides.
+
+Modules and parameters are named as in taming-transformers, so that its published weights load:
+`load` reads our files and theirs (f16 with 1,024 or 16,384 codes, Gumbel f8 with 8,192, FFHQ's
+inside a transformer's checkpoint). Their loss network and discriminator are dropped.
+
+Shapes: B batch, C channels, H W picture, h w its tokens (L = h·w), V codes, E width of a code.
+
+Departs: no LPIPS and no discriminator in training; both want another network's weights or care.
+"""
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clip_model import check, is_ours, load_model, read_tensors, save_model
+
+# ---------------------------------------------------------------- configuration
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """The defaults are VQGAN's f16 with 1,024 codes."""
+    image_size: int = 256                     # pixels a side in training; other multiples work too
+    channels: int = 128                       # at full size
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)   # channels by level; each level halves the size
+    res_blocks: int = 2                       # a level, one more in the decoder
+    attention: tuple[int, ...] = (4,)         # levels with self-attention; 0 is full size
+    latent_channels: int = 256                # of the encoder's output
+    embed_dim: int = 256                      # E
+    n_codes: int = 1024                       # V
+    norm_groups: int = 32
+    gumbel: bool = False                      # tokens by a linear layer's arg-max (DALL-E's way)
+    commitment: float = 0.25                  # β, on the commitment term (1711.00937 Eq. 3)
+
+    def __post_init__(self) -> None:
+        for name in ("multipliers", "attention"):                      # JSON gives lists back
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side of a token: H = factor·h."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+PRESETS = {
+    # 64 px -> 16x16 tokens, on two CPU cores.
+    "stickers": VQVAEConfig(image_size=64, channels=32, multipliers=(1, 2, 3), res_blocks=1,
+                            attention=(), latent_channels=64, embed_dim=32, n_codes=1024,
+                            norm_groups=8),
+    "f16-1024": VQVAEConfig(),
+    "f16-16384": VQVAEConfig(n_codes=16384),
+    "f8-8192": VQVAEConfig(multipliers=(1, 1, 2, 4), attention=(3,), n_codes=8192, gumbel=True),
+}
+
+
+# ---------------------------------------------------------------- layers, in taming's names
+
+class ResnetBlock(nn.Module):
+    """norm → swish → conv, twice, added to the input."""
+
+    def __init__(self, c_in: int, c_out: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=1e-6)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:                            # (B, C, h, w)
+        h = self.conv1(F.silu(self.norm1(x)))                          # (B, C', h, w)
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.nin_shortcut(x) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention of all places, one head."""
+
+    def __init__(self, c: int, groups: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, c, eps=1e-6)
+        self.q, self.k, self.v = (nn.Conv2d(c, c, 1) for _ in range(3))
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x: Tensor) -> Tensor:                            # (B, C, h, w)
+        normed = self.norm(x)
+        q, k, v = (part(normed).flatten(2).transpose(1, 2)             # (B, L, C)
+                   for part in (self.q, self.k, self.v))
+        mixed = F.scaled_dot_product_attention(q, k, v)                # scale C^-1/2
+        return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2; the picture is padded at the right and below only."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:                            # (B, C, h, w)
+        return self.conv(F.pad(x, (0, 1, 0, 1)))                       # (B, C, h/2, w/2)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:                            # (B, C, h, w)
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))   # (B, C, 2h, 2w)
+
+
+def middle(c: int, groups: int) -> nn.Module:
+    """Block, attention, block, at the smallest size."""
+    mid = nn.Module()
+    mid.block_1, mid.attn_1 = ResnetBlock(c, c, groups), AttnBlock(c, groups)
+    mid.block_2 = ResnetBlock(c, c, groups)
+    return mid
+
+
+def through_middle(mid: nn.Module, x: Tensor) -> Tensor:
+    return mid.block_2(mid.attn_1(mid.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """x (B, 3, H, W) → (B, latent_channels, h, w)."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        groups, c = config.norm_groups, config.channels
+        self.conv_in = nn.Conv2d(3, c, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, multiplier in enumerate(config.multipliers):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(config.res_blocks):
+                level.block.append(ResnetBlock(c, config.channels * multiplier, groups))
+                c = config.channels * multiplier
+                if i in config.attention:
+                    level.attn.append(AttnBlock(c, groups))
+            if i + 1 < len(config.multipliers):
+                level.downsample = Downsample(c)
+            self.down.append(level)
+        self.mid = middle(c, groups)
+        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in self.down:
+            for j, block in enumerate(level.block):
+                x = block(x)
+                x = level.attn[j](x) if level.attn else x
+            x = level.downsample(x) if hasattr(level, "downsample") else x
+        return self.conv_out(F.silu(self.norm_out(through_middle(self.mid, x))))
+
+
+class Decoder(nn.Module):
+    """(B, latent_channels, h, w) → x (B, 3, H, W). `up` is numbered by size: 0 is the picture's."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        groups, c = config.norm_groups, config.channels * config.multipliers[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, c, 3, padding=1)
+        self.mid = middle(c, groups)
+        levels = []
+        for i, multiplier in reversed(list(enumerate(config.multipliers))):
+            level = nn.Module()
+            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(config.res_blocks + 1):
+                level.block.append(ResnetBlock(c, config.channels * multiplier, groups))
+                c = config.channels * multiplier
+                if i in config.attention:
+                    level.attn.append(AttnBlock(c, groups))
+            if i > 0:
+                level.upsample = Upsample(c)
+            levels.append(level)
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
+        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = through_middle(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            for j, block in enumerate(level.block):
+                x = block(x)
+                x = level.attn[j](x) if level.attn else x
+            x = level.upsample(x) if hasattr(level, "upsample") else x
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+# ---------------------------------------------------------------- the codebook
+
+class Codebook(nn.Module):
+    """V vectors; a place takes the nearest."""
+
+    def __init__(self, n_codes: int, embed_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(n_codes, embed_dim)
+        nn.init.uniform_(self.embedding.weight, -1 / n_codes, 1 / n_codes)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """z (B, E, h, w) → int64 (B, L), the code of least ‖z − e‖² = ‖z‖² + ‖e‖² − 2 z·e."""
+        codes = self.embedding.weight.float()                          # (V, E)
+        flat = z.flatten(2).transpose(1, 2).float()                    # (B, L, E)
+        with torch.autocast(z.device.type, enabled=False):             # near codes differ by little
+            return (codes.square().sum(1) - 2 * flat @ codes.T).argmin(-1)
+
+    def vectors(self, tokens: Tensor) -> Tensor:
+        """int64 (B, L) → (B, L, E)."""
+        return self.embedding(tokens)
+
+    def losses(self, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
+        """The codebook term (teaches e alone) and the commitment term, without β (z alone)."""
+        return F.mse_loss(e, z.detach()), F.mse_loss(z, e.detach())
+
+
+class GumbelCodebook(nn.Module):
+    """Codes by arg-max of a 1x1 convolution's logits, as DALL-E trains them. Published weights
+    encode and decode with it; training it is left out."""
+
+    def __init__(self, n_codes: int, embed_dim: int, latent_channels: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(n_codes, embed_dim)
+        self.proj = nn.Conv2d(latent_channels, n_codes, 1)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        return self.proj(z).flatten(2).argmax(1)                       # (B, L)
+
+    def vectors(self, tokens: Tensor) -> Tensor:
+        return self.embed(tokens)                                      # (B, L, E)
+
+
+def perplexity(counts: Tensor) -> float:
+    """exp of the entropy of the codes' shares, counts (V,): 1 for one code, V for all alike."""
+    share = counts.double() / counts.sum()
+    return math.exp(-(share * share.clamp(min=1e-300).log()).sum().item())
+
+
+@torch.no_grad()
+def restart_dead_codes(codebook: Codebook, counts: Tensor, z: Tensor, generator: torch.Generator
+                       ) -> int:
+    """Put codes that nothing used at random encoder outputs; return how many.
+
+    counts: (V,), uses over some batches; z: (B, E, h, w), a batch's encoder outputs. A code that is
+    nobody's nearest gets no gradient and would stay dead. Ours; Jukebox (2005.00341 Sec. 3) does
+    alike.
+    """
+    places = z.flatten(2).transpose(1, 2).reshape(-1, z.shape[1]).float()       # (B·L, E)
+    dead = (counts == 0).nonzero()[:, 0][: len(places)]
+    chosen = torch.randperm(len(places), generator=generator)[: len(dead)]
+    codebook.embedding.weight[dead] = places[chosen.to(places.device)]
+    return len(dead)
+
+
+# ---------------------------------------------------------------- the model
+
+class VQVAE(nn.Module):
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantize = (
+            GumbelCodebook(config.n_codes, config.embed_dim, config.latent_channels)
+            if config.gumbel else Codebook(config.n_codes, config.embed_dim))
+        width = config.latent_channels if config.gumbel else config.embed_dim
+        self.quant_conv = nn.Conv2d(config.latent_channels, width, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
+
+    def latents(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] → z (B, E, h, w), before the codebook."""
+        return self.quant_conv(self.encoder(x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x (B, 3, H, W) in [-1, 1] → tokens int64 (B, L), row by row. H and W are multiples of
+        `config.factor`."""
+        factor = self.config.factor
+        check(x.ndim == 4 and x.shape[-1] % factor == x.shape[-2] % factor == 0,
+              f"pictures have shape {tuple(x.shape)}, wanted (B, 3, H, W), multiples of {factor}")
+        return self.quantize.nearest(self.latents(x))
+
+    def decode(self, tokens: Tensor, height: int | None = None) -> Tensor:
+        """Tokens int64 (B, L) → x (B, 3, H, W), about in [-1, 1]. height: rows of tokens, by
+        default √L."""
+        height = height or math.isqrt(tokens.shape[1])
+        check(height > 0 and tokens.shape[1] % height == 0,
+              f"{tokens.shape[1]} tokens do not fill {height} rows")
+        e = self.quantize.vectors(tokens)                              # (B, L, E)
+        return self.from_vectors(e.transpose(1, 2).unflatten(2, (height, -1)))
+
+    def from_vectors(self, e: Tensor) -> Tensor:                       # (B, E, h, w)
+        return self.decoder(self.post_quant_conv(e)).float()           # (B, 3, H, W)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reconstruction (B, 3, H, W), the codebook's loss (a scalar, β within), tokens (B, L)."""
+        z = self.latents(x).float()                                    # (B, E, h, w)
+        tokens = self.quantize.nearest(z)
+        e = self.quantize.vectors(tokens).transpose(1, 2).view(z.shape)
+        codebook, commitment = self.quantize.losses(z, e)
+        through = z + (e - z).detach()                                 # e forwards, z backwards
+        return self.from_vectors(through), codebook + self.config.commitment * commitment, tokens
+
+
+def reconstruction_loss(found: Tensor, x: Tensor) -> Tensor:
+    """L1 + L2, means over all pixels."""
+    return F.l1_loss(found, x) + F.mse_loss(found, x)
+
+
+def psnr(found: Tensor, x: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture (B,), dB: 10 log₁₀(4 / mean squared error), for
+    the range [-1, 1]."""
+    return 10 * torch.log10(4 / (found.clamp(-1, 1) - x).square().flatten(1).mean(1))
+
+
+# ---------------------------------------------------------------- load, save
+
+def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
+    """A VQ-VAE in eval mode, float32, on the CPU, and its file's metadata (none for taming's).
+
+    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if is_ours(path):
+        model, metadata = load_model(path, {"VQVAE": (VQVAE, VQVAEConfig)})
+        return model.requires_grad_(False), metadata
+    tensors = read_tensors(path)[0]
+    try:
+        first = "first_stage_model."                                   # in a transformer's file
+        if any(name.startswith(first) for name in tensors):
+            tensors = {name.removeprefix(first): t for name, t in tensors.items()
+                       if name.startswith(first)}
+        parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
+        tensors = {name: t.float() for name, t in tensors.items() if name.startswith(parts)}
+        model = VQVAE(sizes_from_shapes(tensors))
+        model.load_state_dict(tensors)
+    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} does not fit a VQ-VAE in taming's layout: {reason}") from None
+    return model.eval().requires_grad_(False), {}
+
+
+def fingerprint(model: VQVAE) -> str:
+    """16 hex digits: which codes stand for what. The same for float32 and float16 files."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def sizes_from_shapes(tensors: dict[str, Tensor]) -> VQVAEConfig:
+    """The config of weights in taming's names; 32 groups, as all of theirs have."""
+    def shape(name: str) -> tuple[int, ...]:
+        check(name in tensors, f"it lacks {name}")
+        return tuple(tensors[name].shape)
+
+    def has(prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in tensors)
+
+    channels = shape("encoder.conv_in.weight")[0]
+    levels = [i for i in range(20) if has(f"encoder.down.{i}.")]
+    widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels]
+    gumbel = "quantize.embed.weight" in tensors
+    codes = shape("quantize.embed.weight" if gumbel else "quantize.embedding.weight")
+    return VQVAEConfig(
+        channels=channels, multipliers=tuple(width // channels for width in widths),
+        res_blocks=sum(has(f"encoder.down.0.block.{j}.") for j in range(20)),
+        attention=tuple(i for i in levels if has(f"encoder.down.{i}.attn.")),
+        latent_channels=shape("encoder.conv_out.weight")[0], embed_dim=codes[1],
+        n_codes=codes[0], gumbel=gumbel)
+
+
+def save(path: str | os.PathLike, model: VQVAE, metadata: dict[str, str]) -> None:
+    """Write float16 weights and config; `metadata` names the command that made them."""
+    save_model(path, model, metadata)
