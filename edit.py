@@ -1,0 +1,346 @@
+"""Editing without a mask (kNN-Diffusion Sec. 3.3), first half: the region swap that training needs.
+
+A picture I, a random region M of it, and the picture's nearest neighbour, aligned:
+
+    I_manip = I · (1 − M) + warp(neighbour) · M
+
+A model that learns to give I back, from I_manip and the CLIP embedding of the *original* region,
+has learned to change a picture where an embedding asks for it and to leave the rest alone.
+
+The alignment is ECC (Evangelidis & Psarakis, PAMI 2008): the warp p that maximises the correlation
+
+    ρ(p) = ī_rᵀ ī_w(p) / (‖ī_r‖ ‖ī_w(p)‖)
+
+of the template I (ī_r) and the warped neighbour (ī_w), both with their mean taken off, over the
+pixels that both have. It does not mind brightness and contrast.
+
+Shapes: B pictures, C channels, H W picture, P parameters of a warp.
+
+Coordinates: x to the right, y down, from the picture's centre, in units of half its longer side: so
+a warp stays the same from one level of a pyramid to the next. `to_pixels` converts to OpenCV's.
+
+Left out so far: the fine-tuning (`train.py edit`) and the command.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOTIONS = {"translation": 2, "euclidean": 3, "affine": 6, "homography": 8}       # name -> P
+
+
+# ---------------------------------------------------------------- warps
+
+def grid_of(height: int, width: int) -> tuple[Tensor, Tensor]:
+    """x and y of every pixel's centre, (H·W,) each."""
+    longer = max(height, width)
+    x = (2 * torch.arange(width) + 1 - width) / longer
+    y = (2 * torch.arange(height) + 1 - height) / longer
+    return x.repeat(height), y.repeat_interleave(width)
+
+
+def warp_points(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where warps (B, 3, 3) take points (N,): u, v and the projective denominator, (B, N) each."""
+    u, v, w = (warp @ torch.stack([x, y, torch.ones_like(x)])).unbind(1)         # (B, N) each
+    return u / w, v / w, w
+
+
+def look_up(pictures: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """Bilinear values of pictures (B, C, H, W) at points (B, N): (B, C, N); 0 outside."""
+    height, width = pictures.shape[-2:]
+    longer = max(height, width)
+    grid = torch.stack([u * longer / width, v * longer / height], dim=-1)        # (B, N, 2)
+    return F.grid_sample(pictures, grid[:, None], align_corners=False)[:, :, 0]
+
+
+def warp_pictures(pictures: Tensor, warp: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) seen through warps (B, 3, 3): pixel p shows the picture at warp(p).
+    Outside, the nearest pixel of the border."""
+    height, width = pictures.shape[-2:]
+    x, y = (part.to(pictures) for part in grid_of(height, width))
+    u, v, _ = warp_points(warp.to(pictures), x, y)
+    longer = max(height, width)
+    grid = torch.stack([u * longer / width, v * longer / height], dim=-1)
+    grid = grid.view(-1, height, width, 2)
+    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+
+
+def to_pixels(warp: Tensor, height: int, width: int) -> Tensor:
+    """Warps (B, 3, 3) in OpenCV's coordinates, pixels from the first one's centre, last entry 1."""
+    longer = max(height, width)
+    to_ours = warp.new_tensor([[2 / longer, 0, (1 - width) / longer],
+                               [0, 2 / longer, (1 - height) / longer], [0, 0, 1]])
+    warp = torch.linalg.inv(to_ours) @ warp @ to_ours
+    return warp / warp[:, 2:, 2:]
+
+
+def jacobian(motion: str, warp: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """d(warped picture)/d(parameters): (B, P, N), from the warped gradients (B, N).
+
+    translation: tx, ty. euclidean: θ, tx, ty. affine: the matrix' first two rows, column by column.
+    homography: all but the last entry, column by column; the gradients are divided by the
+    denominator w, and the last row moves both u and v.
+    """
+    if motion == "translation":
+        return torch.stack([gx, gy], 1)
+    if motion == "euclidean":
+        cos, sin = warp[:, 0, :1], warp[:, 1, :1]
+        return torch.stack([gx * (-x * sin - y * cos) + gy * (x * cos - y * sin), gx, gy], 1)
+    if motion == "affine":
+        return torch.stack([gx * x, gy * x, gx * y, gy * y, gx, gy], 1)
+    u, v, w = warp_points(warp, x, y)
+    gx, gy = gx / w, gy / w
+    last = -(gx * u + gy * v)
+    return torch.stack([gx * x, gy * x, last * x, gx * y, gy * y, last * y, gx, gy], 1)
+
+
+def moved(motion: str, warp: Tensor, step: Tensor) -> Tensor:
+    """The warps (B, 3, 3) after a step (B, P) in their parameters."""
+    warp = warp.clone()
+    if motion == "euclidean":
+        angle = torch.atan2(warp[:, 1, 0], warp[:, 0, 0]) + step[:, 0]
+        warp[:, 0, 0] = warp[:, 1, 1] = angle.cos()
+        warp[:, 1, 0], warp[:, 0, 1] = angle.sin(), -angle.sin()
+        warp[:, :2, 2] += step[:, 1:]
+    elif motion == "translation":
+        warp[:, :2, 2] += step
+    elif motion == "affine":
+        warp[:, :2] += step.view(-1, 3, 2).transpose(1, 2)
+    else:
+        whole = torch.cat([step, step.new_zeros(len(step), 1)], 1)
+        warp += whole.view(-1, 3, 3).transpose(1, 2)
+    return warp
+
+
+# ---------------------------------------------------------------- ECC
+
+@dataclass
+class Alignment:
+    """warp (B, 3, 3) from template's to input's coordinates; ρ (B,); converged bool (B,)."""
+    warp: Tensor
+    rho: Tensor
+    converged: Tensor
+
+
+def smoothed(pictures: Tensor) -> Tensor:
+    """A 5x5 Gaussian of OpenCV's default width for that size, σ = 0.3·(2 − 1) + 0.8 = 1.1."""
+    weights = torch.exp(-torch.arange(-2.0, 3.0) ** 2 / (2 * 1.1 ** 2)).to(pictures)
+    weights = weights / weights.sum()
+    C = pictures.shape[1]
+    padded = F.pad(pictures, (2, 2, 2, 2), mode="replicate")
+    rows = F.conv2d(padded, weights.view(1, 1, 5, 1).expand(C, 1, 5, 1), groups=C)
+    return F.conv2d(rows, weights.view(1, 1, 1, 5).expand(C, 1, 1, 5), groups=C)
+
+
+def gradients(pictures: Tensor) -> Tensor:
+    """∂/∂x and ∂/∂y by central differences, per half longer side: (B, 1, H, W) → (B, 2, H, W)."""
+    scale = max(pictures.shape[-2:]) / 2
+    padded = F.pad(pictures, (1, 1, 1, 1), mode="replicate")
+    gx = (padded[:, :, 1:-1, 2:] - padded[:, :, 1:-1, :-2]) / 2
+    gy = (padded[:, :, 2:, 1:-1] - padded[:, :, :-2, 1:-1]) / 2
+    return scale * torch.cat([gx, gy], dim=1)
+
+
+def centred(values: Tensor, weight: Tensor) -> Tensor:
+    """values (B, N) less their mean over weight (B, N), and 0 where the weight is."""
+    mean = (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    return (values - mean) * weight
+
+
+def correlation(template: Tensor, image: Tensor, warp: Tensor, mask: Tensor | None = None
+                ) -> Tensor:
+    """ρ (B,) of smoothed templates and smoothed, warped images (B, 1, H, W)."""
+    scene = scene_of(smoothed(template), smoothed(image), mask)
+    return masked_rho(*look_through(scene, warp)[:2])
+
+
+def scene_of(template: Tensor, image: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """Template (B, N); image, its gradients and its mask (B, 4, H, W); the grid (N,) twice."""
+    inside = torch.ones_like(image) if mask is None else mask.to(image)
+    x, y = (part.to(image) for part in grid_of(*image.shape[-2:]))
+    return template.flatten(1), torch.cat([image, gradients(image), inside], dim=1), x, y
+
+
+def look_through(scene: tuple[Tensor, ...], warp: Tensor) -> tuple[Tensor, ...]:
+    """ī_r and ī_w (B, N), the masked gradients gx, gy (B, N), for warps (B, 3, 3)."""
+    template, layers, x, y = scene
+    u, v, _ = warp_points(warp, x, y)
+    i_w, gx, gy, inside = look_up(layers, u, v).unbind(1)                        # (B, N) each
+    # Outside the picture the looked-up mask is below 1: only whole pixels count.
+    weight = (inside > 0.99).to(i_w)
+    return centred(template, weight), centred(i_w, weight), gx * weight, gy * weight
+
+
+def is_plausible(scene: tuple[Tensor, ...], warp: Tensor) -> Tensor:
+    """Whether warps (B, 3, 3) keep half of the picture in sight and its area within a factor of 2:
+    over a few pixels anything correlates. Ours; bool (B,)."""
+    _, layers, x, y = scene
+    inside = look_up(layers[:, 3:], *warp_points(warp, x, y)[:2])[:, 0]          # (B, N)
+    area = torch.linalg.det(warp)
+    return ((inside > 0.99).float().mean(1) > 0.5) & (area > 0.5) & (area < 2)
+
+
+def masked_rho(i_r: Tensor, i_w: Tensor) -> Tensor:
+    return (i_r * i_w).sum(1) / (i_r.norm(dim=1) * i_w.norm(dim=1)).clamp(min=1e-12)
+
+
+def ecc_step(motion: str, warp: Tensor, i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor,
+             x: Tensor, y: Tensor) -> Tensor:
+    """One Gauss-Newton step of the parameters, (B, P) (the paper's Sec. 4, forward additive).
+
+    G is the Jacobian, H = GᵀG, P = G H⁻¹ Gᵀ its projection, a = Gᵀi_w, b = Gᵀi_r. Linearised,
+    ρ is largest at Δp = H⁻¹Gᵀ(λ i_r − i_w) with
+
+        λ = (‖i_w‖² − aᵀH⁻¹a) / (i_rᵀi_w − bᵀH⁻¹a)          where the denominator is positive, else
+        λ = max(√(aᵀH⁻¹a / bᵀH⁻¹b), (bᵀH⁻¹a − i_rᵀi_w) / bᵀH⁻¹b).
+    """
+    G = jacobian(motion, warp, gx, gy, x, y)                                     # (B, P, N)
+    # Small systems, badly scaled for a homography: solved in float64, with a little on the
+    # diagonal, so that a picture without edges gives no step and no error.
+    H = (G @ G.transpose(1, 2)).double()                                         # (B, P, P)
+    scale = H.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None]
+    H = H + 1e-9 * scale * torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
+    a, b = ((G @ i[:, :, None]).double() for i in (i_w, i_r))                    # (B, P, 1)
+    Ha, Hb = torch.linalg.solve(H, torch.cat([a, b], 2)).split(1, dim=2)
+    aHa, bHa, bHb = ((p * q).sum((1, 2)) for p, q in ((a, Ha), (b, Ha), (b, Hb)))
+    cross = (i_r * i_w).sum(1).double()
+    denominator = cross - bHa
+    usual = (i_w.square().sum(1).double() - aHa) / denominator
+    least = bHb.clamp(min=1e-12)
+    other = torch.maximum((aHa / least).clamp(min=0).sqrt(), -denominator / least)
+    lam = torch.where(denominator > 0, usual, other)[:, None]                    # (B, 1)
+    return (lam * Hb[:, :, 0] - Ha[:, :, 0]).to(i_r)
+
+
+@torch.no_grad()
+def ecc(template: Tensor, image: Tensor, motion: str = "affine", iterations: int = 50,
+        eps: float = 1e-3, levels: int = 3, mask: Tensor | None = None,
+        start: Tensor | None = None) -> Alignment:
+    """Find the warps under which images look most like their templates.
+
+    template, image: grey, (B, 1, H, W), any range; mask: (B, 1, H, W), 1 where the image counts;
+    start: warps (B, 3, 3), identity by default. Coarse to fine over at most `levels` levels, each
+    half as large, none below 16 pixels; at each, up to `iterations` steps a pair, until ρ changes
+    by less than eps: then the pair leaves the batch. A pair that nothing improves keeps its start
+    and counts as not converged, as does one that never settles or has no edge.
+    Raises ValueError for shapes or names that do not fit.
+    """
+    if motion not in MOTIONS:
+        raise ValueError(f"motion is {motion!r}, wanted {', '.join(MOTIONS)}")
+    if template.shape != image.shape or template.ndim != 4 or template.shape[1] != 1:
+        raise ValueError(f"template and image have shapes {tuple(template.shape)} and "
+                         f"{tuple(image.shape)}, wanted (B, 1, H, W) twice")
+    template, image = smoothed(template.float()), smoothed(image.float())
+    mask = None if mask is None else mask.float()
+    B, device = len(template), template.device
+    identity = torch.eye(3, device=device).repeat(B, 1, 1)
+    begin = identity if start is None else start.to(identity)
+    warp = begin
+    n_levels = max(1, min(levels, min(template.shape[-2:]).bit_length() - 4))
+    for level in reversed(range(1, n_levels)):
+        by = 2 ** level
+        small = [None if x is None else F.avg_pool2d(x, by) for x in (template, image, mask)]
+        warp, _ = climb(scene_of(*small), motion, warp, iterations, eps)
+    # Far from the goal the coarse levels help; near it they can lead astray: the finest level
+    # goes on from where they ended and from the start, and the better end counts.
+    scene = scene_of(template, image, mask)
+    ends = [climb(scene, motion, w, iterations, eps) for w in ([warp, begin] if n_levels > 1 else
+                                                               [begin])]
+    ends.append((begin, torch.zeros(B, dtype=torch.bool, device=device)))
+    rho = torch.stack([masked_rho(*look_through(scene, w)[:2]).where(is_plausible(scene, w), -1.0)
+                       for w, _ in ends[:-1]] + [masked_rho(*look_through(scene, begin)[:2])])
+    best, pair = rho.nan_to_num(-1.0).argmax(0), torch.arange(B, device=device)
+    return Alignment(torch.stack([w for w, _ in ends])[best, pair], rho[best, pair],
+                     torch.stack([settled for _, settled in ends])[best, pair])
+
+
+def climb(scene: tuple[Tensor, ...], motion: str, warp: Tensor, iterations: int, eps: float
+          ) -> tuple[Tensor, Tensor]:
+    """Steps at one level: the warps, and which pairs settled (B,)."""
+    template, layers, x, y = scene
+    warp, B = warp.clone(), len(warp)
+    settled = torch.zeros(B, dtype=torch.bool, device=warp.device)
+    before = torch.full((B,), -2.0, device=warp.device)
+    active = torch.arange(B, device=warp.device)
+    for _ in range(iterations):
+        part = (template[active], layers[active], x, y)
+        i_r, i_w, gx, gy = look_through(part, warp[active])
+        rho = masked_rho(i_r, i_w)
+        done = (rho - before[active]).abs() < eps
+        lost = ~torch.isfinite(rho) | (i_r.abs().amax(1) == 0) | (i_w.abs().amax(1) == 0)
+        settled[active[done & ~lost]] = True
+        before[active] = rho
+        keep = ~done & ~lost
+        if not keep.any():
+            break
+        active = active[keep]
+        step = ecc_step(motion, warp[active], *(v[keep] for v in (i_r, i_w, gx, gy)), x, y)
+        warp[active] = moved(motion, warp[active], step)
+    return warp, settled
+
+
+# ---------------------------------------------------------------- the swap
+
+def grey(x: Tensor) -> Tensor:
+    """(B, 3, H, W) → (B, 1, H, W), ITU-R 601 luma."""
+    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def random_regions(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Boxes int64 (n, 4): left, top, right, bottom, the last two exclusive.
+
+    Ours: the area uniform in 5–50 % of the picture, the ratio of the sides log-uniform in 1/2 … 2,
+    the place uniform among those inside.
+    """
+    area, ratio, across, down = torch.rand(4, n, generator=generator, dtype=torch.float64)
+    area = (0.05 + 0.45 * area) * height * width
+    ratio = 2 ** (2 * ratio - 1)
+    w = (area * ratio).sqrt().clamp(max=width)
+    h = (area / w).clamp(max=height)
+    w, h = w.round().long().clamp(1, width), h.round().long().clamp(1, height)
+    left = (across * (width - w + 1)).long()
+    top = (down * (height - h + 1)).long()
+    return torch.stack([left, top, left + w, top + h], dim=1)
+
+
+def region_mask(boxes: Tensor, height: int, width: int) -> Tensor:
+    """M, bool (B, 1, H, W): True inside the boxes (B, 4)."""
+    left, top, right, bottom = boxes[:, :, None].unbind(1)                       # (B, 1) each
+    column, row = torch.arange(width, device=boxes.device), torch.arange(height,
+                                                                         device=boxes.device)
+    across, down = (column >= left) & (column < right), (row >= top) & (row < bottom)
+    return (down[:, :, None] & across[:, None])[:, None]
+
+
+def region_swap(pictures: Tensor, neighbors: Tensor, boxes: Tensor, motion: str = "affine"
+                ) -> tuple[Tensor, Alignment]:
+    """I_manip (B, C, H, W) and the alignment: in each box the aligned neighbour, outside the
+    picture itself to the last bit.
+
+    pictures, neighbors: (B, 3, H, W), one range for both; boxes: (B, 4) as of `random_regions`. A
+    neighbour that ECC can't align is put in as it is.
+    """
+    found = ecc(grey(pictures), grey(neighbors), motion)
+    identity = torch.eye(3, device=pictures.device).expand_as(found.warp)
+    warp = torch.where(found.converged[:, None, None], found.warp, identity)
+    mask = region_mask(boxes.to(pictures.device), *pictures.shape[-2:])
+    return torch.where(mask, warp_pictures(neighbors, warp), pictures), found
+
+
+def region_crop(box: tuple[int, int, int, int], height: int, width: int
+                ) -> tuple[int, int, int, int]:
+    """The tight square around a box, moved inside the picture where it fits, else cut: what CLIP
+    embeds of a region."""
+    left, top, right, bottom = box
+    side = max(right - left, bottom - top)
+
+    def fit(first: int, last: int, room: int) -> tuple[int, int]:
+        begin = (first + last - side) // 2
+        begin = max(0, min(begin, room - side))
+        return begin, min(room, begin + side)
+
+    (left, right), (top, bottom) = fit(left, right, width), fit(top, bottom, height)
+    return left, top, right, bottom

@@ -1,0 +1,225 @@
+"""edit.py: ECC beside OpenCV's, its Jacobians, the swap."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter
+
+import edit
+
+SIZE = 64
+
+
+def texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    noise = rng.integers(0, 256, (size, size), np.uint8)
+    found = np.asarray(Image.fromarray(noise).filter(
+        ImageFilter.GaussianBlur(rng.uniform(1.5, 4)))).astype(np.float32)
+    return (found - found.min()) / (found.max() - found.min())
+
+
+def sticker(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A few shapes on a plain ground, in the middle half."""
+    picture = Image.new("L", (4 * size, 4 * size), int(rng.integers(150, 256)))
+    draw = ImageDraw.Draw(picture)
+    for i in range(5):
+        x, y = rng.uniform(1.2, 2.2, 2) * size
+        w, h = rng.uniform(0.3, 1.0, 2) * size
+        shape = (draw.ellipse, draw.rectangle)[i % 2]
+        shape((x, y, x + w, y + h), fill=int(rng.integers(0, 140)))
+    return np.asarray(picture.resize((size, size), Image.Resampling.BOX)).astype(np.float32) / 255
+
+
+def random_warp(motion: str, rng: np.random.Generator) -> np.ndarray:
+    """OpenCV's pixel coordinates: up to 5 px, 5°, 5 %, perspective 1e-3, about the centre."""
+    c = (SIZE - 1) / 2
+    to, back = np.eye(3), np.eye(3)
+    to[:2, 2], back[:2, 2] = c, -c
+    warp, angle = np.eye(3), np.deg2rad(rng.uniform(-5, 5))
+    warp[:2, 2] = rng.uniform(-5, 5, 2)
+    inner = np.eye(3)
+    if motion != "translation":
+        inner[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    if motion in ("affine", "homography"):
+        inner[:2, :2] = inner[:2, :2] @ (np.eye(2) + rng.uniform(-0.05, 0.05, (2, 2)))
+    if motion == "homography":
+        inner[2, :2] = rng.uniform(-1e-3, 1e-3, 2)
+    warp = warp @ to @ inner @ back
+    return warp / warp[2, 2]
+
+
+def pairs(motion: str, n: int, cv2) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+    """Templates, images (n, 1, H, W) and the true warps: the template is the image seen through."""
+    rng, templates, images, warps = np.random.default_rng(0), [], [], []
+    shift = np.eye(3)
+    shift[:2, 2] = 16
+    for i in range(n):
+        scene = (texture, sticker)[i % 2](rng, SIZE + 32)
+        warp = random_warp(motion, rng)
+        templates.append(cv2.warpPerspective(
+            scene, shift @ warp, (SIZE, SIZE), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP))
+        images.append(scene[16:-16, 16:-16])
+        warps.append(warp)
+    return *(torch.from_numpy(np.stack(x))[:, None] for x in (templates, images)), warps
+
+
+@pytest.mark.parametrize("motion", edit.MOTIONS)
+def test_ecc_is_not_below_opencvs_and_finds_the_warp(motion):
+    cv2 = pytest.importorskip("cv2")
+    template, image, warps = pairs(motion, 100, cv2)
+    theirs = []
+    for a, b in zip(template[:, 0].numpy(), image[:, 0].numpy()):
+        start = np.eye(3 if motion == "homography" else 2, 3, dtype=np.float32)
+        try:
+            _, found = cv2.findTransformECC(a, b, start, getattr(cv2, f"MOTION_{motion.upper()}"),
+                                            (3, 50, 1e-3), None, 5)
+            theirs.append(np.vstack([found, [0, 0, 1]])[:3])
+        except cv2.error:
+            theirs.append(None)
+    ok = [i for i, found in enumerate(theirs) if found is not None]
+    assert len(ok) > 80
+    ours = edit.ecc(template, image, motion, iterations=50, eps=1e-3)
+
+    half = SIZE / 2
+    to_ours = np.array([[1 / half, 0, (1 - SIZE) / SIZE], [0, 1 / half, (1 - SIZE) / SIZE],
+                        [0, 0, 1]])
+    same = torch.from_numpy(np.stack([to_ours @ theirs[i] @ np.linalg.inv(to_ours) for i in ok]))
+    rho = edit.correlation(template[ok], image[ok], ours.warp[ok])
+    rho_theirs = edit.correlation(template[ok], image[ok], same.float())
+    assert (rho >= rho_theirs - 0.002).float().mean() >= 0.95
+    assert torch.allclose(rho, ours.rho[ok], atol=1e-4)
+    assert ours.converged[ok].float().mean() > 0.9
+
+    points = np.stack([*np.meshgrid(np.arange(SIZE), np.arange(SIZE)), np.ones((SIZE, SIZE))], -1)
+    found = edit.to_pixels(ours.warp.double(), SIZE, SIZE).numpy()
+    errors = []
+    for i in ok:
+        a, b = (points.reshape(-1, 3) @ w.T for w in (found[i], warps[i]))
+        errors.append(np.linalg.norm(a[:, :2] / a[:, 2:] - b[:, :2] / b[:, 2:], axis=1).mean())
+    assert np.mean(errors) < 0.1
+
+
+def smooth_picture(height: int, width: int) -> torch.Tensor:
+    y, x = torch.meshgrid(torch.linspace(0, 3, height), torch.linspace(0, 4, width), indexing="ij")
+    return ((2 * x).sin() + (1.5 * y).cos() + 0.3 * (x * y).sin())[None, None]
+
+
+@pytest.mark.parametrize("motion", edit.MOTIONS)
+def test_jacobians_equal_finite_differences(motion):
+    """Columns of G against the change of the warped picture, parameter by parameter."""
+    picture = smooth_picture(90, 120).double()
+    generator, P = torch.Generator().manual_seed(0), edit.MOTIONS[motion]
+    warp = edit.moved(motion, torch.eye(3).double()[None],
+                      0.03 * torch.randn(1, P, generator=generator).double())
+    x, y = (part.double() for part in edit.grid_of(90, 120))
+    u, v, _ = edit.warp_points(warp, x, y)
+    gx, gy = edit.look_up(edit.gradients(picture), u, v).unbind(1)
+    G = edit.jacobian(motion, warp, gx, gy, x, y)[0]
+    inner = (x.abs() < 0.7) & (y.abs() < 0.5)
+    for i in range(P):
+        step, h = torch.zeros(1, P).double(), 1e-3
+        step[0, i] = h
+        ends = [edit.look_up(picture, *edit.warp_points(edit.moved(motion, warp, s), x, y)[:2])
+                for s in (step, -step)]
+        change = ((ends[0] - ends[1]) / (2 * h))[0, 0]
+        error = (G[i] - change)[inner].norm() / change[inner].norm()
+        assert error < 0.05, (motion, i)           # bilinear look-up bends the change a little
+
+
+def test_warped_pictures_are_opencvs():
+    cv2 = pytest.importorskip("cv2")
+    rng = np.random.default_rng(0)
+    for height, width in ((40, 40), (30, 50)):
+        picture = rng.random((height, width)).astype(np.float32)
+        warp = np.array([[1.02, 0.03, -1.5], [-0.02, 0.97, 2.0], [2e-4, -1e-4, 1]])
+        wanted = cv2.warpPerspective(
+            picture, warp, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+            borderMode=cv2.BORDER_REPLICATE)
+        longer = max(height, width)
+        to = np.array([[2 / longer, 0, (1 - width) / longer],
+                       [0, 2 / longer, (1 - height) / longer], [0, 0, 1]])
+        ours = torch.from_numpy(to @ warp @ np.linalg.inv(to))[None]
+        found = edit.warp_pictures(torch.from_numpy(picture)[None, None], ours.float())[0, 0]
+        # OpenCV's bilinear weights are multiples of 1/32
+        assert np.abs(found.numpy() - wanted).max() < 0.06
+        assert np.allclose(edit.to_pixels(ours, height, width)[0].numpy(), warp, atol=1e-9)
+
+
+def test_ecc_is_blind_to_brightness_and_contrast_and_alone_or_in_a_batch():
+    cv2 = pytest.importorskip("cv2")
+    template, image, _ = pairs("affine", 6, cv2)
+    together = edit.ecc(template, image, eps=1e-6)
+    changed = edit.ecc(template, 0.4 * image + 0.3, eps=1e-6)
+    assert torch.allclose(together.warp, changed.warp, atol=1e-3)
+    for i in range(6):
+        alone = edit.ecc(template[i:i + 1], image[i:i + 1], eps=1e-6)
+        assert torch.allclose(alone.warp[0], together.warp[i], atol=1e-3)
+    # pixels outside the mask have no say
+    mask = torch.ones_like(image)
+    mask[:, :, :20] = 0
+    spoiled = image.clone()
+    spoiled[:, :, :16] = torch.rand(6, 1, 16, 64)
+    masked = edit.ecc(template, spoiled, mask=mask, levels=1)
+    clean = edit.ecc(template, image, mask=mask, levels=1)
+    assert torch.allclose(masked.warp, clean.warp, atol=2e-3)
+
+
+def test_hopeless_pairs_are_reported_and_harmless():
+    flat, edge = torch.full((1, 1, 32, 32), 0.5), torch.zeros(1, 1, 32, 32)
+    edge[..., 10:20, 12:25] = 1
+    for template, image in ((flat, flat), (flat, edge), (edge, flat), (edge, 1 - edge),
+                            (edge, torch.rand(1, 1, 32, 32))):
+        for motion in edit.MOTIONS:
+            found = edit.ecc(template, image, motion)
+            assert torch.isfinite(found.warp).all() and torch.isfinite(found.rho).all()
+            assert (found.rho.abs() <= 1.001).all()
+    assert not edit.ecc(flat, edge).converged and not edit.ecc(edge, flat).converged
+    with pytest.raises(ValueError, match="motion is 'rigid'"):
+        edit.ecc(edge, edge, "rigid")
+    with pytest.raises(ValueError, match="wanted \\(B, 1, H, W\\)"):
+        edit.ecc(edge, torch.zeros(1, 3, 32, 32))
+
+
+# ---------------------------------------------------------------- the swap
+
+
+def test_swap_keeps_the_picture_to_the_last_bit_outside_and_shows_the_neighbour_inside():
+    cv2 = pytest.importorskip("cv2")
+    template, image, _ = pairs("affine", 8, cv2)
+    pictures, neighbors = template.repeat(1, 3, 1, 1), image.repeat(1, 3, 1, 1).clone()
+    boxes = edit.random_regions(8, SIZE, SIZE, torch.Generator().manual_seed(0))
+    boxes[0] = torch.tensor([0, 0, 1, 1])                          # one pixel, at the border
+    boxes[1] = torch.tensor([40, 50, 64, 64])                      # at the border
+    pictures[2] = 0.25                                             # constant: can't be aligned
+    found, alignment = edit.region_swap(pictures, neighbors, boxes)
+    assert not alignment.converged[2] and alignment.converged[3:].all()
+    for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
+        inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        assert torch.equal(found[i][:, ~inside], pictures[i][:, ~inside])
+        warp = alignment.warp[i:i + 1] if alignment.converged[i] else torch.eye(3)[None]
+        wanted = edit.warp_pictures(neighbors[i:i + 1], warp)[0]
+        assert torch.allclose(found[i][:, inside], wanted[:, inside], atol=1e-6)
+    unaligned = F.mse_loss(neighbors[3:], pictures[3:])
+    aligned = F.mse_loss(edit.warp_pictures(neighbors[3:], alignment.warp[3:]), pictures[3:])
+    assert aligned < 0.2 * unaligned
+
+
+def test_regions_have_their_areas_and_lie_inside():
+    boxes = edit.random_regions(4000, 64, 48, torch.Generator().manual_seed(0))
+    left, top, right, bottom = boxes.unbind(1)
+    assert (left >= 0).all() and (top >= 0).all() and (right <= 48).all() and (bottom <= 64).all()
+    share = ((right - left) * (bottom - top)).double() / (64 * 48)
+    assert share.min() > 0.04 and share.max() < 0.52
+    assert abs(share.mean().item() - 0.275) < 0.01                 # uniform in 5 … 50 %
+    assert (left == 0).any() and (right == 48).any()
+    masks = edit.region_mask(boxes[:50], 64, 48)
+    assert torch.equal(masks.flatten(1).sum(1), ((right - left) * (bottom - top))[:50])
+
+
+@pytest.mark.parametrize("box, wanted", [
+    ((10, 20, 20, 24), (10, 17, 20, 27)), ((0, 0, 4, 10), (0, 0, 10, 10)),
+    ((60, 60, 64, 62), (60, 59, 64, 63)), ((5, 5, 6, 6), (5, 5, 6, 6)),
+    ((0, 10, 64, 20), (0, 0, 64, 64))])
+def test_the_crop_of_a_region_is_a_tight_square_inside(box, wanted):
+    assert edit.region_crop(box, 64, 64) == wanted
