@@ -74,6 +74,24 @@ def test_damaged_headers_are_refused(tmp_path, header):
         read_weights(tmp_path / "w")
 
 
+def test_a_changed_digit_in_the_header_is_seen(tmp_path):
+    clip_model.save(tmp_path / "c", tiny_clip(), {})
+    raw = (tmp_path / "c").read_bytes()
+    end = 8 + struct.unpack("<Q", raw[:8])[0]
+    for place in range(8, end, 7):
+        for bit in (1, 2):
+            damaged = bytearray(raw)
+            damaged[place] ^= bit
+            if not raw[place: end].strip():  # the padding: other blanks change nothing
+                continue
+            (tmp_path / "d").write_bytes(damaged)
+            if b"digest" not in damaged[8:end]:  # the damage hit that word: all the rest is whole
+                continue
+            with pytest.raises(ValueError) as error:
+                clip_model.load(tmp_path / "d")
+            assert "\n" not in str(error.value)
+
+
 def test_a_model_loads_from_its_path_alone(tmp_path):
     model = tiny_clip()
     clip_model.save(tmp_path / "c.safetensors", model, {"command": "made by hand"})

@@ -27,7 +27,7 @@ def tiny(**changes) -> vqvae.VQVAE:
 
 def test_nearest_code_equals_brute_force():
     torch.manual_seed(0)
-    codebook, z = vqvae.Codebook(30, 5), torch.randn(2, 5, 3, 4)
+    codebook, z = vqvae.Codebook(30, 5).requires_grad_(False), torch.randn(2, 5, 3, 4)
     torch.nn.init.normal_(codebook.embedding.weight)
     wanted = [[min(range(30), key=lambda v: float(
         ((z[b, :, i // 4, i % 4] - codebook.embedding.weight[v]) ** 2).sum()))
