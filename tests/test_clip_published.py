@@ -359,8 +359,9 @@ def test_a_pickle_that_would_run_a_command_is_refused(kind, tmp_path):
     elif kind == "zip":
         torch.save({"a": Bomb(marker)}, path)
     else:                                    # a TorchScript class whose state calls something
-        program = (b"\x80\x02c__torch__\nModule\n)\x81}X\x01\x00\x00\x00acposix\nsystem\n"
-                   b"X\x0c\x00\x00\x00touch /tmp/x\x85Rsb.")
+        command = f"touch {marker}".encode()
+        program = (b"\x80\x02c__torch__\nModule\n)\x81}X\x01\x00\x00\x00acposix\nsystem\nX"
+                   + len(command).to_bytes(4, "little") + command + b"\x85Rsb.")
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("top/data.pkl", program)
     with pytest.raises(ValueError, match="call|Path|Unsupported") as error:

@@ -1,5 +1,6 @@
 """edit.py: ECC beside OpenCV's, its Jacobians, the swap."""
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -48,7 +49,7 @@ def random_warp(motion: str, rng: np.random.Generator) -> np.ndarray:
     return warp / warp[2, 2]
 
 
-def pairs(motion: str, n: int, cv2) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
+def pairs(motion: str, n: int) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
     """Templates, images (n, 1, H, W) and the true warps: the template is the image seen through."""
     rng, templates, images, warps = np.random.default_rng(0), [], [], []
     shift = np.eye(3)
@@ -65,8 +66,7 @@ def pairs(motion: str, n: int, cv2) -> tuple[torch.Tensor, torch.Tensor, list[np
 
 @pytest.mark.parametrize("motion", edit.MOTIONS)
 def test_ecc_is_not_below_opencvs_and_finds_the_warp(motion):
-    cv2 = pytest.importorskip("cv2")
-    template, image, warps = pairs(motion, 100, cv2)
+    template, image, warps = pairs(motion, 100)
     theirs = []
     for a, b in zip(template[:, 0].numpy(), image[:, 0].numpy()):
         start = np.eye(3 if motion == "homography" else 2, 3, dtype=np.float32)
@@ -127,7 +127,6 @@ def test_jacobians_equal_finite_differences(motion):
 
 
 def test_warped_pictures_are_opencvs():
-    cv2 = pytest.importorskip("cv2")
     rng = np.random.default_rng(0)
     for height, width in ((40, 40), (30, 50)):
         picture = rng.random((height, width)).astype(np.float32)
@@ -146,8 +145,7 @@ def test_warped_pictures_are_opencvs():
 
 
 def test_ecc_is_blind_to_brightness_and_contrast_and_alone_or_in_a_batch():
-    cv2 = pytest.importorskip("cv2")
-    template, image, _ = pairs("affine", 6, cv2)
+    template, image, _ = pairs("affine", 6)
     together = edit.ecc(template, image, eps=1e-6)
     changed = edit.ecc(template, 0.4 * image + 0.3, eps=1e-6)
     assert torch.allclose(together.warp, changed.warp, atol=1e-3)
@@ -184,8 +182,7 @@ def test_hopeless_pairs_are_reported_and_harmless():
 
 
 def test_swap_keeps_the_picture_to_the_last_bit_outside_and_shows_the_neighbour_inside():
-    cv2 = pytest.importorskip("cv2")
-    template, image, _ = pairs("affine", 8, cv2)
+    template, image, _ = pairs("affine", 8)
     pictures, neighbors = template.repeat(1, 3, 1, 1), image.repeat(1, 3, 1, 1).clone()
     boxes = edit.random_regions(8, SIZE, SIZE, torch.Generator().manual_seed(0))
     boxes[0] = torch.tensor([0, 0, 1, 1])                          # one pixel, at the border
