@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import hashlib
 import json
 import math
 import os
@@ -689,9 +690,12 @@ class Discrete:
 @torch.no_grad()
 def token_table(pictures: np.ndarray, codec: vqvae.VQVAE, index: Index, device: torch.device
                 ) -> Tensor:
-    """int32 (N, L): every picture's tokens, read from tokens-<VQ-VAE's fingerprint>.npy in the
-    index's folder, or computed and written there."""
-    path = index.folder / f"tokens-{vqvae.fingerprint(codec)}.npy"
+    """int32 (N, L): every picture's tokens, read from tokens-<digest>.npy in the index's folder, or
+    computed and written there. The digest is of the pictures and the VQ-VAE: where one of them
+    changes, so does the name."""
+    digest = hashlib.sha256(vqvae.fingerprint(codec).encode())
+    digest.update(pictures)
+    path = index.folder / f"tokens-{digest.hexdigest()[:16]}.npy"
     side = pictures.shape[1] // codec.config.factor
     if path.is_file():
         tokens = np.load(path, allow_pickle=False)

@@ -265,8 +265,16 @@ def test_a_resumed_transformer_equals_an_uninterrupted_one(world, tmp_path, monk
     assert isinstance(model, knn_diffusion.TokenTransformer)
     assert metadata["vqvae"] == vqvae.fingerprint(codec)
     # tokens are computed once and kept beside the embeddings
-    table = open_index(world / "index").folder / f"tokens-{vqvae.fingerprint(codec)}.npy"
+    [table] = open_index(world / "index").folder.glob("tokens-*.npy")
     assert np.load(table).shape == (len(open_index(world / "index")), 64)
+    # and anew for other pictures under the same names
+    index, tables = open_index(world / "index"), set()
+    for shade in (0, 255):
+        pictures = np.full((len(index), 16, 16, 3), shade, np.uint8)
+        tokens = train.token_table(pictures, codec, index, CPU)
+        assert torch.equal(tokens[0], codec.encode(train.to_x(pictures[:1]))[0].int())
+        tables.add(frozenset(index.folder.glob("tokens-*.npy")))
+    assert len(tables) == 2
     other = vqvae.VQVAE(TINY_VQVAE).eval()
     with pytest.raises(ValueError, match="vqvae was"):
         train_tiny_transformer(world, tmp_path / "b", 30, other, resume=True)
