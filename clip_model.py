@@ -1224,6 +1224,8 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
     if activation not in (None, *ACTIVATIONS):
         raise ValueError(f"activation is {activation!r}, wanted {' or '.join(ACTIVATIONS)}")
     if is_ours(path):
+        if tokenizer or activation:
+            raise ValueError(f"{path} carries its own vocabulary and names its activation")
         model, metadata = load_model(path, {"CLIP": (CLIP, ClipConfig)})
         lines = metadata.get("merges", "").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line]

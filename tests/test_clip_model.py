@@ -74,6 +74,13 @@ def test_damaged_headers_are_refused(tmp_path, header):
         read_weights(tmp_path / "w")
 
 
+def test_nothing_overrides_what_our_own_files_say(tmp_path):
+    clip_model.save(tmp_path / "c", tiny_clip(), {})
+    for option in ({"activation": "gelu"}, {"tokenizer": tmp_path}):
+        with pytest.raises(ValueError, match="carries its own"):
+            clip_model.load(tmp_path / "c", **option)
+
+
 def test_a_changed_digit_in_the_header_is_seen(tmp_path):
     clip_model.save(tmp_path / "c", tiny_clip(), {})
     raw = (tmp_path / "c").read_bytes()
