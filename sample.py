@@ -1,7 +1,8 @@
 """Text to picture with kNN-Diffusion:  python sample.py "a red heart"
 
 The text's CLIP embedding and the embeddings of its k nearest *pictures* take the place that a
-picture's own embedding and its neighbours had in training (kNN-Diffusion Sec. 3). No weight changes
+picture's own embedding and its neighbours had in training (kNN-Diffusion Sec. 3). Departs: by
+default the best neighbour stands for the text's embedding, see `condition_on`. No weight changes
 when another index is named: then the pictures come from another domain.
 
 Shapes: B samples, E CLIP dimension, K neighbours, N index rows.

@@ -2,7 +2,8 @@
 
 The same random weights, inputs and threads, alternated in one run; pictures and texts a second,
 medians of --repeats, and ratios. Peers: openai/CLIP's own model code (clip-anytorch), Hugging
-Face's CLIPModel with its default attention, where they are installed (requirements-oracles.txt).
+Face's CLIPModel with its default attention. The first comes with requirements-oracles.txt, the
+second counts where transformers is installed.
 Also: captions tokenised a second, from cold and with the words cached.
 """
 from __future__ import annotations
