@@ -638,6 +638,7 @@ class TransformerConfig:
     image_size: int = 256                     # pixels a side, of the VQ-VAE's pictures
     n_codes: int = 8192                       # V
     tokens_a_side: int = 32                   # h = w; L = h·w
+    patch: int = 1                            # Ours: r x r tokens share a place, of (h/r)·(w/r)
     embed_dim: int = 512                      # E, CLIP's dimension
     n_neighbors: int = 10                     # K in training
     width: int = 1024                         # D
@@ -654,6 +655,9 @@ class TransformerConfig:
         if self.schedule not in ("released", "paper") or self.T < 2 or self.width % self.heads:
             raise ValueError(f"schedule {self.schedule!r}, T {self.T}, width {self.width}, heads "
                              f"{self.heads}: wanted released or paper, T >= 2, heads that divide")
+        if self.tokens_a_side % self.patch or self.width % self.patch ** 2:
+            raise ValueError(f"patch {self.patch} does not divide {self.tokens_a_side} tokens a "
+                             f"side, or its square the width {self.width}")
 
 
 DISCRETE_PRESETS = {
@@ -661,8 +665,8 @@ DISCRETE_PRESETS = {
     "gpu": TransformerConfig(image_size=128, tokens_a_side=16, n_codes=1024, width=512, layers=16,
                              heads=8),
     "stickers": TransformerConfig(image_size=64, tokens_a_side=16, n_codes=1024, embed_dim=256,
-                                  width=192, layers=8, heads=6, condition_width=192, query_map=8,
-                                  query_hidden=512),
+                                  patch=2, width=192, layers=4, heads=6, condition_width=192,
+                                  query_map=48, query_hidden=1024),
 }
 
 
@@ -793,17 +797,32 @@ class TokenBlock(nn.Module):
         return x + self.mlp(self.norm_mlp(x))
 
 
+def to_places(x: Tensor, r: int) -> Tensor:
+    """(B, L, C), a square row by row → (B, l, r²C), l = L/r²: r x r neighbouring tokens side by
+    side in one place."""
+    side = math.isqrt(x.shape[1]) // r
+    x = x.view(len(x), side, r, side, r, -1).transpose(2, 3)               # (B, h/r, w/r, r, r, C)
+    return x.reshape(len(x), side * side, -1)
+
+
+def to_tokens(x: Tensor, r: int) -> Tensor:
+    """(B, l, r²C) → (B, L, C): the way back."""
+    side = math.isqrt(x.shape[1])
+    x = x.view(len(x), side, side, r, r, -1).transpose(2, 3)               # (B, h/r, r, w/r, r, C)
+    return x.reshape(len(x), side * side * r * r, -1)
+
+
 class TokenTransformer(nn.Module):
     """log p(x_0 | x_t) under a condition: VQ-Diffusion's network, one time table for all norms."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        D, side = config.width, config.tokens_a_side
+        D, r, side = config.width, config.patch, config.tokens_a_side // config.patch
         self.condition = Condition(config)
         self.time = nn.Embedding(config.T + 1, D)
         self.query_to_time = nn.Linear(config.embed_dim, D)
-        self.token = nn.Embedding(config.n_codes + 1, D)                   # MASK is the last
+        self.token = nn.Embedding(config.n_codes + 1, D // r ** 2)         # MASK is the last
         self.row, self.column = nn.Embedding(side, D), nn.Embedding(side, D)
         for table in (self.time, self.token, self.row, self.column):
             nn.init.normal_(table.weight, std=0.02)
@@ -813,7 +832,8 @@ class TokenTransformer(nn.Module):
         ) if config.query_map else None                                    # as the U-Net's
         self.map_in = nn.Linear(config.query_map, D) if config.query_map else None
         self.blocks = nn.ModuleList(TokenBlock(config) for _ in range(config.layers))
-        self.norm_out, self.out = nn.LayerNorm(D), zeroed(nn.Linear(D, config.n_codes))
+        self.norm_out = nn.LayerNorm(D)
+        self.out = zeroed(nn.Linear(D, r ** 2 * config.n_codes))
 
     def forward(self, xt: Tensor, t: Tensor, query: Tensor | None, neighbors: Tensor | None,
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None) -> Tensor:
@@ -823,16 +843,68 @@ class TokenTransformer(nn.Module):
         """
         tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
         time = F.silu(self.time(t) + self.query_to_time(query))            # (B, D)
-        places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)     # (L, D)
-        x = self.token(xt) + places                                        # (B, L, D)
+        places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)     # (l, D)
+        x = to_places(self.token(xt), self.config.patch) + places          # (B, l, D)
         if self.query_map is not None:
             x = x + self.map_in(self.query_map(query).unflatten(1, (x.shape[1], -1)))
         for block in self.blocks:
             x = block(x, time, tokens)
-        return self.out(self.norm_out(x)).float().log_softmax(-1).clamp(min=LOG_ZERO)
+        logits = to_tokens(self.out(self.norm_out(x)), self.config.patch)  # (B, L, V)
+        return logits.float().log_softmax(-1).clamp(min=LOG_ZERO)
 
 
 # ---------------------------------------------------------------- loss
+
+def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
+                 schedule: MaskSchedule) -> Tensor:
+    """KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) of each token, nats: (B, L). p as in `log_posterior`.
+
+    Ours: the same number without the two tables (B, L, V+1), in a third of the time. Write q as p,
+    with all mass on x_0: what x_t says of x_s, q(x_t | x_s), stands in both and cancels,
+        q_c / p_c = G_c / F_c,  F_c = ᾱ_s w_c + β̄_s W,  G_c = (ᾱ_s [c = x_0] + β̄_s) / q(x_t | x_0),
+    and for MASK q = p = γ̄_s / γ̄_t. q is the same for all codes, q_o, but x_0's and x_t's own, so
+        KL = Σ_c q_c (log G_c − log F_c) = q_o Σ_c (log G_o − log F_c) + the corrections of the two.
+    """
+    V = schedule.n_codes
+    is_masked, is_x0 = xt == V, xt == x0                                   # (B, L)
+    is_other = ~is_masked & ~is_x0                                         # a code, not x_0's
+    at = xt.clamp(max=V - 1)[..., None]                                    # (B, L, 1)
+
+    def column(p: Tensor) -> Tensor:                                       # (B,) → (B, 1)
+        return p.to(log_x0.device)[:, None]
+
+    alpha, beta, gamma = (column(p) for p in schedule.between(s, t))
+    bars = schedule.alpha_bar, schedule.beta_bar, schedule.gamma_bar
+    alpha_t, beta_t, gamma_t = (column(bar[t.cpu()]) for bar in bars)
+    alpha_s, beta_s, _ = (column(bar[s.cpu()]) for bar in bars)
+
+    # q: float64 (B, L) each.
+    q_xt_given_x0 = torch.where(is_masked, gamma_t, alpha_t * is_x0 + beta_t)
+    G_x0, G_o = (alpha_s + beta_s) / q_xt_given_x0, beta_s / q_xt_given_x0
+    q_x0 = torch.where(is_masked, gamma, alpha * is_x0 + beta) * G_x0
+    q_xt = torch.where(is_other, (alpha + beta) * G_o, 0)
+    q_o = torch.where(is_masked, gamma, beta) * G_o
+
+    # p: w = p(v) / q(x_t | v), the same divisor for all v but x_t; r = w / W.
+    divisor = torch.where(is_masked, gamma_t, beta_t).log().to(log_x0)     # (B, L)
+    at_xt = torch.where(is_masked, 0, (beta_t / (alpha_t + beta_t)).log()).to(log_x0)
+    log_w = log_x0.scatter_add(-1, at, at_xt[..., None])                   # (B, L, V), + divisor
+    log_r = log_w.log_softmax(-1)
+    log_W = (log_w.gather(-1, at) - log_r.gather(-1, at))[..., 0] - divisor           # (B, L)
+    floor = beta_s.clamp(min=math.exp(LOG_ZERO)).to(log_x0)[..., None]
+    log_F = (alpha_s.to(log_x0)[..., None] * log_r.exp() + floor).log()               # − log W
+
+    def excess(q: Tensor, G: Tensor, log_f: Tensor) -> Tensor:             # q (log G − log F)
+        log_G = G.clamp(min=math.exp(LOG_ZERO)).log().to(log_x0)
+        return q.to(log_x0) * (log_G - log_W - log_f)
+
+    at_x0 = log_F.gather(-1, x0[..., None])[..., 0]
+    at_xt = log_F.gather(-1, at)[..., 0]
+    rest = log_F.sum(-1) - at_x0 - torch.where(is_other, at_xt, 0)
+    n_rest = V - 1 - is_other.to(log_x0)
+    return (excess(q_x0, G_x0, at_x0) + excess(q_xt, G_o, at_xt)
+            + excess(q_o * n_rest, G_o, rest / n_rest.clamp(min=1)))
+
 
 def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, xt: Tensor,
                   t: Tensor, query: Tensor, neighbors: Tensor, drop_query: Tensor,
@@ -844,9 +916,7 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
     adaptive weight 2 − (t−1)/T. Neither is divided by the probability of t yet: see `TimeSampler`.
     """
     log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors)    # (B, L, V)
-    log_p = log_posterior(log_x0, xt, t, t - 1, schedule)                  # (B, L, V+1)
-    log_q = log_posterior(one_hot_log(x0, schedule.n_codes), xt, t, t - 1, schedule)
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean(1)                   # (B,)
+    kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)          # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
     return kl, model.config.auxiliary * (2 - (t - 1) / schedule.T) * auxiliary
 

@@ -549,17 +549,17 @@ def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int,
 
     progress = Progress(out, first, steps, minutes)
     for step in range(first, steps):
+        if step % 100 == 0 and step < 0.8 * steps:               # codes settle in the last fifth
+            revive(step)
         x = draw_batch(torch.Generator().manual_seed(step_seed(seed, step)))
         with autocast(device, bf16):
             found, codebook_loss, _ = model(x)
             loss = vqvae.reconstruction_loss(found, x) + codebook_loss
         rate = learning_rate(step, lr, 300, steps)
         finite = descend(model, optimizers, loss, rate, max_norm=1.0)
-        if (step + 1) % 250 == 0 and step + 1 < 0.8 * steps:     # codes settle in the last fifth
-            revive(step)
         average(ema, model, step, 0.999)
         progress.update(step, loss.item(), rate, batch_size, finite)
-        if (step + 1) % 1000 == 0:
+        if (step + 1) % 500 == 0:
             checkpoint(step + 1)
         if progress.out_of_time():
             break

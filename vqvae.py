@@ -47,6 +47,7 @@ class VQVAEConfig:
     latent_channels: int = 256                # of the encoder's output
     embed_dim: int = 256                      # E
     n_codes: int = 1024                       # V
+    unshuffle: int = 1                        # Ours: r x r pixels become channels at both ends
     norm_groups: int = 32
     gumbel: bool = False                      # tokens by a linear layer's arg-max (DALL-E's way)
     commitment: float = 0.25                  # β, on the commitment term (1711.00937 Eq. 3)
@@ -58,14 +59,14 @@ class VQVAEConfig:
     @property
     def factor(self) -> int:
         """Pixels a side of a token: H = factor·h."""
-        return 2 ** (len(self.multipliers) - 1)
+        return self.unshuffle * 2 ** (len(self.multipliers) - 1)
 
 
 PRESETS = {
     # 64 px -> 16x16 tokens, on two CPU cores.
-    "stickers": VQVAEConfig(image_size=64, channels=32, multipliers=(1, 2, 3), res_blocks=1,
-                            attention=(), latent_channels=64, embed_dim=32, n_codes=1024,
-                            norm_groups=8),
+    "stickers": VQVAEConfig(image_size=64, channels=96, multipliers=(1,), unshuffle=4,
+                            res_blocks=1, attention=(), latent_channels=64, embed_dim=32,
+                            n_codes=512, norm_groups=8),
     "f16-1024": VQVAEConfig(),
     "f16-16384": VQVAEConfig(n_codes=16384),
     "f8-8192": VQVAEConfig(multipliers=(1, 1, 2, 4), attention=(3,), n_codes=8192, gumbel=True),
@@ -146,7 +147,8 @@ class Encoder(nn.Module):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         groups, c = config.norm_groups, config.channels
-        self.conv_in = nn.Conv2d(3, c, 3, padding=1)
+        self.unshuffle = config.unshuffle
+        self.conv_in = nn.Conv2d(3 * self.unshuffle ** 2, c, 3, padding=1)
         self.down = nn.ModuleList()
         for i, multiplier in enumerate(config.multipliers):
             level = nn.Module()
@@ -164,7 +166,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(c, config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(F.pixel_unshuffle(x, self.unshuffle))         # (B, C, H/r, W/r)
         for level in self.down:
             for j, block in enumerate(level.block):
                 x = block(x)
@@ -194,8 +196,9 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(c)
             levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
+        self.unshuffle = config.unshuffle
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, 3, 3, padding=1)
+        self.conv_out = nn.Conv2d(c, 3 * self.unshuffle ** 2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = through_middle(self.mid, self.conv_in(z))
@@ -204,7 +207,7 @@ class Decoder(nn.Module):
                 x = block(x)
                 x = level.attn[j](x) if level.attn else x
             x = level.upsample(x) if hasattr(level, "upsample") else x
-        return self.conv_out(F.silu(self.norm_out(x)))
+        return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.unshuffle)
 
 
 # ---------------------------------------------------------------- the codebook

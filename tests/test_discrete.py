@@ -163,6 +163,53 @@ def test_loss_is_zero_for_the_true_x0_and_positive_else(kind):
     assert torch.allclose(auxiliary, wanted, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kl_in_closed_form_equals_the_sum_over_both_tables(kind):
+    """Every (x_0, x_t) and s < t, and the gradient to the network's output."""
+    V, T = 4, 6
+    schedule, generator = MaskSchedule(T, V, kind), torch.Generator().manual_seed(0)
+    x0 = torch.arange(V).repeat_interleave(V + 1)[None]
+    xt = torch.arange(V + 1).repeat(V)[None]
+    logits = torch.randn(1, x0.shape[1], V, generator=generator).double().requires_grad_()
+    for t in range(1, T + 1):
+        for s in range(t):
+            at = torch.tensor([t]), torch.tensor([s])
+            log_x0 = logits.log_softmax(-1)
+            log_q = kd.log_posterior(kd.one_hot_log(x0, V).double(), xt, *at, schedule)
+            log_p = kd.log_posterior(log_x0, xt, *at, schedule)
+            wanted = (log_q.exp() * (log_q - log_p)).sum(-1)
+            found = kd.posterior_kl(log_x0, x0, xt, *at, schedule)
+            assert torch.allclose(found, wanted, atol=1e-7), (t, s)
+            gradients = [torch.autograd.grad(kl.sum(), logits, retain_graph=True)[0]
+                         for kl in (found, wanted)]
+            assert torch.allclose(*gradients, atol=1e-7), (t, s)
+
+
+def test_kl_in_float32_where_the_prediction_is_almost_sure():
+    """The released schedule's β̄ of 1e-9 and probabilities down to e^-60: no NaN, near float64."""
+    V, T = 512, 100
+    schedule, generator = MaskSchedule(T, V), torch.Generator().manual_seed(0)
+    x0 = torch.randint(V, (40, 6), generator=generator)
+    t = torch.randint(1, T + 1, (40,), generator=generator)
+    xt = kd.mask_and_replace(x0, t, schedule, torch.rand(40, 6, generator=generator), x0)
+    xt[:, 0] = torch.randint(V, (40,), generator=generator)                # some replaced
+    logits = 12 * torch.randn(40, 6, V, generator=generator)
+    log_x0 = logits.log_softmax(-1).clamp(min=kd.LOG_ZERO)
+    found = kd.posterior_kl(log_x0, x0, xt, t, t - 1, schedule)
+    wanted = kd.posterior_kl(log_x0.double(), x0, xt, t, t - 1, schedule)
+    assert torch.isfinite(found).all()
+    assert torch.allclose(found.double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_patched_tokens_go_to_their_place_and_back():
+    tokens = torch.arange(16.0).view(1, 16, 1)                             # 4x4, row by row
+    places = kd.to_places(tokens, 2)
+    assert places[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert torch.equal(kd.to_tokens(places, 2), tokens)
+    x = torch.randn(2, 36, 5)
+    assert torch.equal(kd.to_tokens(kd.to_places(x, 3), 3), x) and kd.to_places(x, 1) is not None
+
+
 def test_kl_term_by_hand():
     """One masked token, V = 2, from t = 2: the KL of two three-way distributions."""
     schedule = MaskSchedule(4, 2, "paper")
