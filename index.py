@@ -1,114 +1,644 @@
 """The retrieval database of kNN-Diffusion Sec. 3.1: an index of image embeddings, searched for the
-nearest ones.
+nearest ones, exactly or by inverted lists.
 
     H = { f_img(i) : i in I },      kNN(q) = the k rows of H with the largest cosine to q
 
 Rows and queries have unit norm, so the cosine is an inner product. An index is a folder of plain
 files that numpy opens:
 
-    embeddings.npy    float16 (N, E), unit-norm rows
-    paths.txt         line i names the picture of row i, relative to the picture folder
+    embeddings.npy    float16 (N, E), unit-norm rows; or several files, named in the manifest
+    paths.txt         line i names the picture of row i, relative to the picture folder; optional
     manifest.json     N, E, dtype, encoder and its fingerprint; written last: no manifest, no index
     neighbors-K.npy   int32 (N, min(K, N−1)), the table for training; optional
+    centroids.npy     float32 (C, E); lists.npy: int64 (N,), row ids list by list; offsets.npy:
+                      int64 (C+1,), where each list begins; all three with inverted lists only
 
-Shapes: N rows, E CLIP dimension, Q queries, K neighbours.
+A score is the inner product of the stored float16 row and the float32 query, in float64; of equal
+scores the lower id comes first. Exact search means just that, and costs a bfloat16 scan.
+
+Shapes: N rows, E CLIP dimension, Q queries, K neighbours, C lists, G groups of GROUP rows.
 
     python index.py build data/stickers/images --clip weights/stickers/clip.safetensors --out DIR
+    python index.py build --embeddings FOLDER_OF_NPY --out DIR --ivf auto
     python index.py search weights/stickers/index "a red heart" --out neighbours.png
+    python index.py recall DIR --nprobe 4 16 64
     python index.py info weights/stickers/index
 """
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
+import math
 import os
+import re
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 import clip_model
 
 FORMAT = 1
-BLOCK_BYTES = 256 * 2**20        # memory for one block of scores and its rows, about
+RESIDENT_BYTES = 4 * 2**30       # an index whose low-precision rows need no more stays in memory
+BLOCK_BYTES = 256 * 2**20        # else this many bytes of rows at a time; also the bound of tables
+PIECE_BYTES = 16 * 2**20         # of rows that are looked at again; small tables are reused faster
+SCAN_BYTES = 4 * 2**20           # of scores at a time: they must fit the processor's cache
+GROUP = 8                        # rows whose best score stands for all of them
+LISTED = 128                     # groups that are looked into at first
+Locate = Callable[[Tensor, Tensor], Tensor]      # queries, columns → places: see `refine`
+
+
+# ---------------------------------------------------------------- rows on disk
+
+class Rows:
+    """float16 (N, E) in one .npy file or several, read by seeking: nothing stays in memory."""
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Raises ValueError where a file is no C-ordered float16 matrix of the others' width, or
+        cut off."""
+        self.files, self.offsets, counts = list(files), [], []
+        for path in files:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.ndim != 2 or array.dtype != np.float16 or not array.flags.c_contiguous:
+                raise ValueError(f"{path.name} holds {array.dtype} {array.shape}, wanted float16 "
+                                 "(N, E), row after row")
+            self.offsets.append(array.offset)
+            counts.append(array.shape)
+        if len({width for _, width in counts}) != 1:
+            raise ValueError(f"{len(counts)} files of rows have widths "
+                             f"{sorted({width for _, width in counts})}, wanted one")
+        self.starts = np.cumsum([0] + [n for n, _ in counts])              # first row of each, N
+        self.shape = (int(self.starts[-1]), counts[0][1])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start … stop−1, float16 (n, E)."""
+        out = np.empty((min(stop, len(self)) - start, self.shape[1]), np.float16)
+        for i, (first, last) in enumerate(zip(self.starts, self.starts[1:])):
+            low, high = max(first, start), min(last, start + len(out))
+            if low < high:
+                with open(self.files[i], "rb", buffering=0) as file:
+                    file.seek(self.offsets[i] + int(low - first) * 2 * self.shape[1])
+                    view = memoryview(out[low - start:high - start]).cast("B")
+                    while len(view):
+                        view = view[self.some(file.readinto(view), i):]
+        return out
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """Any rows (n,), in that order: float16 (n, E)."""
+        out, size = np.empty((len(ids), self.shape[1]), np.float16), 2 * self.shape[1]
+        view = memoryview(out).cast("B") if len(ids) else b""
+        which = np.searchsorted(self.starts, ids, side="right") - 1        # the file of each
+        for i in np.unique(which):
+            mine = np.flatnonzero(which == i)
+            places = self.offsets[i] + (ids[mine] - self.starts[i]) * size
+            with open(self.files[i], "rb", buffering=0) as file:
+                for j, place in zip((mine * size).tolist(), places.tolist()):
+                    file.seek(place)
+                    if file.readinto(view[j:j + size]) != size:
+                        self.some(0, i)
+        return out
+
+    def some(self, n: int, i: int) -> int:
+        if not n:
+            raise ValueError(f"{self.files[i]} was cut off while it was read")
+        return n
+
+    def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
+        if isinstance(key, slice) and key.step in (None, 1):
+            return self.read(*key.indices(len(self))[:2])
+        ids = np.arange(len(self))[key] if isinstance(key, slice) else np.asarray(key)
+        return self.take(ids.reshape(-1)).reshape(*ids.shape, self.shape[1])
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        return self.read(0, len(self)).astype(dtype or np.float16, copy=False)
+
+
+# ---------------------------------------------------------------- exact search by a cheap scan
+#
+# The product of all rows with all queries is nearly all of the work, and in bfloat16 it is two to
+# three times as fast as in float32. Its scores are wrong in the third digit, but the error is
+# bounded: so they can't tell the best row, but which rows *can* be among the best. Three steps:
+#
+#     scan      low-precision scores of every row; of each group of 8 rows keep the best, and list
+#               the 128 best groups
+#     re-rank   the k best rows lie in at most k groups: the k-th best row of the first k groups is
+#               a floor. Score the rows of all listed groups that can reach it, the best exactly:
+#               float16 rows, in float64
+#     certify   a group that is not listed holds no score above its best + the bound; where that is
+#               below the k-th exact score, the answer is exact
+#
+# Where the certificate fails (more rows too alike for bfloat16), all groups that can still hold one
+# of the k best are re-ranked, however many. So the answer is exact, and only the time depends.
+
+@functools.lru_cache
+def scan_dtype(device: torch.device) -> torch.dtype:
+    """float16 on a GPU; on a CPU the faster one of bfloat16 and float32 here, tried for some
+    milliseconds. Results do not depend on it, only their speed."""
+    if device.type == "cuda":
+        return torch.float16
+    seconds = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        a, b = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 256, dtype=dtype)
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return min(seconds, key=seconds.get)
+
+
+class Block:
+    """Rows ready for the scan: `low` (P, E) in low precision on a device, at P places, and which
+    rows these are: `ids` (P,), −1 where a place is empty (its `low` is zero). The last place is
+    always empty."""
+
+    def __init__(self, rows: Rows, device: torch.device, dtype: torch.dtype, ids: Tensor) -> None:
+        E, spare = rows.shape[1], GROUP - len(ids) % GROUP
+        self.rows, self.ids = rows, F.pad(ids, (0, spare), value=-1).to(device)
+        # float16 rows are the stored ones themselves; a float32 scan converts them on the way.
+        self.exact = dtype != torch.bfloat16
+        self.low = torch.zeros(len(self.ids), E, device=device,
+                               dtype=torch.float16 if self.exact else dtype)
+        self.lost = torch.zeros(len(self.ids), device=device)              # ‖r − low(r)‖ of each
+        self.norm = 0.0                                                    # the largest ‖r‖
+        wanted, order = ids.cpu().sort()                                   # as the files have them
+        wanted, order = wanted[wanted >= 0], order[wanted >= 0]
+        in_a_row = len(wanted) > 0 and int(wanted[-1] - wanted[0]) == len(wanted) - 1
+        step = max(1, BLOCK_BYTES // (32 * E))
+        for part, places in zip(wanted.split(step), order.split(step)):
+            found = (rows.read(int(part[0]), int(part[-1]) + 1) if in_a_row
+                     else rows.take(part.numpy()))
+            found = torch.from_numpy(found).to(device).float()
+            low = found.to(self.low.dtype)
+            self.low[places.to(device)] = low
+            self.norm = max(self.norm, found.norm(dim=1).max().item())
+            self.lost[places.to(device)] = (found - low.float()).norm(dim=1)
+            if not math.isfinite(found.sum().item()):
+                raise ValueError("the index has rows that are not finite")
+        self.rounding = self.lost.max().item()                             # the largest of them
+
+    def stored(self, places: Tensor) -> Tensor:
+        """The float16 rows at places (m,) that are not empty, as stored: (m, E)."""
+        if self.exact:
+            return self.low[places]
+        return torch.from_numpy(self.rows.take(self.ids[places].cpu().numpy())).to(self.low.device)
+
+
+def error_bound(queries: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """How far a low-precision score may lie below the true one, but for its output's own rounding:
+    (Q,), float32.
+
+    With q̂, r̂ the rounded vectors, q·r − q̂·r̂ = (q − q̂)·r + q̂·(r − r̂), so by Cauchy and Schwarz
+        |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖
+    with norms that are measured, not bounded. The products of two rounded entries are exact in
+    float32, and E additions of them in any order err by at most about E·2⁻²⁴·‖q̂‖‖r̂‖; twice that
+    here.
+    """
+    rounded = queries.to(dtype).float()
+    added = queries.shape[1] * 2.0 ** -23
+    if dtype == torch.float32:
+        added *= 2                                          # there the products are rounded as well
+    r_hat = block.norm + block.rounding
+    q_hat = rounded.norm(dim=1)
+    bound = (queries - rounded).norm(dim=1) * block.norm + q_hat * (block.rounding + added * r_hat)
+    return bound * 1.001 + 1e-7                                        # this line's own rounding
+
+
+def at_most(scores: Tensor, bound: Tensor) -> Tensor:
+    """The true score of what scored `scores` (Q, …) ≥ 0 in low precision is at most this. The
+    output was rounded as well, by half a unit in its last place: at most 2⁻⁸ of a bfloat16."""
+    half_unit = torch.finfo(scores.dtype).eps / 2
+    return scores.float() * (1 + half_unit) + bound.view(-1, *[1] * (scores.ndim - 1))
+
+
+def integer_of(dtype: torch.dtype) -> torch.dtype:
+    """The integer of as many bits: it orders non-negative numbers as they order themselves."""
+    return torch.int32 if dtype.itemsize == 4 else torch.int16
+
+
+def group_maxima(queries: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
+    """The best low-precision score of each group of GROUP rows, at least 0: (Q, G) in `dtype`.
+
+    Positive floating-point numbers stand in the order of their bits read as an integer, and below
+    them, with the sign bit set, all negative ones: so the maximum is an integer's, which
+    processors take many times faster than bfloat16's. Of negative numbers alone it is none, and is
+    replaced by 0, which bounds them too. In cache-sized pieces it costs next to nothing.
+    """
+    Q, n = len(queries), len(block.low)
+    as_integer = integer_of(dtype)
+    piece = max(1, SCAN_BYTES // (dtype.itemsize * Q * GROUP)) * GROUP
+    columns = queries.to(dtype).T.contiguous()                             # (E, Q)
+    best = torch.empty(Q, n // GROUP, dtype=as_integer, device=queries.device)
+    for start in range(0, n, piece):
+        rows = block.low[start:start + piece].to(dtype)
+        scores = (rows @ columns).view(as_integer).view(-1, GROUP, Q)      # (groups, GROUP, Q)
+        best[:, start // GROUP:(start + len(rows)) // GROUP] = scores.amax(1).T
+    return best.clamp_(min=0).view(dtype)
+
+
+def search_block(queries: Tensor, block: Block, k: int, dtype: torch.dtype
+                 ) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best rows of a block for queries (Q, E): see `refine`."""
+    maxima = group_maxima(queries, block, dtype)                           # (Q, G)
+    return refine(queries, block, maxima, lambda _, groups: groups * GROUP, GROUP, k)
+
+
+def refine(queries: Tensor, block: Block, maxima: Tensor, locate: Locate, size: int, k: int,
+           caution: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """From the best low-precision scores of groups (Q, G) to the k best rows in them: exact scores
+    float64, −inf where there are fewer than k, row ids int64 (Q, k), and for which queries the
+    listed groups were certified (Q,).
+
+    locate: some queries (m,) and columns of theirs (m, c) → where in the block the groups' `size`
+    rows begin (m, c). caution: what share of the error bounds is believed; exact with 1.
+    """
+    bound = caution * error_bound(queries, block, maxima.dtype)            # (Q,)
+    G = maxima.shape[1]
+    listed = min(max(LISTED, 2 * k), G)
+    best, groups = maxima.view(integer_of(maxima.dtype)).topk(min(listed + 1, G), dim=1)
+    highest = at_most(best.view(maxima.dtype), bound)                      # (Q, listed + 1)
+    scores = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
+    ids = torch.empty_like(scores, dtype=torch.int64)
+    floor = torch.empty(len(queries), device=queries.device)
+    for which in pieces(len(queries), min(k, G) * size * queries.shape[1], queries.device):
+        places = rows_of(locate(which, groups[which, :k]), size)
+        floor[which] = reached(queries[which], block, places, k, caution)
+    count = (highest[:, :listed] >= floor[:, None]).sum(1).clamp(min=1)    # they come in order
+    for some in count.argsort().split(64):                                 # little padding so
+        n = int(count[some].max())
+        for part in pieces(len(some), n * size * queries.shape[1], queries.device):
+            which = some[part]
+            places = rows_of(locate(which, groups[which, :n]), size)
+            scores[which], ids[which] = rerank(queries[which], block, places, k, caution)
+    worst = scores[:, -1]                                                  # the k-th exact score
+    sure = highest[:, -1] < worst if G > listed else torch.ones_like(worst, dtype=torch.bool)
+    for i in (~sure).nonzero()[:, 0]:
+        may_hold = at_most(maxima[i, None], bound[i, None]) >= worst[i]    # (1, G)
+        places = rows_of(locate(i[None], may_hold.nonzero()[None, :, 1]), size)
+        scores[i], ids[i] = best_of_many(queries[i], block, places[0], k)
+    return scores, ids, sure
+
+
+def pieces(n: int, entries: int, device: torch.device) -> Sequence[Tensor]:
+    """0 … n−1 in parts that small tables of `entries` numbers each can be made for."""
+    return torch.arange(n, device=device).split(max(1, PIECE_BYTES // (4 * entries)))
+
+
+def rows_of(first: Tensor, size: int) -> Tensor:
+    """Where groups begin (m, c) → the places of their rows (m, c·size)."""
+    return (first[:, :, None] + torch.arange(size, device=first.device)).flatten(1)
+
+
+def score_again(queries: Tensor, block: Block, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores float32 (Q, c) of some places of a block, −inf where they are empty, and how far off
+    they may be (Q, c): the low-precision rows once more, but the query as it is and the sums in
+    float32, so that of all roundings the rows' own is left."""
+    low = block.low[places].float()                                        # (Q, c, E)
+    again = torch.bmm(low, queries[:, :, None])[..., 0]
+    sums = queries.shape[1] * 2.0 ** -22 * (block.norm + block.rounding)
+    loose = queries.norm(dim=1, keepdim=True) * (block.lost[places] + sums) + 1e-7
+    return again.masked_fill(block.ids[places] < 0, -torch.inf), loose
+
+
+def reached(queries: Tensor, block: Block, places: Tensor, k: int, caution: float) -> Tensor:
+    """What the k-th best of some places (Q, c) reaches at least: (Q,), −inf for fewer than k."""
+    if places.shape[1] < k:
+        return torch.full_like(queries[:, 0], -torch.inf)
+    again, loose = score_again(queries, block, places)
+    return (again - caution * loose).topk(k, dim=1).values[:, -1]
+
+
+def rerank(queries: Tensor, block: Block, places: Tensor, k: int, caution: float = 1.0
+           ) -> tuple[Tensor, Tensor]:
+    """The k best of some places (Q, c) of a block: exact scores float64, −inf where there are fewer
+    than k, and row ids (Q, k). `score_again` tells which can be among them: those that may reach
+    what k of them reach at least."""
+    places = F.pad(places, (0, max(0, k - places.shape[1])), value=len(block.ids) - 1)
+    again, loose = score_again(queries, block, places)
+    floor = (again - caution * loose).topk(k, dim=1).values[:, -1:]        # (Q, 1)
+    can = (again + caution * loose >= floor) & (block.ids[places] >= 0)
+    query, column = can.nonzero().unbind(1)
+    chosen = places[query, column]                                         # (m,)
+    exact = (block.stored(chosen).double() * queries[query].double()).sum(-1)
+    if not torch.isfinite(exact).all():
+        raise ValueError("the index has rows that are not finite")
+    scores = torch.full(places.shape, -torch.inf, dtype=torch.float64, device=queries.device)
+    scores[query, column] = exact
+    ids = torch.where(block.ids[places] < 0, torch.iinfo(torch.int64).max, block.ids[places])
+    return in_order(scores, ids, k)
+
+
+def best_of_many(query: Tensor, block: Block, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of any number of places (m,) for one query (E,): scores and row ids (k,)."""
+    found = [rerank(query[None], block, part[None], k)
+             for part in places.split(max(k, BLOCK_BYTES // (16 * len(query))))]
+    scores, ids = (torch.cat(part, dim=1) for part in zip(*found))
+    return tuple(part[0] for part in in_order(scores, ids, k))
+
+
+def in_order(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best scores and their ids (Q, ≤k), best first, of equal scores the lower id."""
+    ids, order = ids.sort(dim=1)                                           # by id, then stably
+    scores, rank = scores.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return scores[:, :k], ids.gather(1, rank)[:, :k]
+
+
+@contextmanager
+def as_promised() -> Iterator[None]:
+    """Products with float32 factors and sums wherever float32 is said, and float32 sums on a GPU's
+    float16, whatever the caller allows elsewhere: the bounds take them for granted."""
+    flags, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
+    reduced = flags.allow_fp16_reduced_precision_reduction
+    torch.set_float32_matmul_precision("highest")
+    flags.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        flags.allow_fp16_reduced_precision_reduction = reduced
+
+
+# ---------------------------------------------------------------- inverted lists (IVF)
+#
+# k-means parts the rows into C lists, each with a centroid; a query looks into the nprobe lists
+# with the nearest centroids only. That is approximate: a neighbour beyond a border is missed, and
+# `recall` says how often.
+
+@dataclass
+class Lists:
+    """Row ids list by list: list c is order[offsets[c] : offsets[c+1]]."""
+    centroids: Tensor            # float32 (C, E), unit norm
+    order: Tensor                # int64 (N,)
+    offsets: Tensor              # int64 (C+1,)
+
+
+def default_lists(n: int) -> int:
+    """4·√N lists of at least 39 rows each (faiss's rule of thumb); 0 below 50,000 rows, where
+    looking at all of them is as quick."""
+    return 0 if n < 50_000 else min(round(4 * math.sqrt(n)), n // 39)
+
+
+def nearest_centroid(rows: Tensor, centroids: Tensor, dtype: torch.dtype) -> Tensor:
+    """int64 (n,): the list of each row (n, E), in low precision."""
+    columns = centroids.to(dtype).T.contiguous()
+    step = max(1, SCAN_BYTES // (dtype.itemsize * len(centroids)))
+    return torch.cat([(part.to(dtype) @ columns).argmax(1) for part in rows.split(step)])
+
+
+def spherical_kmeans(rows: Tensor, n_lists: int, iterations: int = 10, seed: int = 0) -> Tensor:
+    """Unit-norm centroids float32 (C, E) of rows (n, E): assign each to the centroid of largest
+    inner product, average, normalise. An empty list restarts at a random row."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = scan_dtype(rows.device)
+    centroids = rows[torch.randperm(len(rows), generator=generator)[:n_lists]].float()
+    for _ in range(iterations):
+        lists = nearest_centroid(rows, centroids, dtype)
+        sums = torch.zeros_like(centroids)
+        for part, where in zip(rows.split(65536), lists.split(65536)):
+            sums.index_add_(0, where, part.float())
+        is_empty = (lists.bincount(minlength=n_lists) == 0).nonzero()[:, 0]
+        fresh = torch.randint(len(rows), (len(is_empty),), generator=generator)
+        sums[is_empty] = rows[fresh.to(rows.device)].float()
+        centroids = F.normalize(sums, dim=1)
+    return centroids
+
+
+def make_lists(rows: Rows, n_lists: int, device: torch.device, sample: int = 64) -> Lists:
+    """k-means on a sample of `sample` rows a list, then one pass over all rows, block by block."""
+    n, generator = len(rows), torch.Generator().manual_seed(0)
+    chosen = torch.randperm(n, generator=generator)[: sample * n_lists].sort().values
+    centroids = spherical_kmeans(torch.from_numpy(rows.take(chosen.numpy())).to(device), n_lists)
+    dtype, step = scan_dtype(device), max(1, BLOCK_BYTES // (4 * rows.shape[1]))
+    parts = (torch.from_numpy(rows.read(i, i + step)).to(device) for i in range(0, n, step))
+    lists = torch.cat([nearest_centroid(part, centroids, dtype).cpu() for part in parts])
+    offsets = F.pad(lists.bincount(minlength=n_lists).cumsum(0), (1, 0))
+    return Lists(centroids.cpu(), lists.argsort(stable=True), offsets)
+
+
+@dataclass
+class Layout:
+    """Where lists lie in a block: in runs of lists of about one size, padded to the same length, so
+    that a run of rows is a batch of matrices."""
+    ids: Tensor                  # int64 (P,), −1 for padding: what `Block` wants
+    first: Tensor                # int64 (C,), where each list begins
+    rank: Tensor                 # int64 (C,), its position in memory, shortest list first
+    runs: list[tuple[int, int]]  # lists in a run, and rows in each
+
+
+def lay_out(lists: Sequence[Tensor], run: int = 32) -> Layout:
+    """Row ids list by list → the layout, `run` lists to a run."""
+    sizes = torch.tensor([len(part) for part in lists])
+    order = sizes.argsort(stable=True).tolist()
+    runs, ids, first, place = [], [], torch.zeros(len(lists), dtype=torch.int64), 0
+    for start in range(0, len(order), run):
+        members = order[start:start + run]
+        length = max(1, -(-len(lists[members[-1]]) // 32) * 32)            # few different lengths
+        runs.append((len(members), length))
+        for member in members:
+            ids.append(F.pad(lists[member], (0, length - len(lists[member])), value=-1))
+            first[member] = place
+            place += length
+    return Layout(torch.cat(ids), first, torch.tensor(order).argsort(), runs)
+
+
+def list_scores(queries: Tensor, block: Block, layout: Layout, probes: Tensor, dtype: torch.dtype
+                ) -> Tensor:
+    """Low-precision scores, at least 0, of every row of each query's lists: (Q, P·W) in `dtype`, W
+    the longest list's padded length. probes: (Q, P) lists.
+
+    The pairs (query, list) are sorted by list, so that a list is multiplied once with all queries
+    that look into it, and a run of lists is one batched product.
+    """
+    (Q, P), W = probes.shape, max(length for _, length in layout.runs)
+    rank = layout.rank.to(probes.device)[probes].flatten()                 # (Q·P,)
+    by_list = rank.argsort(stable=True)
+    lists = rank[by_list]                                                  # sorted
+    n_pairs = lists.bincount(minlength=len(layout.first))
+    begins = n_pairs.cumsum(0) - n_pairs                                   # of each list's pairs
+    slot = torch.arange(Q * P, device=lists.device) - begins[lists]        # of a pair in its list
+    low = queries.to(dtype)
+    table = torch.zeros(Q * P, W, dtype=integer_of(dtype), device=queries.device)
+    done = member = place = 0
+    for count, length in layout.runs:
+        in_list = n_pairs[member:member + count]
+        pairs = int(in_list.sum())
+        if pairs:
+            which = lists[done:done + pairs] - member                      # list in the run
+            seat = slot[done:done + pairs]
+            seats = -(-int(in_list.max()) // 8) * 8                        # few different shapes
+            seated = torch.zeros(count, seats, low.shape[1], dtype=dtype, device=low.device)
+            seated[which, seat] = low[by_list[done:done + pairs] // P]
+            rows = block.low[place:place + count * length].view(count, length, -1).to(dtype)
+            scores = torch.bmm(seated, rows.mT).view(integer_of(dtype))    # as in `group_maxima`
+            table[by_list[done:done + pairs], :length] = scores[which, seat].clamp_(min=0)
+        done, member, place = done + pairs, member + count, place + count * length
+    return table.view(dtype).view(Q, P * W)
+
+
+def search_lists(queries: Tensor, block: Block, layout: Layout, probes: Tensor, k: int,
+                 dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The k best rows of each query's lists, probes (Q, P): scores float64, −inf where its lists
+    hold fewer, and row ids (Q, k).
+
+    The choice of the lists is a guess, so the bounds on rounding need not be certain either: they
+    add up E roundings as if all went the same way. Independent ones add up to about 1/√E of that;
+    eight times as much is believed here.
+    """
+    W = max(length for _, length in layout.runs)
+    first = layout.first.to(queries.device)
+    length = torch.tensor([length for count, length in layout.runs for _ in range(count)],
+                          device=queries.device)[layout.rank.to(queries.device)]     # (C,)
+
+    def locate(which: Tensor, columns: Tensor) -> Tensor:
+        in_list, row = probes[which].gather(1, columns // W), columns % W
+        return torch.where(row < length[in_list], first[in_list] + row, len(block.ids) - 1)
+
+    scores = list_scores(queries, block, layout, probes, dtype)            # (Q, P·W)
+    caution = min(1.0, 8 / math.sqrt(queries.shape[1]))
+    return refine(queries, block, scores, locate, 1, k, caution)[:2]
 
 
 # ---------------------------------------------------------------- the index on disk
 
 @dataclass
 class Index:
-    """An open index. `embeddings` is memory-mapped; pictures may be missing."""
+    """An open index. Pictures may be missing; rows are read when they are wanted."""
     folder: Path
-    embeddings: np.ndarray       # float16 (N, E), unit-norm rows
-    paths: list[str]             # N names, relative to `root`
+    rows: Rows                   # float16 (N, E), unit-norm
+    paths: Sequence              # N names, relative to `root`; row numbers where there are none
     manifest: dict
+    lists: Lists | None = None   # inverted lists, where they were built
+    layout: Layout | None = field(default=None, repr=False)
+    resident: dict[torch.device, Block] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
-        return len(self.embeddings)
+        return len(self.rows)
+
+    @functools.cached_property
+    def embeddings(self) -> np.ndarray | Rows:
+        """The rows to look into, float16 (N, E): one file memory-mapped, several as `Rows`."""
+        return self.rows if len(self.rows.files) > 1 else np.load(self.rows.files[0], mmap_mode="r")
 
     @property
     def root(self) -> Path:
         """The folder that the paths are relative to; it need not exist."""
         return self.folder / self.manifest.get("root", ".")
 
-    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None
-               ) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int, exclude: Tensor | None = None,
+               nprobe: int | None = None) -> tuple[Tensor, Tensor]:
         """The min(k, N) nearest rows of each query: scores float32 and ids int64 (Q, k).
 
         queries: float32 (Q, E), normalised here; exclude: int64 (Q,), a row id per query that must
         not come back, wherever it ranks (one fewer result then, if N allows no more). Best first;
-        of equal scores among the results the lower id first. Raises ValueError for a wrong
-        dimension, a negative k, or queries or rows that are not finite.
+        of equal scores the lower id. nprobe: look into so many inverted lists only, where the index
+        has them; else exact. Raises ValueError for a wrong dimension, a negative k, nprobe < 1, or
+        queries or rows that are not finite.
         """
-        N, E = self.embeddings.shape
+        N, E = self.rows.shape
         if queries.ndim != 2 or queries.shape[1] != E:
             raise ValueError(f"queries have shape {tuple(queries.shape)}, the index wants (Q, {E})")
         if k < 0:
             raise ValueError(f"k is {k}, wanted 0 or more")
+        if nprobe is not None and nprobe < 1:
+            raise ValueError(f"nprobe is {nprobe}, wanted 1 or more")
         if not torch.isfinite(queries).all():
             raise ValueError("a query embedding is not finite")
-        queries = torch.nn.functional.normalize(queries.float(), dim=-1)
-        if exclude is None or len(queries) == 0:
-            return nearest(queries, self.embeddings, min(k, N))
+        queries = F.normalize(queries.float(), dim=-1)
+        if exclude is None:
+            scores, ids, _ = self.nearest(queries, min(k, N), nprobe)
+            return scores.float(), ids
         # The own row is dropped by its id, never by its rank: a duplicate may rank before it.
-        scores, ids = nearest(queries, self.embeddings, min(k + 1, N))
+        scores, ids, _ = self.nearest(queries, min(k + 1, N), nprobe)
         is_own = ids == exclude.to(ids.device)[:, None]                           # (Q, k+1)
-        is_own[~is_own.any(1), -1] = True                # own row not found: drop the last one
-        keep = (len(ids), ids.shape[1] - 1)
-        return scores[~is_own].view(keep), ids[~is_own].view(keep)
+        is_own[~is_own.any(1), -1:] = True               # own row not found: drop the last one
+        keep = (len(ids), max(0, ids.shape[1] - 1))
+        return scores[~is_own].view(keep).float(), ids[~is_own].view(keep)
 
+    def nearest(self, queries: Tensor, k: int, nprobe: int | None = None
+                ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores float64 and ids int64 (Q, k) of unit-norm queries (Q, E), k ≤ N, and for which
+        queries the scan was certified at once (Q,)."""
+        device = queries.device
+        scores = torch.empty(len(queries), 0, dtype=torch.float64, device=device)
+        ids, sure = scores.long(), torch.ones(len(queries), dtype=torch.bool, device=device)
+        if k == 0 or len(queries) == 0:
+            return scores, ids, sure
+        with as_promised():
+            if nprobe is not None and self.lists is not None:
+                return self.probe(queries, k, nprobe)
+            dtype = scan_dtype(device)
+            for block in self.blocks(device, dtype):
+                step = max(1, min(1024, BLOCK_BYTES * GROUP // (4 * len(block.low))))
+                found = [search_block(part, block, k, dtype) for part in queries.split(step)]
+                more, more_ids, all_sure = (torch.cat(parts) for parts in zip(*found))
+                scores, ids = in_order(torch.cat([scores, more], 1), torch.cat([ids, more_ids], 1),
+                                       k)
+                sure &= all_sure
+        return scores, ids, sure
 
-def nearest(queries: Tensor, rows: np.ndarray, k: int) -> tuple[Tensor, Tensor]:
-    """Exact search in blocks: scores float32 and ids int64 (Q, k), best first, ties by id.
+    def probe(self, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, Tensor, Tensor]:
+        """`nearest` through the lists, none certified."""
+        device, dtype, lists = queries.device, scan_dtype(queries.device), self.lists
+        nprobe = min(nprobe, len(lists.centroids))
+        centroids, sizes = lists.centroids.to(device, dtype), lists.offsets.diff()
+        fits = self.fits()
+        spans = [] if fits else lists.order.split(sizes.tolist())          # row ids of each list
+        # So many queries at a time that their tables of scores, or their lists' rows, fit.
+        at_once = 2 * (int(sizes.max()) + 32 if fits
+                       else self.rows.shape[1] * (len(self) // len(sizes) + 32))
+        found = []
+        for part in queries.split(max(1, BLOCK_BYTES // (2 * nprobe * at_once))):
+            probes = (part.to(dtype) @ centroids.T).topk(nprobe, dim=1).indices        # (q, P)
+            if fits:
+                block = next(self.blocks(device, dtype))                   # it makes the layout
+                layout = self.layout
+            else:
+                wanted, probes = probes.unique(return_inverse=True)
+                layout = lay_out([spans[i] for i in wanted.tolist()])
+                block = Block(self.rows, device, dtype, layout.ids)
+            found.append(search_lists(part, block, layout, probes, k, dtype))
+        scores, ids = (torch.cat(parts) for parts in zip(*found))
+        few = (scores[:, -1] == -torch.inf).nonzero()[:, 0]      # lists with fewer than k rows
+        if len(few):
+            scores[few], ids[few], _ = self.nearest(queries[few], k)
+        return scores, ids, torch.zeros_like(ids[:, 0], dtype=torch.bool)
 
-    Costs Q·N·E multiplications; a block of rows is chosen so that its scores and its float32 copy
-    fit into BLOCK_BYTES.
-    """
-    Q, E = queries.shape
-    best = torch.full((Q, 0), -torch.inf, device=queries.device)
-    best_ids = torch.zeros((Q, 0), dtype=torch.int64, device=queries.device)
-    if Q == 0 or k == 0:
-        return best, best_ids
-    block = max(1, BLOCK_BYTES // (4 * (Q + E)))
-    for start in range(0, len(rows), block):
-        part = torch.from_numpy(np.array(rows[start:start + block])).to(queries.device).float()
-        scores, ids = (queries @ part.T).topk(min(k, len(part)), dim=1)           # (Q, <=k)
-        best = torch.cat([best, scores], dim=1)
-        best_ids = torch.cat([best_ids, ids + start], dim=1)
-        best_ids, order = best_ids.sort(dim=1)                    # by id, then stably by score
-        best, rank = best.gather(1, order).sort(dim=1, descending=True, stable=True)
-        best, best_ids = best[:, :k], best_ids.gather(1, rank)[:, :k]
-    if not torch.isfinite(best).all():
-        raise ValueError("the index has rows that are not finite")
-    return best, best_ids
+    def fits(self) -> bool:
+        return len(self) * self.rows.shape[1] * 2 <= RESIDENT_BYTES
+
+    def blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[Block]:
+        """The index as one resident block, laid out by lists where there are lists, or as many
+        passing ones."""
+        if self.fits():
+            if device not in self.resident:
+                if self.lists is not None and self.layout is None:
+                    sizes = self.lists.offsets.diff().tolist()
+                    self.layout = lay_out(self.lists.order.split(sizes))
+                ids = torch.arange(len(self)) if self.layout is None else self.layout.ids
+                self.resident[device] = Block(self.rows, device, dtype, ids)
+            yield self.resident[device]
+            return
+        step = max(1, BLOCK_BYTES // (2 * self.rows.shape[1]))
+        for start in range(0, len(self), step):
+            ids = torch.arange(start, min(start + step, len(self)))
+            yield Block(self.rows, device, dtype, ids)
 
 
 def open_index(folder: str | os.PathLike) -> Index:
@@ -122,47 +652,182 @@ def open_index(folder: str | os.PathLike) -> Index:
     try:
         manifest = json.loads(manifest_path.read_text("utf-8"))
         N, E, root = manifest["rows"], manifest["dim"], manifest.get("root", ".")
+        files = manifest.get("files", [{"file": "embeddings.npy", "rows": N}])
         if not (type(N) is int and type(E) is int and isinstance(root, str)):
             raise ValueError("an odd manifest")
-        embeddings = np.load(folder / "embeddings.npy", mmap_mode="r", allow_pickle=False)
-        paths = (folder / "paths.txt").read_bytes().decode("utf-8").split("\n")[:-1]
-        shape, dtype = embeddings.shape, embeddings.dtype
+        rows = Rows([folder / entry["file"] for entry in files])
+        counts = [entry["rows"] for entry in files]
+        paths = range(N)
+        if manifest.get("paths", True):
+            paths = (folder / "paths.txt").read_bytes().decode("utf-8").split("\n")[:-1]
+        lists = read_lists(folder, N, E) if manifest.get("lists") else None
     except Exception as error:               # numpy's reader raises many kinds on a damaged file
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise ValueError(f"the index at {folder} is damaged ({reason[:160]})") from None
     if manifest.get("format") != FORMAT:
         raise ValueError(f"the index at {folder} has format {manifest.get('format')}, "
                          f"this version reads {FORMAT}")
-    if shape != (N, E) or dtype != np.float16 or len(paths) != N or N == 0:
-        raise ValueError(f"the index at {folder} is damaged: its manifest says {N} x {E} float16, "
-                         f"the files have {shape} {dtype} and {len(paths)} paths")
-    return Index(folder, embeddings, paths, manifest)
+    if rows.shape != (N, E) or rows.starts.tolist() != [0, *np.cumsum(counts)] or (
+            len(paths) != N or N == 0):
+        raise ValueError(f"the index at {folder} is damaged: its manifest says {N} x {E} in "
+                         f"{len(counts)} files, they hold {rows.shape}, and {len(paths)} paths")
+    return Index(folder, rows, paths, manifest, lists)
+
+
+def read_lists(folder: Path, N: int, E: int) -> Lists:
+    """The inverted lists' three files. Raises ValueError where they don't fit N rows."""
+    centroids, order, offsets = (
+        torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
+        for name in ("centroids", "lists", "offsets"))
+    if centroids.shape != (len(offsets) - 1, E) or offsets[0] != 0 or offsets[-1] != N or (
+            (offsets.diff() < 0).any() or len(order) != N
+            or not torch.equal(order.sort().values, torch.arange(N))):
+        raise ValueError(f"lists of {len(order)} rows do not fit {N}")
+    return Lists(centroids, order, offsets)
 
 
 def write_index(out: str | os.PathLike, embeddings: Tensor, paths: list[str], encoder: str,
-                encoder_hash: str, root: str | os.PathLike) -> Index:
+                encoder_hash: str, root: str | os.PathLike, n_lists: int = 0) -> Index:
     """Write rows (N, E), normalised here, as a new index in the folder `out`, and open it.
 
     An older manifest there goes first and the new one comes last: a build that is killed leaves no
-    index that opens. Raises ValueError for no rows, rows that are not finite, or all-zero rows.
+    index that opens. n_lists: also build so many inverted lists. Raises ValueError for no rows,
+    rows that are not finite, or all-zero rows.
     """
     rows = torch.as_tensor(embeddings).float()
     if rows.ndim != 2 or len(rows) == 0 or len(rows) != len(paths):
         raise ValueError(f"an index wants one row a picture and at least one; got "
                          f"{tuple(rows.shape)} for {len(paths)} pictures")
+    check_rows(rows)
+    out = start_afresh(out)
+    save_array(out / "embeddings.npy", F.normalize(rows, dim=1).half().numpy())
+    (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
+    return finish(out, [out / "embeddings.npy"], True, encoder, encoder_hash, n_lists,
+                  root=Path(os.path.relpath(root, out)).as_posix())
+
+
+def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str = "unknown",
+                encoder_hash: str = "", dim: int | None = None,
+                n_lists: Callable[[int], int] = default_lists) -> Index:
+    """Make an index of embeddings that are there already: one .npy file, or a folder of them in the
+    order of the numbers in their names, as clip-retrieval writes them (img_emb_0.npy, …).
+
+    Unit-norm float16 files stay where they are, and the manifest names them; others are copied,
+    normalised, one at a time. A paths.txt beside them is taken over where it has N lines; else row
+    numbers stand for names. n_lists: N → how many inverted lists. Raises ValueError for other
+    shapes, for rows that are zero or not finite, and where the copies would overwrite the source.
+    """
+    out, source = Path(out), Path(source)
+    sources = [source] if source.is_file() else sorted(
+        source.glob("*.npy"), key=lambda path: [*map(int, re.findall(r"\d+", path.stem))][-1:])
+    own = {"neighbors", "tokens", "centroids", "lists", "offsets"}
+    sources = [path for path in sources if path.stem.split("-")[0] not in own]
+    if not sources:
+        raise FileNotFoundError(f"no .npy file of embeddings at {source}")
+    arrays = [open_matrix(path) for path in sources]
+    widths = {array.shape[1] for array in arrays}
+    N, E = sum(len(array) for array in arrays), max(widths)
+    if len(widths) > 1 or N == 0 or dim not in (None, E):
+        raise ValueError(f"{source} holds {N} rows of {sorted(widths)} dimensions, wanted "
+                         f"{'one width' if dim is None else dim} and at least one row")
+    print(f"{source}: {len(sources)} files, {N:,} rows of {E}, {2 * N * E / 1e9:.2f} GB in "
+          f"float16; a search holds {min(2 * N * E, RESIDENT_BYTES) / 1e9:.2f} GB of them at most")
+    are_fine = [is_unit_float16(path, array) for path, array in zip(sources, arrays)]
+    targets = [path if fine else out / f"embeddings-{i}.npy"
+               for i, (path, fine) in enumerate(zip(sources, are_fine))]
+    for path, target in zip(sources, targets):
+        if path is not target and target.resolve() in {s.resolve() for s in sources}:
+            raise ValueError(f"{target} would be overwritten; write the index to another folder")
+    names = [place / "paths.txt" for place in (sources[0].parent, source.parent)
+             if (place / "paths.txt").is_file()]
+    lines = names[0].read_bytes() if names else b""
+    out = start_afresh(out)
+    for array, target, fine in zip(arrays, targets, are_fine):
+        if not fine:
+            copy_normalised(array, target)
+    if lines.count(b"\n") == N:
+        (out / "paths.txt").write_bytes(lines)
+    return finish(out, targets, lines.count(b"\n") == N, encoder, encoder_hash,
+                  n_lists(N))
+
+
+def open_matrix(path: Path) -> np.ndarray:
+    """A memory-mapped matrix of floats. Raises ValueError for anything else."""
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if array.ndim == 2 and array.dtype.kind == "f":
+            return array
+        reason = f"it holds {array.dtype} {array.shape}"
+    except Exception as error:               # numpy's reader raises many kinds on a damaged file
+        reason = " ".join(str(error).split())[:160]
+    raise ValueError(f"{path} is no matrix of embeddings ({reason})")
+
+
+def in_blocks(array: np.ndarray) -> Iterator[Tensor]:
+    """A mapped matrix as float32 blocks; each is unmapped again, so that memory stays small."""
+    step = max(1, BLOCK_BYTES // (8 * array.shape[1]))
+    for start in range(0, len(array), step):
+        part = np.array(np.load(array.filename, mmap_mode="r")[start:start + step], np.float32)
+        yield torch.from_numpy(part)
+
+
+def is_unit_float16(path: Path, array: np.ndarray) -> bool:
+    """Whether a file can be searched as it is. Raises ValueError for rows without a direction."""
+    fine = array.dtype == np.float16 and array.flags.c_contiguous
+    for part in in_blocks(array):
+        check_rows(part, f" in {path}")
+        fine = fine and (part.norm(dim=1) - 1).abs().max().item() < 2e-3
+    return bool(fine)
+
+
+def check_rows(rows: Tensor, where: str = "") -> None:
+    """Raise ValueError for rows (n, E) without a direction."""
     if not torch.isfinite(rows).all() or (rows.norm(dim=1) == 0).any():
-        raise ValueError("an embedding is zero or not finite")
-    names = "".join(path + "\n" for path in paths).encode()
+        raise ValueError(f"an embedding{where} is zero or not finite")
+
+
+def copy_normalised(array: np.ndarray, target: Path) -> None:
+    """Write a mapped matrix as unit-norm float16, block by block."""
+    part_path = target.with_name(target.name + ".part")
+    copy = np.lib.format.open_memmap(part_path, "w+", np.float16, array.shape)
+    done = 0
+    for part in in_blocks(array):
+        copy[done:done + len(part)] = F.normalize(part, dim=1).half().numpy()
+        done += len(part)
+    copy.flush()
+    os.replace(part_path, target)
+
+
+def start_afresh(out: str | os.PathLike) -> Path:
+    """The folder, made where it is missing, without an older index's manifest and tables."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    for old in (out / "manifest.json", *out.glob("neighbors-*")):
+    lists = [out / f"{name}.npy" for name in ("centroids", "lists", "offsets")]
+    for old in (out / "manifest.json", *out.glob("neighbors-*"), *lists):
         old.unlink(missing_ok=True)
-    rows = torch.nn.functional.normalize(rows, dim=1).half()
-    save_array(out / "embeddings.npy", rows.numpy())
-    (out / "paths.txt").write_bytes(names)
+    return out
+
+
+def finish(out: Path, files: list[Path], has_paths: bool, encoder: str, encoder_hash: str,
+           n_lists: int, root: str = ".") -> Index:
+    """Build the lists, write the manifest, open the index."""
+    rows = Rows(files)
+    if n_lists > len(rows):
+        raise ValueError(f"{n_lists} lists for {len(rows)} rows: wanted at most one a row")
     manifest = {"format": FORMAT, "rows": len(rows), "dim": rows.shape[1], "dtype": "float16",
-                "normalised": True, "encoder": encoder, "encoder_hash": encoder_hash,
-                "root": Path(os.path.relpath(root, out)).as_posix()}
+                "normalised": True, "encoder": encoder, "encoder_hash": encoder_hash, "root": root}
+    if [path.name for path in files] != ["embeddings.npy"] or files[0].parent != out:
+        manifest["files"] = [
+            {"file": Path(os.path.relpath(path, out)).as_posix(), "rows": int(n)}
+            for path, n in zip(files, np.diff(rows.starts))]
+    if not has_paths:
+        manifest["paths"] = False
+    if n_lists:
+        lists = make_lists(rows, n_lists, clip_model.pick_device("auto"))
+        save_array(out / "centroids.npy", lists.centroids.numpy())
+        save_array(out / "lists.npy", lists.order.numpy())
+        save_array(out / "offsets.npy", lists.offsets.numpy())
+        manifest["lists"] = n_lists
     part = out / "manifest.json.part"
     part.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     os.replace(part, out / "manifest.json")
@@ -193,31 +858,101 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
 
 # ---------------------------------------------------------------- the neighbour table for training
 
-def neighbor_table(index: Index, k: int) -> np.ndarray:
-    """int32 (N, min(k, N-1)): the nearest rows of every row, itself excluded by id.
+def neighbor_table(index: Index, k: int, nprobe: int = 64, below: float | None = None
+                   ) -> np.ndarray:
+    """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by id.
 
-    Read from neighbors-<k>.npy, or computed (N²·E multiplications) and written there. Beside it
-    neighbors-<k>.key holds the digests of the embeddings and of the table: a damaged table, or one
-    of other embeddings, is computed anew. Raises ValueError for k < 1.
+    Read from neighbors-<k>.npy, or computed and written there: N²·E multiplications, or through
+    the index's inverted lists, nprobe of them a row. What was computed is kept on the way, so that
+    a run that was killed goes on where it was. Beside the table neighbors-<k>.key holds the digests
+    of the embeddings and of the table: a damaged table, or one of other embeddings, is computed
+    anew. below: near-duplicates, rows of a score of at least this, come after all others (in
+    neighbors-<k>-below-<below>.npy). Raises ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k is {k}, wanted 1 or more")
-    N, path = len(index), index.folder / f"neighbors-{k}.npy"
-    key_path = index.folder / f"neighbors-{k}.key"
-    rows = hashlib.sha256(np.ascontiguousarray(index.embeddings).tobytes()).hexdigest()
+    name = f"neighbors-{k}" if below is None else f"neighbors-{k}-below-{below:g}"
+    N, path, key_path = len(index), index.folder / f"{name}.npy", index.folder / f"{name}.key"
+    digest = rows_digest(index.rows) + (f" nprobe {nprobe}" if index.lists else "")
     if path.is_file() and key_path.is_file():
         table_digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if key_path.read_text("utf-8") == f"{rows} {table_digest}\n":
+        if key_path.read_text("utf-8") == f"{digest} {table_digest}\n":
             return np.load(path, allow_pickle=False)
-    table = np.empty((N, min(k, N - 1)), np.int32)
-    for start in range(0, N, 1024):
-        own = torch.arange(start, min(start + 1024, N))
-        queries = torch.from_numpy(np.array(index.embeddings[start:start + 1024])).float()
-        table[start:start + 1024] = index.search(queries, k, exclude=own)[1].numpy()
+    width = min(k, N - 1)
+    part, state = path.with_name(f"{name}.part"), path.with_name(f"{name}.state")
+    done = 0
+    if part.is_file() and state.is_file() and state.read_text("utf-8").startswith(digest + "\n"):
+        done = int(state.read_text("utf-8").split("\n")[1])
+    table = np.memmap(part, np.int32, "r+" if done else "w+", shape=(N, width)) if width else (
+        np.empty((N, 0), np.int32))
+    start, first = time.time(), done
+    while done < N:
+        own = torch.arange(done, min(done + 1024, N))
+        queries = torch.from_numpy(index.rows.read(done, done + 1024)).float()
+        table[done:done + 1024] = own_neighbors(index, queries, own, width, nprobe, below).numpy()
+        done += len(own)
+        if done % (64 * 1024) == 0 and done < N:
+            table.flush()
+            state.write_text(f"{digest}\n{done}\n", encoding="utf-8")
+        if sys.stderr.isatty():
+            left = (time.time() - start) / (done - first) * (N - done)
+            print(f"\rneighbours of {done:,}/{N:,} rows, {left:.0f} s left ",
+                  end="\n" if done == N else "", file=sys.stderr)
+    table = np.array(table)
     save_array(path, table)
     table_digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    key_path.write_text(f"{rows} {table_digest}\n", encoding="utf-8")
+    key_path.write_text(f"{digest} {table_digest}\n", encoding="utf-8")
+    for helper in (part, state):
+        helper.unlink(missing_ok=True)
     return table
+
+
+def own_neighbors(index: Index, queries: Tensor, own: Tensor, k: int, nprobe: int,
+                  below: float | None) -> Tensor:
+    """int64 (Q, k): the neighbours of rows `own` (Q,) without themselves, near-duplicates last."""
+    wide, N = k if below is None else 2 * k, len(index)
+    while True:
+        wide = min(wide, N - 1)
+        scores, ids = index.search(queries, wide, exclude=own,
+                                   nprobe=nprobe if index.lists else None)
+        if below is None:
+            return ids
+        too_near = scores >= below
+        if wide == N - 1 or ((~too_near).sum(1) >= k).all():
+            order = too_near.to(torch.int8).argsort(dim=1, stable=True)
+            return ids.gather(1, order)[:, :k]
+        wide *= 4
+
+
+def rows_digest(rows: Rows) -> str:
+    """64 hex digits of all rows, read block by block."""
+    digest, step = hashlib.sha256(), max(1, BLOCK_BYTES // (2 * rows.shape[1]))
+    for start in range(0, len(rows), step):
+        digest.update(rows.read(start, start + step))
+    return digest.hexdigest()
+
+
+def recall(index: Index, k: int, nprobe: int, queries: int = 1000, seed: int = 0
+           ) -> tuple[float, float, float, float]:
+    """What inverted lists lose: recall@k against exact search, the share of rows scanned, and
+    seconds a query, through the lists and exact, for `queries` of the index's own rows (themselves
+    excluded). Raises ValueError where the index has no lists."""
+    if index.lists is None:
+        raise ValueError(f"the index at {index.folder} has no inverted lists (build it with --ivf)")
+    own = torch.randperm(len(index), generator=torch.Generator().manual_seed(seed))[:queries]
+    rows = torch.from_numpy(index.rows.take(own.numpy())).float()
+    index.search(rows[:1], k)                                              # the rows are read now
+    start = time.perf_counter()
+    wanted = index.search(rows, k, exclude=own)[1]
+    exact_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    found = index.search(rows, k, exclude=own, nprobe=nprobe)[1]
+    seconds = time.perf_counter() - start
+    hits = (found[:, :, None] == wanted[:, None]).any(1).float().mean().item()
+    probes = (F.normalize(rows, dim=1) @ index.lists.centroids.T).topk(
+        min(nprobe, len(index.lists.centroids)), dim=1).indices
+    scanned = index.lists.offsets.diff()[probes].sum().item() / (len(own) * len(index))
+    return hits, scanned, seconds / len(own), exact_seconds / len(own)
 
 
 # ---------------------------------------------------------------- pictures of a folder
@@ -290,13 +1025,42 @@ def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
 
 # ---------------------------------------------------------------- the command
 
+def wanted_lists(text: str, n: int) -> int:
+    """--ivf's value for N rows. Raises ValueError where it is none."""
+    if text == "none":
+        return 0
+    if text == "auto":
+        lists = default_lists(n)
+        print(f"{lists} inverted lists" if lists else
+              f"no inverted lists: exact search is as quick for {n:,} rows")
+        return lists
+    if not text.isdigit() or int(text) < 1:
+        raise ValueError(f"--ivf is {text!r}, wanted auto, none or a number of lists")
+    return int(text)
+
+
 def build(args: argparse.Namespace) -> None:
-    """Embed a folder of pictures and write the index."""
+    """Embed a folder of pictures, or take embeddings that are there, and write the index."""
     start = time.time()
+    if (args.images is None) == (args.embeddings is None):
+        raise ValueError("wanted one of a folder of pictures and --embeddings")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out} is a file, wanted a folder to write")
-    clip = clip_model.load(args.clip).to(clip_model.pick_device(args.device))
-    print(f"{args.images} through {args.clip} ({clip.describe()}, {clip.fingerprint()}, "
+    wanted_lists(args.ivf, 0) if args.ivf != "auto" else None              # refuse it early
+    if args.embeddings:
+        encoder = {}
+        if args.clip:
+            clip = clip_model.load(args.clip)
+            encoder = {"encoder": clip.describe(), "encoder_hash": clip.fingerprint(),
+                       "dim": clip.config.embed_dim}
+        index = index_files(args.out, args.embeddings, **encoder,
+                            n_lists=functools.partial(wanted_lists, args.ivf))
+        print(f"{len(index):,} rows of {index.rows.shape[1]} dimensions in {args.out}, "
+              f"{time.time() - start:.0f} s")
+        return
+    path = args.clip or Path(__file__).parent / "weights" / "stickers" / "clip.safetensors"
+    clip = clip_model.load(path).to(clip_model.pick_device(args.device))
+    print(f"{args.images} through {path} ({clip.describe()}, {clip.fingerprint()}, "
           f"{clip.config.embed_dim} dimensions)")
     embeddings, names, bad = embed_folder(clip, args.images, bf16=args.bf16)
     for sentence in bad:
@@ -304,8 +1068,8 @@ def build(args: argparse.Namespace) -> None:
     if not names:
         raise ValueError(f"no readable picture below {args.images}")
     index = write_index(args.out, embeddings, names, clip.describe(), clip.fingerprint(),
-                        args.images)
-    print(f"{len(index)} rows of {index.embeddings.shape[1]} dimensions in {args.out}, "
+                        args.images, wanted_lists(args.ivf, len(names)))
+    print(f"{len(index)} rows of {index.rows.shape[1]} dimensions in {args.out}, "
           f"{len(bad)} files skipped, {time.time() - start:.0f} s")
 
 
@@ -325,12 +1089,33 @@ def search(args: argparse.Namespace) -> None:
         query = clip.embed_texts([args.query])
     if args.k > len(index):
         print(f"k is {args.k}, the index has {len(index)} rows: showing all", file=sys.stderr)
-    scores, ids = (result[0].tolist() for result in index.search(query, args.k))
+    if args.nprobe is not None and index.lists is None:
+        print(f"the index at {args.index} has no inverted lists: searched exactly", file=sys.stderr)
+    scores, ids = (result[0].tolist() for result in index.search(query, args.k,
+                                                                 nprobe=args.nprobe))
     for rank, (score, i) in enumerate(zip(scores, ids), start=1):
         print(f"{rank}\t{score:.4f}\t{i}\t{index.paths[i]}")
     if args.out:
         clip_model.grid([neighbor_pictures(index, ids)], 96).save(args.out)
         print(f"wrote {args.out}", file=sys.stderr)
+
+
+def make_table(args: argparse.Namespace) -> None:
+    """Compute the neighbour table, or go on with it."""
+    start = time.time()
+    table = neighbor_table(open_index(args.index), args.k, args.nprobe, args.below)
+    print(f"neighbours {table.shape} in {args.index}, {time.time() - start:.0f} s")
+
+
+def show_recall(args: argparse.Namespace) -> None:
+    """Print what inverted lists lose and gain, a line for each number of probes."""
+    index = open_index(args.index)
+    if args.k < 1 or min(args.nprobe) < 1:
+        raise ValueError(f"k is {args.k}, nprobe {args.nprobe}: wanted 1 or more")
+    print(f"nprobe\trecall@{args.k}\trows scanned\tms a query\tms exact")
+    for nprobe in args.nprobe:
+        hits, scanned, seconds, exact = recall(index, args.k, nprobe)
+        print(f"{nprobe}\t{hits:.4f}\t{scanned:.2%}\t{1e3 * seconds:.3f}\t{1e3 * exact:.3f}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -339,9 +1124,15 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
 
     sub = commands.add_parser("build", help="embed a folder of pictures, read recursively")
-    sub.add_argument("images", type=Path, help="folder of pictures")
-    sub.add_argument("--clip", type=Path, default=shipped / "clip.safetensors")
+    sub.add_argument("images", type=Path, nargs="?", help="folder of pictures")
+    sub.add_argument("--embeddings", type=Path, help="instead: a .npy file of embeddings, or a "
+                     "folder of them (clip-retrieval's img_emb_0.npy, ...), not copied if they are "
+                     "float16 of unit norm")
+    sub.add_argument("--clip", type=Path, help="default: the stickers'; with --embeddings the one "
+                     "that made them, by default unknown")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
+    sub.add_argument("--ivf", default="auto", metavar="auto|none|NLIST", help="inverted lists: "
+                     "auto (the default) is 4 sqrt(N) of them from 50,000 rows on")
     sub.add_argument("--bf16", action="store_true", help="embed in bfloat16: about twice as fast")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     sub.set_defaults(run=build)
@@ -351,8 +1142,24 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("query", metavar="TEXT_OR_IMAGE", help="an existing file is a picture")
     sub.add_argument("--clip", type=Path, default=shipped / "clip.safetensors")
     sub.add_argument("--k", type=int, default=10, help="number of neighbours (default 10)")
+    sub.add_argument("--nprobe", type=int, help="inverted lists to look into (default: exact)")
     sub.add_argument("--out", type=Path, help="also draw the neighbours into this PNG")
     sub.set_defaults(run=search)
+
+    sub = commands.add_parser("recall", help="what inverted lists lose against exact search")
+    sub.add_argument("index", type=Path)
+    sub.add_argument("--k", type=int, default=10)
+    sub.add_argument("--nprobe", type=int, nargs="+", default=[1, 4, 16, 64])
+    sub.set_defaults(run=show_recall)
+
+    sub = commands.add_parser("neighbors", help="make the neighbour table that training reads")
+    sub.add_argument("index", type=Path)
+    sub.add_argument("--k", type=int, default=10)
+    sub.add_argument("--nprobe", type=int, default=64, help="inverted lists to look into, where "
+                     "there are any (default 64)")
+    sub.add_argument("--below", type=float, help="scores from which rows count as near-duplicates "
+                     "and come after all others")
+    sub.set_defaults(run=make_table)
 
     sub = commands.add_parser("info", help="print the manifest")
     sub.add_argument("index", type=Path)

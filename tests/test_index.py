@@ -20,26 +20,120 @@ def make(tmp_path, rows, name="idx"):
 
 def brute_force(index, queries, k):
     """A float64 sort of the stored rows, lower id first where scores tie."""
-    queries = queries.double().numpy()
-    queries /= np.linalg.norm(queries, axis=1, keepdims=True)
-    scores = queries @ np.array(index.embeddings, np.float64).T
+    queries = torch.nn.functional.normalize(queries, dim=1).double().numpy()  # float32's
+    rows = np.array(index.embeddings, np.float64)
+    scores = np.stack([(rows * query).sum(1) for query in queries])
     ids = np.lexsort((np.broadcast_to(np.arange(scores.shape[1]), scores.shape), -scores))[:, :k]
     return np.take_along_axis(scores, ids, 1), ids
 
 
-@pytest.mark.parametrize("seed", range(12))
-def test_search_equals_a_float64_sort(tmp_path, seed, monkeypatch):
-    rng = np.random.default_rng(seed)
-    n, dim, q = int(rng.integers(1, 400)), int(rng.integers(8, 65)), int(rng.integers(1, 9))
-    monkeypatch.setattr(retrieval, "BLOCK_BYTES", int(rng.integers(500, 50_000)))  # many blocks
-    index = make(tmp_path, rng.normal(size=(n, dim)))
-    queries = torch.from_numpy(rng.normal(size=(q, dim))).float()
-    for k in (1, 10, n, n + 5):
-        scores, ids = index.search(queries, k)
-        wanted_scores, wanted = brute_force(index, queries, min(k, n))
-        assert ids.shape == (q, min(k, n))
-        assert np.abs(scores.numpy() - wanted_scores).max() < 1e-6
-        assert (ids.numpy() == wanted).all()
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=["bf16", "f32"])
+def scan_dtype(request, monkeypatch):
+    """Both low precisions, whatever this processor is quicker at."""
+    monkeypatch.setattr(retrieval, "scan_dtype", lambda device: request.param)
+    return request.param
+
+
+def problem(rng):
+    """Rows (N, E) of one of five kinds, queries, k."""
+    n = int(np.exp(rng.uniform(0, np.log(5000))))
+    dim = int(np.exp(rng.uniform(np.log(8), np.log(768))))
+    rows = rng.normal(size=(n, dim))
+    kind = rng.integers(5)
+    if kind == 1:  # duplicates
+        rows = rows[rng.integers(0, n // 5 + 1, n)]
+    if kind == 2:  # near-equal rows that bfloat16 can't tell apart
+        rows = rows[:1] + 1e-3 * rows
+    if kind == 3:  # clusters
+        rows = rows[rng.integers(0, min(n, 20), n)] + 0.1 * rng.normal(size=(n, dim))
+    queries = rng.normal(size=(int(rng.integers(1, 10)), dim))
+    if kind in (2, 3):
+        queries = rows[rng.integers(0, n, len(queries))] + 0.01 * queries
+    if kind == 4:  # every score is negative
+        rows, queries = np.abs(rows) + 0.01, -np.abs(queries)
+    k = int(rng.choice([1, 10, n, rng.integers(1, n + 1)]))
+    return rows, torch.from_numpy(queries).float(), min(k, n)
+
+
+def test_search_equals_a_float64_sort_on_100_problems(tmp_path, device, scan_dtype, monkeypatch):
+    rng = np.random.default_rng(0)
+    certified = []
+    for i in range(100):  # for each of the two precisions
+        rows, queries, k = problem(rng)
+        index = make(tmp_path, rows)
+        monkeypatch.setattr(retrieval, "LISTED", int(rng.choice([1, 8, 128])))
+        if i % 3 == 0:  # passing blocks instead of a resident one
+            monkeypatch.setattr(retrieval, "RESIDENT_BYTES", 0)
+            monkeypatch.setattr(retrieval, "BLOCK_BYTES", (16 + len(rows) // 6) * 2 * rows.shape[1])
+        scores, ids = index.search(queries.to(device), k)
+        wanted_scores, wanted = brute_force(index, queries, k)
+        assert np.abs(scores.cpu().numpy() - wanted_scores).max() < 1e-6
+        assert (ids.cpu().numpy() == wanted).all(), (i, rows.shape, k)
+        unit = torch.nn.functional.normalize(queries, dim=1).to(device)
+        certified.append(index.nearest(unit, k)[2].float().mean().item())
+        monkeypatch.undo()
+        monkeypatch.setattr(retrieval, "scan_dtype", lambda device: scan_dtype)
+    assert 0.1 < np.mean(certified) < 1.0  # both ways were walked
+
+
+def test_the_callers_precision_settings_neither_matter_nor_change(tmp_path):
+    rows = mixture(2000, 64, 20)
+    index, queries = make(tmp_path, rows), torch.from_numpy(mixture(5, 64, 20, seed=2))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert (index.search(queries, 10)[1].numpy() == brute_force(index, queries, 10)[1]).all()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_certificate_refuses_a_wrong_order(tmp_path, monkeypatch):
+    """1,600 rows, 200 groups, that bfloat16 rounds to the same one: its order says nothing, and the
+    certificate must not pass; a row far ahead of all others may."""
+    monkeypatch.setattr(retrieval, "scan_dtype", lambda device: torch.bfloat16)
+    rows = np.ones((1600, 64))
+    rows[:, 0] += np.linspace(0, 2e-3, 1600)
+    index = make(tmp_path, rows)
+    query = torch.zeros(1, 64)
+    query[0, 0], query[0, 1] = 1.0, 0.9
+    block = next(index.blocks(query.device, torch.bfloat16))
+    low = (block.low[:1600].float() @ query.bfloat16().float()[0]).bfloat16()
+    assert len(low.unique()) == 1  # no order at all
+    scores, ids, sure = index.nearest(torch.nn.functional.normalize(query, dim=1), 10)
+    assert not sure.any() and (ids.numpy() == brute_force(index, query, 10)[1]).all()
+    rows = np.random.default_rng(0).normal(size=(1600, 64))
+    index = make(tmp_path, rows)
+    query = torch.from_numpy(rows[7:8]).float()
+    assert index.nearest(torch.nn.functional.normalize(query, dim=1), 1)[2].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_no_score_lies_above_its_groups_bound(tmp_path, dtype):
+    """Adversarial roundings: entries half-way between two bfloat16 numbers, all errors one way."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(512, 96, generator=generator)
+    rows[:256] = rows[:256].bfloat16().float() * (1 + 2.0**-9) * (1 - 1e-4)
+    index = make(tmp_path, rows)
+    queries = torch.nn.functional.normalize(torch.cat([
+        torch.randn(20, 96, generator=generator), rows[:20], rows[300:320]]), dim=1)
+    queries[20:30] = queries[20:30].bfloat16().float() * (1 + 2.0**-9)
+    block = retrieval.Block(index.rows, torch.device("cpu"), dtype, torch.arange(512))
+    maxima = retrieval.group_maxima(queries, block, dtype)
+    bound = retrieval.at_most(maxima, retrieval.error_bound(queries, block, dtype))  # (Q, G)
+    exact = queries.double() @ torch.from_numpy(index.rows.read(0, 512)).double().T
+    assert (exact.view(len(queries), -1, retrieval.GROUP).amax(2) <= bound[:, :-1]).all()
+    if dtype == torch.bfloat16:  # and the scan alone would be wrong: the bound is needed
+        assert (exact.view(len(queries), -1, retrieval.GROUP).amax(2) > maxima[:, :-1].double()).any()
+        assert (bound - maxima.float()).max() < 0.02
 
 
 def test_equal_rows_come_in_the_order_of_their_ids(tmp_path):
@@ -147,6 +241,299 @@ def test_encoder_of_another_model_is_refused_naming_both(tmp_path):
         retrieval.check_encoder(index, "any", "xyz", 4)
 
 
+# ---------------------------------------------------------------- inverted lists
+
+
+def mixture(n, dim, centres, seed=0, spread=0.3):
+    rng = np.random.default_rng(seed)
+    means = rng.normal(size=(centres, dim)) / np.sqrt(dim)
+    return (means[rng.integers(centres, size=n)]
+            + spread * rng.normal(size=(n, dim)) / np.sqrt(dim)).astype(np.float32)
+
+
+def with_lists(tmp_path, rows, n_lists, name="ivf"):
+    return retrieval.write_index(tmp_path / name, torch.from_numpy(rows),
+                                 [str(i) for i in range(len(rows))], "c", "h", tmp_path, n_lists)
+
+
+def test_all_lists_probed_is_exact_and_few_are_nearly(tmp_path, device, scan_dtype):
+    rows = mixture(4000, 32, 60)
+    index = with_lists(tmp_path, rows, 50)
+    queries = torch.from_numpy(mixture(100, 32, 60)).to(device)
+    wanted = index.search(queries, 10)[1]
+    assert (wanted.cpu().numpy() == brute_force(index, queries.cpu(), 10)[1]).all()
+    assert torch.equal(index.search(queries, 10, nprobe=50)[1], wanted)
+    assert torch.equal(index.search(queries, 10, nprobe=999)[1], wanted)
+    shares = []
+    for nprobe in (1, 4, 16):
+        found = index.search(queries, 10, nprobe=nprobe)[1]
+        shares.append((found[:, :, None] == wanted[:, None]).any(1).float().mean().item())
+    assert shares == sorted(shares) and shares[1] > 0.8 and shares[2] > 0.98
+    own = torch.arange(100, device=device)
+    ids = index.search(torch.from_numpy(rows[:100]).to(device), 5, exclude=own, nprobe=4)[1]
+    assert ids.shape == (100, 5) and (ids != own[:, None]).all()
+
+
+def test_lists_that_hold_too_few_rows_are_made_up_for(tmp_path):
+    index = with_lists(tmp_path, mixture(300, 16, 10), 30)
+    queries = torch.from_numpy(mixture(20, 16, 10, seed=3))
+    for k in (10, 100, 300, 999):
+        scores, ids = index.search(queries, k, nprobe=1)
+        assert ids.shape == (20, min(k, 300)) and ids.min() >= 0 and torch.isfinite(scores).all()
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+
+
+def test_lists_of_an_index_larger_than_memory_give_the_same(tmp_path, monkeypatch):
+    index = with_lists(tmp_path, mixture(3000, 24, 40), 40)
+    queries = torch.from_numpy(mixture(50, 24, 40, seed=1))
+    wanted = index.search(queries, 10, nprobe=3)
+    monkeypatch.setattr(retrieval, "RESIDENT_BYTES", 0)
+    monkeypatch.setattr(retrieval, "BLOCK_BYTES", 40_000)
+    index = retrieval.open_index(index.folder)
+    found = index.search(queries, 10, nprobe=3)
+    assert torch.equal(found[1], wanted[1]) and torch.allclose(found[0], wanted[0])
+    assert not index.resident
+
+
+def test_kmeans_finds_separated_centres_and_leaves_no_list_empty():
+    rows = torch.from_numpy(mixture(2000, 16, 8, spread=0.02))
+    centroids = retrieval.spherical_kmeans(rows, 8, seed=1)
+    assert torch.allclose(centroids.norm(dim=1), torch.ones(8), atol=1e-5)
+    again = retrieval.spherical_kmeans(rows, 8, seed=1)
+    assert torch.equal(centroids, again)
+    twice = torch.cat([rows[:1].expand(100, -1), rows[:40]])  # mostly one row: empty lists
+    lists = retrieval.nearest_centroid(twice, retrieval.spherical_kmeans(twice, 20), torch.float32)
+    assert len(lists.unique()) > 10
+
+
+def test_one_kmeans_step_by_hand():
+    """Two lists: each centroid is the normalised sum of the rows nearer to it."""
+    rows = torch.tensor([[1.0, 0.1], [1.0, -0.3], [0.2, 1.0], [-0.1, 1.0]])
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    found = retrieval.spherical_kmeans(rows, 2, iterations=5)
+    wanted = torch.nn.functional.normalize(torch.stack([rows[:2].sum(0), rows[2:].sum(0)]), dim=1)
+    assert torch.allclose(found[found[:, 0].argsort(descending=True)], wanted, atol=1e-5)
+
+
+def test_default_lists_follow_the_number_of_rows():
+    assert [retrieval.default_lists(n) for n in (0, 49_999, 50_000, 10**6)] == [0, 0, 894, 4000]
+    assert all(n / retrieval.default_lists(n) >= 39 for n in (50_000, 10**5, 10**6, 10**8))
+
+
+def test_recall_counts_hits_and_rows(tmp_path):
+    index = with_lists(tmp_path, mixture(2000, 16, 30), 30)
+    hits, scanned, _, _ = retrieval.recall(index, 10, 30, queries=50)
+    assert hits == 1 and scanned == 1
+    hits, scanned, _, _ = retrieval.recall(index, 10, 1, queries=50)
+    assert 0.2 < hits < 1 and 0.01 < scanned < 0.2
+    with pytest.raises(ValueError, match="no inverted lists"):
+        retrieval.recall(make(tmp_path, np.eye(4)), 1, 1)
+
+
+def test_damaged_lists_do_not_open(tmp_path):
+    folder = with_lists(tmp_path, mixture(200, 8, 5), 5).folder
+    for name, damage in (
+        ("lists", lambda x: np.zeros_like(x)), ("lists", lambda x: x[:-1]),
+        ("offsets", lambda x: x[::-1].copy()), ("offsets", lambda x: x[:-1]),
+        ("centroids", lambda x: x[:, :-1].copy()),
+    ):
+        good = np.load(folder / f"{name}.npy")
+        np.save(folder / f"{name}.npy", damage(good))
+        with pytest.raises(ValueError, match="damaged"):
+            retrieval.open_index(folder)
+        np.save(folder / f"{name}.npy", good)
+    (folder / "lists.npy").unlink()
+    with pytest.raises(ValueError, match="damaged"):
+        retrieval.open_index(folder)
+
+
+# ---------------------------------------------------------------- many files
+
+
+def unit(rows):
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+
+
+def write_shards(folder, rows, cuts):
+    folder.mkdir()
+    for i, part in enumerate(np.split(rows, cuts)):
+        np.save(folder / f"img_emb_{i}.npy", part)
+
+
+def test_rows_of_many_files_are_one_matrix(tmp_path):
+    rows = unit(np.random.default_rng(0).normal(size=(60, 8)))
+    write_shards(tmp_path / "s", rows, [10, 10, 37, 59])
+    files = [tmp_path / "s" / f"img_emb_{i}.npy" for i in range(5)]
+    found = retrieval.Rows(files)
+    assert found.shape == (60, 8) and (np.array(found) == rows).all()
+    for a, b in ((0, 60), (9, 11), (36, 60), (58, 99), (5, 5)):
+        assert (found.read(a, b) == rows[a:b]).all() and (found[a:b] == rows[a:b]).all()
+    ids = np.array([[59, 0, 10], [9, 37, 36]])
+    assert (found[ids] == rows[ids]).all() and (found[7] == rows[7]).all()
+    (files[2]).write_bytes(files[2].read_bytes()[:-1])
+    with pytest.raises(ValueError):
+        retrieval.Rows(files)
+
+
+def test_shards_stay_where_they_are_and_follow_the_number_in_their_name(tmp_path, capsys):
+    """img_emb_10 comes after img_emb_9, not after img_emb_1."""
+    rows = unit(np.random.default_rng(0).normal(size=(24, 8)))
+    write_shards(tmp_path / "s", rows, range(2, 24, 2))
+    out = tmp_path / "idx"
+    assert retrieval.main(["build", "--embeddings", str(tmp_path / "s"), "--out", str(out)]) == 0
+    index = retrieval.open_index(out)
+    assert not list(out.glob("*.npy")) and (np.array(index.embeddings) == rows).all()
+    assert len(index.manifest["files"]) == 12 and index.manifest["encoder"] == "unknown"
+    assert index.paths[5] == 5 and "24 rows" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="does not say"):
+        retrieval.check_encoder(index, "any", "xyz", 8)
+    queries = torch.from_numpy(rows[[3, 20]]).float()
+    assert index.search(queries, 1)[1].tolist() == [[3], [20]]
+    assert retrieval.neighbor_table(index, 3).shape == (24, 3)
+
+
+def test_other_embeddings_are_copied_normalised_and_never_overwritten(tmp_path):
+    rows = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
+    source = tmp_path / "s"
+    write_shards(source, rows, [20])
+    (source / "paths.txt").write_text("".join(f"{i}.jpg\n" for i in range(30)))
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    index = retrieval.index_files(tmp_path / "idx", source)
+    assert np.allclose(np.array(index.embeddings), unit(rows), atol=1e-3)
+    assert index.paths[29] == "29.jpg"
+    index = retrieval.index_files(source, source)  # into the same folder
+    assert {name: (source / name).read_bytes() for name in before} == before
+    with pytest.raises(ValueError, match="overwritten|30 rows|holds"):
+        retrieval.index_files(tmp_path / "idx", tmp_path / "idx", dim=9)
+    np.save(tmp_path / "embeddings-0.npy", rows)
+    with pytest.raises(ValueError, match="overwritten"):
+        retrieval.index_files(tmp_path, tmp_path / "embeddings-0.npy")
+    assert (np.load(tmp_path / "embeddings-0.npy") == rows).all()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
+def test_bad_embeddings_are_refused_in_one_sentence(tmp_path, bad, capsys):
+    rows = unit(np.random.default_rng(0).normal(size=(30, 8)))
+    rows[17] = bad
+    np.save(tmp_path / "e.npy", rows)
+    argv = ["build", "--embeddings", str(tmp_path / "e.npy"), "--out", str(tmp_path / "idx")]
+    assert retrieval.main(argv) == 2
+    assert "zero or not finite" in capsys.readouterr().err
+    assert not (tmp_path / "idx").exists()
+
+
+def test_odd_embeddings_are_refused_in_one_sentence(tmp_path, capsys):
+    good = unit(np.random.default_rng(0).normal(size=(30, 8)))
+    folder = tmp_path / "two"
+    folder.mkdir()
+    np.save(folder / "a_0.npy", good)
+    np.save(folder / "a_1.npy", good[:, :5])
+    for name, content in (("x.npy", b"hello"), ("y.npy", b"")):
+        (tmp_path / name).write_bytes(content)
+    np.save(tmp_path / "vector.npy", good[0])
+    np.save(tmp_path / "words.npy", np.array([["a", "b"]]))
+    np.save(tmp_path / "none.npy", good[:0])
+    for source in ("two", "x.npy", "y.npy", "vector.npy", "words.npy", "none.npy", "nowhere"):
+        argv = ["build", "--embeddings", str(tmp_path / source), "--out", str(tmp_path / "idx")]
+        assert retrieval.main(argv) == 2, source
+        error = capsys.readouterr().err.strip()
+        assert error and len(error.splitlines()) == 1 and "Traceback" not in error
+        assert not (tmp_path / "idx").exists()
+    np.save(tmp_path / "good.npy", good)
+    for flags in (["--ivf", "many"], ["--ivf", "0"], ["--ivf", "31"], [str(tmp_path)]):
+        argv = ["build", "--embeddings", str(tmp_path / "good.npy"), "--out", str(tmp_path / "idx")]
+        assert retrieval.main([*argv, *flags]) == 2
+        assert not (tmp_path / "idx" / "manifest.json").exists()
+
+
+def test_a_cut_or_missing_shard_does_not_open(tmp_path):
+    rows = unit(np.random.default_rng(0).normal(size=(30, 8)))
+    write_shards(tmp_path / "s", rows, [10, 20])
+    index = retrieval.index_files(tmp_path / "idx", tmp_path / "s")
+    shard = tmp_path / "s" / "img_emb_1.npy"
+    good = shard.read_bytes()
+    for damage in (lambda: shard.write_bytes(good[:-2]), lambda: np.save(shard, rows[:9]),
+                   shard.unlink):
+        damage()
+        with pytest.raises(ValueError, match="damaged"):
+            retrieval.open_index(tmp_path / "idx")
+        shard.write_bytes(good)
+    retrieval.open_index(tmp_path / "idx")
+    shard.write_bytes(good[:-40])  # cut while it is open
+    with pytest.raises(ValueError, match="cut off"):
+        index.rows.read(0, 30)
+
+
+def test_a_killed_build_leaves_no_index(tmp_path, monkeypatch):
+    """Whatever the write that fails, an old index's manifest is gone and no new one there."""
+    rows = mixture(200, 8, 5)
+    real = retrieval.save_array
+    for dies_at in range(4):
+        with_lists(tmp_path, rows, 5)
+        count = iter(range(99))
+
+        def save(path, array, dies_at=dies_at, count=count):
+            if next(count) == dies_at:
+                raise KeyboardInterrupt
+            real(path, array)
+
+        monkeypatch.setattr(retrieval, "save_array", save)
+        with pytest.raises(KeyboardInterrupt):
+            with_lists(tmp_path, rows[::-1].copy(), 5)
+        monkeypatch.undo()
+        with pytest.raises(FileNotFoundError, match="no index"):
+            retrieval.open_index(tmp_path / "ivf")
+
+
+# ---------------------------------------------------------------- the neighbour table
+
+
+def test_the_table_goes_on_where_it_was_killed(tmp_path, monkeypatch):
+    """Two blocks of rows in, it dies; the second run asks only for what is missing."""
+    rows = mixture(3 * 65536, 4, 9)
+    index = make(tmp_path, rows)
+    seen = []
+
+    def fake(index, queries, own, k, nprobe, below):
+        seen.append(own[0].item())
+        if len(seen) == 130:  # past the second state written, at row 131,072
+            raise KeyboardInterrupt
+        return (own[:, None] + torch.arange(1, k + 1)) % len(index)
+
+    monkeypatch.setattr(retrieval, "own_neighbors", fake)
+    with pytest.raises(KeyboardInterrupt):
+        retrieval.neighbor_table(index, 3)
+    assert not (index.folder / "neighbors-3.npy").exists()
+    seen[:] = [0] * 200
+    table = retrieval.neighbor_table(index, 3)
+    assert seen[200] == 131_072 and len(seen) == 200 + 64
+    wanted = (np.arange(len(rows))[:, None] + np.arange(1, 4)) % len(rows)
+    assert (table == wanted).all()
+    assert sorted(p.name for p in index.folder.glob("neighbors-*")) == [
+        "neighbors-3.key", "neighbors-3.npy"]
+
+
+def test_near_duplicates_come_last_where_a_threshold_is_set(tmp_path):
+    rows = mixture(60, 16, 60)
+    rows[1:6] = rows[0] * (1 + 1e-3)  # five copies of row 0
+    index = make(tmp_path, rows)
+    plain = retrieval.neighbor_table(index, 5)
+    sparing = retrieval.neighbor_table(index, 5, below=0.99)
+    assert set(plain[0]) == {1, 2, 3, 4, 5} and not set(sparing[0]) & set(range(6))
+    assert (plain[20] == sparing[20]).all()
+    everything = retrieval.neighbor_table(index, 59, below=0.99)
+    assert set(everything[0][-5:]) == {1, 2, 3, 4, 5}
+    assert (everything != np.arange(60)[:, None]).all()
+
+
+def test_the_table_uses_the_lists(tmp_path, monkeypatch):
+    index = with_lists(tmp_path, mixture(2000, 16, 30), 30)
+    exact = retrieval.neighbor_table(make(tmp_path, mixture(2000, 16, 30)), 10)
+    assert (retrieval.neighbor_table(index, 10, nprobe=30) == exact).mean() > 0.999
+    few = retrieval.neighbor_table(index, 10, nprobe=1)  # another nprobe is another table
+    assert (few != exact).any() and (few != np.arange(2000)[:, None]).all()
+
+
 # ---------------------------------------------------------------- the command
 
 
@@ -225,6 +612,22 @@ def test_a_text_of_10000_characters_is_no_file_name(world):
     clip = ["--clip", str(world / "clip.safetensors")]
     with pytest.warns(UserWarning, match="was cut"):
         assert retrieval.main(["search", str(world / "index"), "red " * 2500, *clip]) == 0
+
+
+def test_recall_and_neighbors_print_what_they_did(tmp_path, capsys):
+    np.save(tmp_path / "e.npy", unit(mixture(2000, 16, 30)))
+    out = str(tmp_path / "idx")
+    assert retrieval.main(["build", "--embeddings", str(tmp_path / "e.npy"), "--out", out,
+                           "--ivf", "30"]) == 0
+    assert retrieval.main(["recall", out, "--nprobe", "1", "30"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()][-3:]
+    assert lines[0][0] == "nprobe" and lines[2][0] == "30" and lines[2][2] == "100.00%"
+    assert float(lines[1][1]) < float(lines[2][1]) and float(lines[2][1]) > 0.999
+    assert retrieval.main(["neighbors", out, "--k", "4"]) == 0
+    assert np.load(tmp_path / "idx" / "neighbors-4.npy").shape == (2000, 4)
+    assert retrieval.main(["recall", out, "--k", "0"]) == 2
+    assert retrieval.main(["recall", out, "--nprobe", "0"]) == 2
+    assert retrieval.main(["neighbors", out, "--k", "0"]) == 2
 
 
 def test_info_prints_the_manifest(world, capsys):
