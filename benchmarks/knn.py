@@ -100,8 +100,9 @@ def exact(args: argparse.Namespace, folder: Path) -> None:
     print(f"and {share.float().mean().item():.1%} of 1,000 sticker pictures' among "
           f"{len(scenes):,} of {scenes.shape[1]} dimensions")
     memory = json.loads(child("memory", folder / "exact", args))
-    print(f"rows in memory {memory['rows'] / 1e6:.0f} MB (faiss: {4 * args.rows * args.dim / 1e6:.0f} "
-          f"MB); beside them, while 1,024 queries are searched, {memory['beside'] / 1e6:.0f} MB")
+    peer = 4 * args.rows * args.dim
+    print(f"rows in memory {memory['rows'] / 1e6:.0f} MB (faiss: {peer / 1e6:.0f} MB); "
+          f"beside them, while 1,024 queries are searched, {memory['beside'] / 1e6:.0f} MB")
 
 
 def unit(rows: torch.Tensor) -> torch.Tensor:
@@ -145,8 +146,8 @@ def ivf(args: argparse.Namespace, folder: Path) -> None:
     peer_built = time.perf_counter() - start
     wanted = index.search(queries, args.k)[1].numpy()
     sizes = index.lists.offsets.diff()
-    print(f"\nIVF, {args.rows:,} x {args.dim}, {args.lists} lists (largest {int(sizes.max())}, empty "
-          f"{int((sizes == 0).sum())}), 1,024 queries, k = {args.k}; built in {built:.0f} s, faiss "
+    print(f"\nIVF, {args.rows:,} x {args.dim}, {args.lists} lists (the largest of "
+          f"{int(sizes.max())}), 1,024 queries, k = {args.k}; built in {built:.0f} s, faiss "
           f"in {peer_built:.0f} s")
     print("| probes | rows scanned | recall here | faiss | here, s | faiss, s | faiss / here |")
     print("|---|---|---|---|---|---|---|")
@@ -185,8 +186,6 @@ def growth(args: argparse.Namespace, folder: Path) -> None:
         del index
         shutil.rmtree(folder / f"grow-{n}")
         (folder / f"grow-{n}.npy").unlink()
-    # Least squares on relative errors, through the origin: every size counts alike.
-    per_row = [sum(s / n for s, n in zip(times, sizes)) / len(sizes) for times in (many, one)]
     per_row = [float(np.polyfit(sizes, times, 1)[0]) for times in (many, one)]
     print(f"a row costs {per_row[0] / 1024 * 1e12:.2f} ps a query where 1,024 share a scan, and "
           f"{per_row[1] * 1e9:.3f} ns for a single one (slopes)")
@@ -214,9 +213,9 @@ def shards(args: argparse.Namespace, folder: Path) -> None:
                 mixture(per_file, args.dim, args.centres, seed=100 + i).numpy())
     made = json.loads(child("build", source, args))
     found = json.loads(child("search", folder / "large", args))
-    print(f"\nlarger than memory, {args.shard_rows:,} x {args.dim} in files of {per_file:,}: built in "
-          f"{made['seconds']:.0f} s (peak {made['peak'] / 1e9:.2f} GB), {found['queries']} queries "
-          f"in {found['seconds']:.1f} s, peak resident memory {found['peak'] / 1e9:.2f} GB")
+    print(f"\nlarger than memory, {args.shard_rows:,} x {args.dim} in files of {per_file:,}: built "
+          f"in {made['seconds']:.0f} s (peak {made['peak'] / 1e9:.2f} GB), {found['queries']} "
+          f"queries in {found['seconds']:.1f} s, peak resident memory {found['peak'] / 1e9:.2f} GB")
     index = retrieval.open_index(folder / "large")
     queries = unit(mixture(found["queries"], args.dim, args.centres, seed=2).float())[:4].double()
     best = [(torch.empty(4, 0, dtype=torch.float64), torch.empty(4, 0, dtype=torch.int64))]
@@ -233,7 +232,8 @@ def child(what: str, folder: Path, args: argparse.Namespace) -> str:
     """Run one measurement in a process of its own, whose peak memory is its own too."""
     command = [sys.executable, __file__, what, "--folder", str(folder), "--dim", str(args.dim),
                "--k", str(args.k), "--centres", str(args.centres), "--device", str(args.device)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return done.stdout.splitlines()[-1]
 
 
 def peak() -> int:

@@ -1,9 +1,10 @@
-"""Judge the sticker models:  python examples/evaluate.py clip | train-judge | judge | table | swap
+"""Judge the sticker models:  python examples/evaluate.py clip | train-judge | judge | table | …
 
     clip           retrieval by the sticker CLIP: names, styled names, keyword phrases kept out
     train-judge    train the judge from the drawings (needs requirements-dev.txt)
     judge          name what is in a folder of `sample.py --singles`, against its prompts
     table          200 prompts through sample.py's functions: conditions, k, baselines
+    steps          the same prompts with 100, 50, 25 and 10 sampling steps: quality and time
     swap           100 held-out prompts, the default index against index-heldout
 
 The judge is a small convolutional classifier of concept, style and background colour. It is trained
@@ -460,6 +461,23 @@ def table(args: argparse.Namespace) -> None:
         print("the nearest pictures are not at hand: run stickers.py", file=sys.stderr)
 
 
+def steps(args: argparse.Namespace) -> None:
+    """Quality and time by the number of sampling steps."""
+    bench = open_bench(args.judge)
+    maker = open_maker(args, args.weights, args.index)
+    prompts = pick_prompts(args.data, args.n, args.seed, held_out=False)
+    counts = [100, 50, 25, 10]
+    args.steps = " / ".join(map(str, counts))
+    print_protocol(args, bench, len(prompts), "prompts")
+    maker.draw(prompts[:2], argparse.Namespace(**{**vars(args), "steps": 2}))          # warm up
+    for args.steps in counts:
+        start = time.perf_counter()
+        pictures = maker.draw(prompts, args)
+        seconds = time.perf_counter() - start
+        print_row(f"{args.steps} steps, {1e3 * seconds / len(prompts):.0f} ms a picture", bench,
+                  maker, pictures, prompts)
+
+
 def swap(args: argparse.Namespace) -> None:
     """The same held-out prompts, weights and seeds with the default index and with the other."""
     bench = open_bench(args.judge)
@@ -479,7 +497,8 @@ def swap(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["clip", "train-judge", "judge", "table", "swap"])
+    parser.add_argument("what", choices=["clip", "train-judge", "judge", "table", "steps",
+                                         "swap"])
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "stickers")
     parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     parser.add_argument("--weights", type=Path, default=SHIPPED / "continuous.safetensors")
@@ -511,7 +530,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.what == "judge" and not args.singles:
             raise ValueError("judge wants --singles DIR")
         {"clip": evaluate_clip, "train-judge": train_judge, "judge": judge_folder, "table": table,
-         "swap": swap}[args.what](args)
+         "steps": steps, "swap": swap}[args.what](args)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2
