@@ -85,12 +85,13 @@ def test_search_equals_a_float64_sort_on_100_problems(tmp_path, device, scan_dty
     assert 0.1 < np.mean(certified) < 1.0  # both ways were walked
 
 
-def test_the_callers_precision_settings_neither_matter_nor_change(tmp_path):
+def test_the_callers_precision_settings_neither_matter_nor_change(tmp_path, device):
     rows = mixture(2000, 64, 20)
     index, queries = make(tmp_path, rows), torch.from_numpy(mixture(5, 64, 20, seed=2))
     torch.set_float32_matmul_precision("medium")
     try:
-        assert (index.search(queries, 10)[1].numpy() == brute_force(index, queries, 10)[1]).all()
+        found = index.search(queries.to(device), 10)[1].cpu().numpy()
+        assert (found == brute_force(index, queries, 10)[1]).all()
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
@@ -137,15 +138,16 @@ def test_no_score_lies_above_its_groups_bound(tmp_path, dtype):
         assert (bound - maxima.float()).max() < 0.02
 
 
-def test_equal_rows_come_in_the_order_of_their_ids(tmp_path):
+def test_equal_rows_come_in_the_order_of_their_ids(tmp_path, device):
     index = make(tmp_path, [[1, 0], [0, 1], [1, 0], [1, 0]])
-    assert index.search(torch.tensor([[1.0, 0.0]]), 4)[1].tolist() == [[0, 2, 3, 1]]
+    query = torch.tensor([[1.0, 0.0]], device=device)
+    assert index.search(query, 4)[1].tolist() == [[0, 2, 3, 1]]
 
 
-def test_a_row_is_excluded_by_its_id_among_duplicates(tmp_path):
+def test_a_row_is_excluded_by_its_id_among_duplicates(tmp_path, device):
     """Excluding by rank would drop row 0 and give row 2 itself back."""
     index = make(tmp_path, [[1, 0], [0, 1], [1, 0], [1, 1]])
-    query = torch.tensor([[1.0, 0.0]])
+    query = torch.tensor([[1.0, 0.0]], device=device)
     assert index.search(query, 2, exclude=torch.tensor([2]))[1].tolist() == [[0, 3]]
     assert index.search(query, 9, exclude=torch.tensor([0]))[1].tolist() == [[2, 3, 1]]
     # An excluded row that is not among the k+1 nearest costs no neighbour.
@@ -187,7 +189,7 @@ def test_bad_rows_are_refused(tmp_path, rows):
     assert not (tmp_path / "idx" / "manifest.json").exists()
 
 
-def test_bad_queries_are_refused(tmp_path):
+def test_bad_queries_are_refused(tmp_path, device):
     index = make(tmp_path, np.eye(4))
     for queries, k, message in (
         (torch.ones(1, 3), 1, r"\(Q, 4\)"),
@@ -195,8 +197,10 @@ def test_bad_queries_are_refused(tmp_path):
         (torch.full((1, 4), torch.nan), 1, "finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            index.search(queries, k)
-    assert index.search(torch.ones(2, 4), 0)[1].shape == (2, 0)
+            index.search(queries.to(device), k)
+    assert index.search(torch.ones(2, 4, device=device), 0)[1].shape == (2, 0)
+    with pytest.raises(ValueError, match="nprobe is 0"):
+        index.search(torch.ones(1, 4, device=device), 1, nprobe=0)
 
 
 def test_rows_on_disk_are_plain_unit_norm_float16(tmp_path):
@@ -275,18 +279,49 @@ def test_all_lists_probed_is_exact_and_few_are_nearly(tmp_path, device, scan_dty
     assert ids.shape == (100, 5) and (ids != own[:, None]).all()
 
 
-def test_lists_that_hold_too_few_rows_are_made_up_for(tmp_path):
+def test_only_rows_of_the_probed_lists_come_back(tmp_path, device, scan_dtype, monkeypatch):
+    """Lists of 1 to 700 rows, in runs padded to one length; scores of both signs: neither padding
+    nor the next list's rows may slip in."""
+    rng = np.random.default_rng(0)
+    sizes = [1, 1, 2, 3, 60, 700, 5, 1, 33]
+    means = np.linalg.qr(rng.normal(size=(16, 16)))[0][:len(sizes)]
+    rows = np.concatenate([m + 0.05 * rng.normal(size=(n, 16)) for m, n in zip(means, sizes)])
+    index, lay_out = make(tmp_path, rows), retrieval.lay_out
+    monkeypatch.setattr(retrieval, "lay_out", lambda lists: lay_out(lists, run=2))
+    index.lists = retrieval.Lists(torch.from_numpy(means).float(), torch.arange(len(rows)),
+                                  torch.tensor([0, *np.cumsum(sizes)]))
+    of_list = np.repeat(np.arange(len(sizes)), sizes)
+    for sign in (1, -1):
+        queries = sign * torch.from_numpy(means + 0.3 * rng.normal(size=means.shape)).float()
+        unit = torch.nn.functional.normalize(queries, dim=1)
+        scores, exact_order = brute_force(index, queries, len(rows))
+        for nprobe in (2, 4, 9):
+            probes = (unit @ index.lists.centroids.T).topk(nprobe, dim=1).indices.numpy()
+            found, ids = index.search(queries.to(device), 4, nprobe=nprobe)
+            for i in range(len(queries)):
+                inside = [j for j in exact_order[i] if of_list[j] in probes[i]]
+                if len(inside) >= 4:
+                    assert ids[i].tolist() == inside[:4], (sign, nprobe, i)
+        assert (index.search(queries.to(device), 4, nprobe=9)[1].cpu().numpy()
+                == exact_order[:, :4]).all()
+        block = index.resident[device]
+        probes = torch.from_numpy(probes).to(device)
+        low = retrieval.list_scores(unit.to(device), block, index.layout, probes, scan_dtype)
+        assert low.shape == (9, 9 * 704) and low.min() == 0 and (low.max() > 0.5) == (sign == 1)
+
+
+def test_lists_that_hold_too_few_rows_are_made_up_for(tmp_path, device):
     index = with_lists(tmp_path, mixture(300, 16, 10), 30)
-    queries = torch.from_numpy(mixture(20, 16, 10, seed=3))
+    queries = torch.from_numpy(mixture(20, 16, 10, seed=3)).to(device)
     for k in (10, 100, 300, 999):
         scores, ids = index.search(queries, k, nprobe=1)
         assert ids.shape == (20, min(k, 300)) and ids.min() >= 0 and torch.isfinite(scores).all()
         assert all(len(set(row)) == len(row) for row in ids.tolist())
 
 
-def test_lists_of_an_index_larger_than_memory_give_the_same(tmp_path, monkeypatch):
+def test_lists_of_an_index_larger_than_memory_give_the_same(tmp_path, device, monkeypatch):
     index = with_lists(tmp_path, mixture(3000, 24, 40), 40)
-    queries = torch.from_numpy(mixture(50, 24, 40, seed=1))
+    queries = torch.from_numpy(mixture(50, 24, 40, seed=1)).to(device)
     wanted = index.search(queries, 10, nprobe=3)
     monkeypatch.setattr(retrieval, "RESIDENT_BYTES", 0)
     monkeypatch.setattr(retrieval, "BLOCK_BYTES", 40_000)
@@ -402,6 +437,10 @@ def test_other_embeddings_are_copied_normalised_and_never_overwritten(tmp_path):
     index = retrieval.index_files(tmp_path / "idx", source)
     assert np.allclose(np.array(index.embeddings), unit(rows), atol=1e-3)
     assert index.paths[29] == "29.jpg"
+    np.save(tmp_path / "long.npy", (3 * unit(rows)).astype(np.float16))  # float16, not of norm 1
+    longer = retrieval.index_files(tmp_path / "idx2", tmp_path / "long.npy")
+    norms = np.linalg.norm(np.array(longer.embeddings, np.float32), axis=1)
+    assert np.allclose(norms, 1, atol=1e-3)
     index = retrieval.index_files(source, source)  # into the same folder
     assert {name: (source / name).read_bytes() for name in before} == before
     with pytest.raises(ValueError, match="overwritten|30 rows|holds"):
