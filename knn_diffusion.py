@@ -22,10 +22,12 @@ Left out so far: editing.
 """
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +61,7 @@ class UNetConfig:
     position_map: bool = False                # Ours: a learned map is added to the input features
     query_map: int = 0                        # Ours: channels of a map made from the query ...
     query_hidden: int = 1024                  # ... by a perceptron with so many hidden units
+    edit: bool = False                        # Sec. 3.3: a picture to edit is a second input
 
     def __post_init__(self) -> None:
         for name in ("widths", "attention", "self_attention"):        # JSON gives lists back
@@ -224,6 +227,37 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
     return all_of_it | query, all_of_it | neighbors
 
 
+def draw_edit_drops(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Which samples lose their query, their neighbours and the picture to edit: three bool (B,).
+
+    As `draw_drops`; and half of those that lose the whole condition lose the picture with it. So
+    sampling has e(∅,∅), e(I,∅) and e(I,T) apart, all that its formula asks for.
+    """
+    drop_query, drop_neighbors = draw_drops(batch, generator)
+    drop_picture = torch.rand(batch, generator=generator) < 0.5
+    return drop_query, drop_neighbors, drop_picture & drop_query & drop_neighbors
+
+
+def to_edit(picture: Tensor | None) -> dict[str, Tensor]:
+    """The argument that only a model with `config.edit` takes."""
+    return {} if picture is None else {"picture": picture}
+
+
+def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
+    """The same model with a second input, the picture to edit, whose weights are zero: so far it
+    gives what the model gave."""
+    wide = type(model)(replace(model.config, edit=True))
+    state = model.state_dict()
+    for name, tensor in wide.state_dict().items():
+        if name not in state:
+            state[name] = torch.zeros_like(tensor)
+        elif state[name].shape != tensor.shape:                            # conv_in's channels
+            more = tensor.shape[1] - state[name].shape[1]
+            state[name] = F.pad(state[name], (0, 0, 0, 0, 0, more))
+    wide.load_state_dict(state)
+    return wide
+
+
 # ---------------------------------------------------------------- the U-Net (Sec. 3.2, continuous)
 
 def zeroed(layer: nn.Module) -> nn.Module:
@@ -327,7 +361,7 @@ class UNet(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(widths[0], config.time_width), nn.SiLU(),
                                       nn.Linear(config.time_width, config.time_width))
         self.query_to_time = nn.Linear(config.embed_dim, config.time_width)
-        self.conv_in = nn.Conv2d(3 * r * r, widths[0], 3, padding=1)
+        self.conv_in = nn.Conv2d((2 if config.edit else 1) * 3 * r * r, widths[0], 3, padding=1)
         self.position_map = nn.Parameter(
             torch.zeros(1, widths[0], size, size)) if config.position_map else None
 
@@ -365,16 +399,20 @@ class UNet(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(c, out_channels * r * r, 3, padding=1))
 
     def forward(self, xt: Tensor, t: Tensor, query: Tensor | None, neighbors: Tensor | None,
-                drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None) -> Tensor:
-        """xt float32 (B, 3, H, W), t (B,) in 1 … T, condition as in `Condition.forward`.
+                drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None,
+                picture: Tensor | None = None) -> Tensor:
+        """xt float32 (B, 3, H, W), t (B,) in 1 … T, condition as in `Condition.forward`; picture:
+        what to edit, as xt, None is zeros (with `config.edit` only).
 
         Returns float32 (B, 3 or 6, H, W).
         """
         config = self.config
+        if config.edit:
+            xt = torch.cat([xt, torch.zeros_like(xt) if picture is None else picture], dim=1)
         tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
         time = F.silu(self.time_mlp(time_embedding(t, config.widths[0]))
                       + self.query_to_time(query))                         # (B, time_width)
-        x = F.pixel_unshuffle(xt, config.unshuffle)                        # (B, 3r², H/r, W/r)
+        x = F.pixel_unshuffle(xt, config.unshuffle)                # (B, 3r² or 6r², H/r, W/r)
         x = self.conv_in(x.to(memory_format=torch.channels_last))          # (B, C, h, w)
         if self.position_map is not None:
             x = x + self.position_map.to(x.dtype)
@@ -398,18 +436,20 @@ class UNet(nn.Module):
 # ---------------------------------------------------------------- loss
 
 def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, neighbors: Tensor,
-                   t: Tensor, eps: Tensor, drop_query: Tensor, drop_neighbors: Tensor) -> Tensor:
+                   t: Tensor, eps: Tensor, drop_query: Tensor, drop_neighbors: Tensor,
+                   picture: Tensor | None = None) -> Tensor:
     """Mean squared error of the target over the batch; with learned variance plus ADM's L_vlb term.
 
     The error of v is that of x_0 times 1/(1−ᾱ). Ours, for the target x_0: the same, but with the
     weight capped at 5, as Min-SNR does (2303.09556 Sec. 3.4). A v or ε holds all of the noise,
     which a narrow network must carry through; x_0 does not.
 
-    x0 float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T; eps standard normal as x0.
+    x0 float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T; eps standard normal as x0; picture:
+    what to edit into x0, as x0.
     """
     alpha_bar = schedule.at(t, x0)                                         # (B, 1, 1, 1)
     xt = add_noise(x0, eps, alpha_bar)
-    output = model(xt, t, query, neighbors, drop_query, drop_neighbors)
+    output = model(xt, t, query, neighbors, drop_query, drop_neighbors, **to_edit(picture))
     if model.config.target == "x0":
         weight = (1 / (1 - alpha_bar)).clamp(max=5)
         loss = (weight * (output[:, :3].float() - x0) ** 2).mean()
@@ -474,22 +514,45 @@ class Prediction:
 Denoiser = Callable[[Tensor, int], Prediction]
 
 
+def guided(call: Callable[..., Tensor], query: Tensor | None, neighbors: Tensor | None,
+           guidance: float, picture: Tensor | None = None, guidance_picture: float = 1.0) -> Tensor:
+    """uncond + s·(cond − uncond), s = 1 is off; call(query, neighbors, picture) is the model.
+
+    With a picture I to edit and the condition T, two scales, s_I and s_T (InstructPix2Pix,
+    2211.09800 Eq. 3):
+        e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,T) − e(I,∅)]
+    """
+    out = call(query, neighbors, picture)
+    if guidance != 1.0 or guidance_picture != 1.0:
+        uncond = call(None, None, picture)
+        out = uncond + guidance * (out - uncond)
+        if guidance_picture != 1.0:
+            out = out + (guidance_picture - 1) * (uncond - call(None, None, None))
+    return out
+
+
 @torch.no_grad()
 def denoise(model: UNet, schedule: Schedule, xt: Tensor, t: int, query: Tensor | None,
             neighbors: Tensor | None, guidance: float = 1.0,
-            dynamic_threshold: float | None = None) -> Prediction:
-    """Guided prediction of x_0 and ε: out = uncond + guidance·(cond − uncond).
+            dynamic_threshold: float | None = None, picture: Tensor | None = None,
+            guidance_picture: float = 1.0) -> Prediction:
+    """Guided prediction of x_0 and ε, see `guided`.
 
-    xt float32 (B, 3, H, W); query (B, E) or None; neighbors (B, K, E) or None. x_0 is clipped to
-    [-1, 1]; or, with `dynamic_threshold`, to that quantile of its magnitudes a sample where it
-    exceeds 1, and divided by it (Imagen, 2205.11487 Sec. 2.3). ε follows from the clipped x_0.
+    xt float32 (B, 3, H, W); query (B, E) or None; neighbors (B, K, E) or None; picture to edit, as
+    xt, or None. x_0 is clipped to [-1, 1]; or, with `dynamic_threshold`, to that quantile of its
+    magnitudes a sample where it exceeds 1, and divided by it (Imagen, 2205.11487 Sec. 2.3). ε
+    follows from the clipped x_0. A learned variance is the unguided one.
     """
     steps = torch.full((len(xt),), t, device=xt.device)
-    output = model(xt, steps, query, neighbors).float()
-    out, fraction = output[:, :3], output[:, 3:] if model.config.learned_variance else None
-    if guidance != 1.0:
-        uncond = model(xt, steps, None, None)[:, :3].float()
-        out = uncond + guidance * (out - uncond)
+    fractions = []
+
+    def call(query: Tensor | None, neighbors: Tensor | None, picture: Tensor | None) -> Tensor:
+        output = model(xt, steps, query, neighbors, **to_edit(picture)).float()
+        fractions.append(output[:, 3:] if model.config.learned_variance else None)
+        return output[:, :3]
+
+    out = guided(call, query, neighbors, guidance, picture, guidance_picture)
+    fraction = fractions[0]
     alpha_bar = schedule.at(t, xt)
     x0 = x0_from(out, xt, alpha_bar, model.config.target)
     if dynamic_threshold is None:
@@ -598,18 +661,28 @@ def noise_source(seeds: list[int], shape: tuple[int, ...], device: torch.device 
 
 def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
            steps: int = 20, guidance: float = 2.0, sampler: str = "dpm",
-           dynamic_threshold: float | None = None) -> Iterator[Tensor]:
+           dynamic_threshold: float | None = None, picture: Tensor | None = None,
+           guidance_picture: float = 1.0, start: Tensor | None = None, start_at: float = 1.0
+           ) -> Iterator[Tensor]:
     """Yield x_t after every step, float32 (B, 3, H, W); the last one is the picture in [-1, 1].
 
-    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds.
+    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture: what
+    to edit (B, 3, H, W), for a model with `config.edit`. start: begin at t = start_at·T from this
+    picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there.
     """
     schedule = Schedule(model.config.T, model.config.noise_shift)
     times = sampling_times(schedule, steps, model.config.target)
     size, device = model.config.image_size, model.conv_in.weight.device
     noise = noise_source(seeds, (3, size, size), device)
+    if start is not None:
+        first = max(steps, round(start_at * times[0]))
+        times = [round(first * (steps - i) / steps) for i in range(steps + 1)]
+        draws = chain([add_noise(start, noise(), schedule.at(first, start))], iter(noise, None))
+        noise = functools.partial(next, draws)                             # x_t first, then noise
 
     def predict(xt: Tensor, t: int) -> Prediction:
-        return denoise(model, schedule, xt, t, query, neighbors, guidance, dynamic_threshold)
+        return denoise(model, schedule, xt, t, query, neighbors, guidance, dynamic_threshold,
+                       picture, guidance_picture)
 
     yield from SAMPLERS[sampler](predict, schedule, times, noise)
 
@@ -650,6 +723,7 @@ class TransformerConfig:
     auxiliary: float = 5e-4                   # λ of −log p(x_0 | x_t), the text-to-image configs'
     query_map: int = 0                        # Ours: channels of a map made from the query ...
     query_hidden: int = 1024                  # ... by a perceptron with so many hidden units
+    edit: bool = False                        # Sec. 3.3: the tokens of a picture to edit, too
 
     def __post_init__(self) -> None:
         if self.schedule not in ("released", "paper") or self.T < 2 or self.width % self.heads:
@@ -831,13 +905,16 @@ class TokenTransformer(nn.Module):
             nn.Linear(config.query_hidden, config.query_map * side * side),
         ) if config.query_map else None                                    # as the U-Net's
         self.map_in = nn.Linear(config.query_map, D) if config.query_map else None
+        self.picture_in = zeroed(nn.Linear(D, D, bias=False)) if config.edit else None
         self.blocks = nn.ModuleList(TokenBlock(config) for _ in range(config.layers))
         self.norm_out = nn.LayerNorm(D)
         self.out = zeroed(nn.Linear(D, r ** 2 * config.n_codes))
 
     def forward(self, xt: Tensor, t: Tensor, query: Tensor | None, neighbors: Tensor | None,
-                drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None) -> Tensor:
-        """xt int64 (B, L) in 0 … V, t (B,) in 1 … T, condition as in `Condition.forward`.
+                drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None,
+                picture: Tensor | None = None) -> Tensor:
+        """xt int64 (B, L) in 0 … V, t (B,) in 1 … T, condition as in `Condition.forward`; picture:
+        tokens of what to edit, as xt, None is all MASK (with `config.edit` only).
 
         Returns log probabilities float32 (B, L, V), normalised, at least LOG_ZERO.
         """
@@ -847,6 +924,9 @@ class TokenTransformer(nn.Module):
         x = to_places(self.token(xt), self.config.patch) + places          # (B, l, D)
         if self.query_map is not None:
             x = x + self.map_in(self.query_map(query).unflatten(1, (x.shape[1], -1)))
+        if self.picture_in is not None:
+            picture = torch.full_like(xt, self.config.n_codes) if picture is None else picture
+            x = x + self.picture_in(to_places(self.token(picture), self.config.patch))
         for block in self.blocks:
             x = block(x, time, tokens)
         logits = to_tokens(self.out(self.norm_out(x)), self.config.patch)  # (B, L, V)
@@ -908,14 +988,16 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
 
 def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, xt: Tensor,
                   t: Tensor, query: Tensor, neighbors: Tensor, drop_query: Tensor,
-                  drop_neighbors: Tensor) -> tuple[Tensor, Tensor]:
+                  drop_neighbors: Tensor, picture: Tensor | None = None
+                  ) -> tuple[Tensor, Tensor]:
     """The variational term and the auxiliary one of each sample, nats a token: two (B,).
 
     KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion Eq. 6 to 8; at t = 1 q is certain and
     this is −log p(x_0 | x_1). Then −log p(x_0 | x_t), which teaches x_0 at once, with the code's
     adaptive weight 2 − (t−1)/T. Neither is divided by the probability of t yet: see `TimeSampler`.
     """
-    log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors)    # (B, L, V)
+    log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors,
+                   **to_edit(picture))                                     # (B, L, V)
     kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)          # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
     return kl, model.config.auxiliary * (2 - (t - 1) / schedule.T) * auxiliary
@@ -967,8 +1049,8 @@ class TimeSampler:
 
 @torch.no_grad()
 def denoise_tokens(model: TokenTransformer, xt: Tensor, t: int, query: Tensor | None,
-                   neighbors: Tensor | None, guidance: float = 1.0, truncation: float = 1.0
-                   ) -> Tensor:
+                   neighbors: Tensor | None, guidance: float = 1.0, truncation: float = 1.0,
+                   picture: Tensor | None = None, guidance_picture: float = 1.0) -> Tensor:
     """Guided, truncated log p(x_0 | x_t), normalised: (B, L, V).
 
     log p = log p_u + guidance·(log p_c − log p_u), renormalised (Improved VQ-Diffusion,
@@ -977,10 +1059,12 @@ def denoise_tokens(model: TokenTransformer, xt: Tensor, t: int, query: Tensor | 
     (VQ-Diffusion Sec. 4.3), and so always one.
     """
     steps = torch.full((len(xt),), t, device=xt.device)
-    log_p = model(xt, steps, query, neighbors)
-    if guidance != 1.0:
-        uncond = model(xt, steps, None, None)
-        log_p = uncond + guidance * (log_p - uncond)
+
+    def call(query: Tensor | None, neighbors: Tensor | None, picture: Tensor | None) -> Tensor:
+        return model(xt, steps, query, neighbors, **to_edit(picture))
+
+    log_p = guided(call, query, neighbors, guidance, picture, guidance_picture)
+    if guidance != 1.0 or guidance_picture != 1.0:
         log_p = log_p.log_softmax(-1).clamp(min=LOG_ZERO)
     if truncation < 1.0:
         ordered, order = log_p.sort(dim=-1, descending=True)
@@ -1049,11 +1133,14 @@ ORDERS = {"ancestral": ancestral, "purity": by_purity}
 
 def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tensor | None,
                   seeds: list[int], steps: int = 25, guidance: float = 2.0,
-                  truncation: float = 1.0, order: str = "ancestral") -> Iterator[Tensor]:
+                  truncation: float = 1.0, order: str = "ancestral",
+                  picture: Tensor | None = None, guidance_picture: float = 1.0
+                  ) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
 
     query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. order:
-    "ancestral", or "purity" (the surest places first).
+    "ancestral", or "purity" (the surest places first). picture: tokens (B, L) of what to edit, for
+    a model with `config.edit`.
     """
     config = model.config
     schedule = MaskSchedule(config.T, config.n_codes, config.schedule)
@@ -1063,7 +1150,8 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
     device = model.token.weight.device
 
     def predict(xt: Tensor, t: int) -> Tensor:
-        return denoise_tokens(model, xt, t, query, neighbors, guidance, truncation)
+        return denoise_tokens(model, xt, t, query, neighbors, guidance, truncation, picture,
+                              guidance_picture)
 
     yield from ORDERS[order](predict, schedule, times, config.tokens_a_side ** 2,
                              uniform_source(seeds, device))

@@ -1,4 +1,6 @@
-"""edit.py: ECC beside OpenCV's, its Jacobians, the swap."""
+"""edit.py: ECC beside OpenCV's, its Jacobians, the swap; the models that edit."""
+
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
 import edit
+import knn_diffusion
 
 SIZE = 64
 
@@ -220,3 +223,104 @@ def test_regions_have_their_areas_and_lie_inside():
     ((0, 10, 64, 20), (0, 0, 64, 64))])
 def test_the_crop_of_a_region_is_a_tight_square_inside(box, wanted):
     assert edit.region_crop(box, 64, 64) == wanted
+
+
+# ---------------------------------------------------------------- the widened models
+
+
+def edit_parts(backbone, seed=0):
+    """A small random model, its widened twin, x_t, t, condition, picture."""
+    generator = torch.Generator().manual_seed(seed)
+    if backbone == "continuous":
+        config = replace(knn_diffusion.PRESETS["stickers"], image_size=32, widths=(32, 32),
+                         embed_dim=8, n_neighbors=3, head_channels=16, condition_width=16,
+                         time_width=16, attention=(8, 4), self_attention=(4,), query_map=2)
+        model = knn_diffusion.UNet(config)
+        x = torch.randn(2, 2, 3, 32, 32, generator=generator)
+    else:
+        config = replace(knn_diffusion.DISCRETE_PRESETS["stickers"], n_codes=7, tokens_a_side=4,
+                         embed_dim=8, n_neighbors=3, width=16, heads=2, layers=2,
+                         condition_width=8, query_map=2)
+        model = knn_diffusion.TokenTransformer(config)
+        x = torch.randint(7, (2, 2, 16), generator=generator)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+    query, neighbors = (torch.nn.functional.normalize(torch.randn(2, *n, 8, generator=generator),
+                                                      dim=-1) for n in ((), (3,)))
+    return model, knn_diffusion.widened(model), x[0], torch.tensor([5, 60]), query, neighbors, x[1]
+
+
+@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
+def test_the_widened_model_starts_as_the_generator(backbone):
+    model, wide, xt, t, query, neighbors, picture = edit_parts(backbone)
+    assert wide.config.edit and not model.config.edit
+    wanted = model(xt, t, query, neighbors)
+    for given in (picture, None):
+        assert (wide(xt, t, query, neighbors, picture=given) - wanted).abs().max() <= 1e-6
+    wide(xt, t, query, neighbors, picture=picture).square().sum().backward()
+    name = "conv_in.weight" if backbone == "continuous" else "picture_in.weight"
+    new = dict(wide.named_parameters())[name].grad
+    assert (new[:, new.shape[1] // 2:] if backbone == "continuous" else new).abs().sum() > 0
+
+
+@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
+def test_two_scales(backbone):
+    """Both at 1 are the conditional model; else the formula, term by term."""
+    _, wide, xt, _, query, neighbors, picture = edit_parts(backbone)
+    with torch.no_grad():
+        for p in wide.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+
+    def e(condition, image):
+        return wide(xt, torch.full((2,), 9), *((query, neighbors) if condition else (None, None)),
+                    picture=picture if image else None)
+
+    def guided(s_text, s_image):
+        if backbone == "discrete":
+            return knn_diffusion.denoise_tokens(wide, xt, 9, query, neighbors, s_text,
+                                                picture=picture, guidance_picture=s_image)
+        schedule = knn_diffusion.Schedule(wide.config.T, wide.config.noise_shift)
+        return knn_diffusion.denoise(wide, schedule, xt, 9, query, neighbors, s_text,
+                                     picture=picture, guidance_picture=s_image).x0
+
+    def finished(out):
+        return out.log_softmax(-1).clamp(min=knn_diffusion.LOG_ZERO) if backbone == (
+            "discrete") else out.clamp(-1, 1)
+
+    with torch.no_grad():
+        assert (guided(1.0, 1.0) - finished(e(True, True))).abs().max() <= 1e-6
+        assert (e(True, True) - e(False, True)).abs().max() > 1e-3
+        assert (e(False, True) - e(False, False)).abs().max() > 1e-3
+        for s_text, s_image in ((2.0, 1.0), (1.0, 1.5), (3.0, 0.5), (0.0, 0.0)):
+            wanted = (e(False, False) + s_image * (e(False, True) - e(False, False))
+                      + s_text * (e(True, True) - e(False, True)))
+            assert (guided(s_text, s_image) - finished(wanted)).abs().max() < 1e-4
+
+
+def test_drops_give_all_three_terms_of_the_formula():
+    query, neighbors, picture = knn_diffusion.draw_edit_drops(
+        100_000, torch.Generator().manual_seed(0))
+    everything = query & neighbors
+    assert everything.float().mean() == pytest.approx(0.1, abs=0.005)
+    assert (picture & ~everything).sum() == 0                  # e(∅,T) is never asked for
+    assert picture.float().mean() == pytest.approx(0.05, abs=0.005)
+
+
+def test_a_start_from_a_picture_is_that_picture_noised(monkeypatch):
+    """At a small start the sample stays near the picture; its first x_t is add_noise's."""
+    model, *_, query, neighbors, _ = edit_parts("continuous")
+    start = torch.rand(2, 3, 32, 32) * 2 - 1
+    schedule = knn_diffusion.Schedule(model.config.T, model.config.noise_shift)
+    seen, real = [], knn_diffusion.denoise
+
+    def spy(model, schedule, xt, t, *args):
+        seen.append((t, xt.clone()))
+        return real(model, schedule, xt, t, *args)
+
+    monkeypatch.setattr(knn_diffusion, "denoise", spy)
+    list(knn_diffusion.sample(model, query, neighbors, [3, 4], steps=5, start=start, start_at=0.2))
+    assert [t for t, _ in seen] == [200, 160, 120, 80, 40]
+    eps = knn_diffusion.noise_source([3, 4], (3, 32, 32))()
+    wanted = knn_diffusion.add_noise(start, eps, schedule.at(200, start))
+    assert torch.allclose(seen[0][1], wanted)
