@@ -227,13 +227,14 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
     return all_of_it | query, all_of_it | neighbors
 
 
-def draw_edit_drops(batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
+                    ) -> tuple[Tensor, Tensor, Tensor]:
     """Which samples lose their query, their neighbours and the picture to edit: three bool (B,).
 
     As `draw_drops`; and half of those that lose the whole condition lose the picture with it. So
     sampling has e(∅,∅), e(I,∅) and e(I,T) apart, all that its formula asks for.
     """
-    drop_query, drop_neighbors = draw_drops(batch, generator)
+    drop_query, drop_neighbors = draw_drops(batch, generator, condition)
     drop_picture = torch.rand(batch, generator=generator) < 0.5
     return drop_query, drop_neighbors, drop_picture & drop_query & drop_neighbors
 

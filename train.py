@@ -6,6 +6,7 @@ WHAT is one of
     vqvae        pictures <-> tokens, from any folder of pictures
     continuous   the U-Net, from pictures, cached embeddings and cached neighbours alone
     discrete     the transformer, from the same and cached tokens
+    edit         either of them further (--init), to put back what a region swap took away
 
 Each loop is flat: draw a batch, compute the loss, step, average, log, save. All randomness of a
 step comes from a generator seeded with (seed, step), so that a resumed run goes on as if it had
@@ -38,6 +39,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import clip_model
+import edit
 import knn_diffusion
 import vqvae
 from index import Index, check_encoder, list_images, neighbor_table, open_index, save_array
@@ -640,13 +642,17 @@ class Continuous:
         x0, query, neighbors = self.pictures.batch(rows)
         t = torch.randint(1, self.config.T + 1, (len(rows),), generator=seeded)
         eps = torch.randn(x0.shape, generator=seeded)
-        drops = knn_diffusion.draw_drops(len(rows), seeded, self.condition)
+        more = self.drops(rows, seeded)
         return knn_diffusion.diffusion_loss(model, self.schedule, *(
-            part.to(self.device) for part in (x0, query, neighbors, t, eps, *drops)))
+            part.to(self.device) for part in (x0, query, neighbors, t, eps, *more)))
+
+    def drops(self, rows: Tensor, seeded: torch.Generator) -> tuple[Tensor, ...]:
+        """Which samples lose their query and their neighbours, bool (B,)."""
+        return knn_diffusion.draw_drops(len(rows), seeded, self.condition)
 
     def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
-             seeds: list[int]) -> Tensor:
-        *_, x = knn_diffusion.sample(model, query, neighbors, seeds, steps=20)
+             seeds: list[int], **picture: Tensor) -> Tensor:
+        *_, x = knn_diffusion.sample(model, query, neighbors, seeds, steps=20, **picture)
         return x
 
 
@@ -666,7 +672,10 @@ class Discrete:
                                                    self.config.schedule)
         self.times = knn_diffusion.TimeSampler(self.config.T)
         self.state = [self.times]
-        self.tokens = token_table(self.pictures.pictures, self.codec, self.index, self.device)
+        self.tokens = self.tokens_of(self.pictures.pictures)
+
+    def tokens_of(self, pictures: np.ndarray) -> Tensor:
+        return token_table(pictures, self.codec, self.index, self.device)
 
     def loss(self, model: nn.Module, rows: Tensor, seeded: torch.Generator) -> Tensor:
         x0 = self.tokens[rows].long()                                      # (B, L)
@@ -674,16 +683,18 @@ class Discrete:
         t, weight = self.times.draw(len(rows), seeded)
         u = torch.rand(x0.shape, generator=seeded)
         codes = torch.randint(self.config.n_codes, x0.shape, generator=seeded)
-        drops = knn_diffusion.draw_drops(len(rows), seeded, self.condition)
+        more = self.drops(rows, seeded)
         xt = knn_diffusion.mask_and_replace(x0, t, self.schedule, u, codes)
         terms, auxiliary = knn_diffusion.discrete_loss(model, self.schedule, *(
-            part.to(self.device) for part in (x0, xt, t, query, neighbors, *drops)))
+            part.to(self.device) for part in (x0, xt, t, query, neighbors, *more)))
         self.times.update(t, terms)
         return ((terms + auxiliary) * weight.to(self.device)).mean()
 
+    drops = Continuous.drops
+
     def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
-             seeds: list[int]) -> Tensor:
-        *_, tokens = knn_diffusion.sample_tokens(model, query, neighbors, seeds)
+             seeds: list[int], **picture: Tensor) -> Tensor:
+        *_, tokens = knn_diffusion.sample_tokens(model, query, neighbors, seeds, **picture)
         return self.codec.decode(tokens)
 
 
@@ -708,41 +719,157 @@ def token_table(pictures: np.ndarray, codec: vqvae.VQVAE, index: Index, device: 
     return torch.from_numpy(tokens)
 
 
+# ---------------------------------------------------------------- editing (Sec. 3.3)
+
+class SwappedPictures:
+    """Pictures of which a region was swapped for the aligned nearest neighbour's, row by row.
+
+    The condition is the *original* region's embedding and its neighbours in the ordinary index. No
+    text is read, and CLIP runs here once: what it says is cached in `cache`, swaps-<digest>.npz,
+    named after the pictures, the CLIP, the indexes and the numbers below.
+    """
+
+    def __init__(self, folder: Path, swap_index: Index, index: Index, clip: clip_model.CLIP,
+                 size: int, k: int, per_picture: int, seed: int, cache: Path) -> None:
+        check_same_files(folder, swap_index)
+        self.index, self.pictures = index, read_pictures(folder, swap_index.paths, size)
+        digest = hashlib.sha256(json.dumps(
+            [size, k, per_picture, seed, clip.fingerprint(), len(index)]).encode())
+        for array in (self.pictures, np.ascontiguousarray(index.embeddings)):
+            digest.update(array)
+        path = cache / f"swaps-{digest.hexdigest()[:16]}.npz"
+        if not path.is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            made = self.make(swap_index, clip, k, per_picture, seed)
+            part = path.with_suffix(".part")
+            with open(part, "wb") as file:
+                np.savez(file, **made)
+            os.replace(part, path)
+        with np.load(path, allow_pickle=False) as found:
+            self.manipulated, self.queries, self.neighbors = (
+                found[name] for name in ("manipulated", "queries", "neighbors"))
+
+    def make(self, swap_index: Index, clip: clip_model.CLIP, k: int, per_picture: int, seed: int
+             ) -> dict[str, np.ndarray]:
+        """I_manip uint8 (M, H, W, 3), the regions' embeddings float16 (M, E), their neighbours'
+        rows int32 (M, k); M = per_picture·N, pictures in turn."""
+        generator = torch.Generator().manual_seed(seed)
+        partner = neighbor_table(swap_index, 1)[:, 0]                      # (N,), never itself
+        N, size = self.pictures.shape[:2]
+        manipulated, queries, failed = [], [], 0
+        for _ in range(per_picture):
+            for start in range(0, N, 256):
+                rows = np.arange(start, min(start + 256, N))
+                boxes = edit.random_regions(len(rows), size, size, generator)
+                x, aligned = edit.region_swap(to_x(self.pictures[rows]),
+                                              to_x(self.pictures[partner[rows]]), boxes)
+                failed += int((~aligned.converged).sum())
+                manipulated.append(np.stack([np.asarray(p) for p in clip_model.to_pictures(x)]))
+                crops = [Image.fromarray(self.pictures[row]).crop(
+                    edit.region_crop(tuple(box), size, size))
+                    for row, box in zip(rows, boxes.tolist())]
+                queries.append(clip.embed_pictures(crops).cpu())
+        queries = torch.cat(queries)
+        print(f"{len(queries)} swaps, {failed} unaligned (ECC did not converge)", flush=True)
+        return {"manipulated": np.concatenate(manipulated), "queries": queries.half().numpy(),
+                "neighbors": self.index.search(queries, k)[1].numpy().astype(np.int32)}
+
+    def __len__(self) -> int:
+        return len(self.manipulated)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The original in [-1, 1] (B, 3, H, W), its region's embedding (B, E), neighbours."""
+        return to_x(self.pictures[rows.numpy() % len(self.pictures)]), *self.conditions(rows)
+
+    def conditions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        near = self.index.embeddings[self.neighbors[rows.numpy()].astype(np.int64)]
+        return torch.from_numpy(self.queries[rows.numpy()]).float(), torch.from_numpy(near).float()
+
+
+class EditContinuous(Continuous):
+    """A step of the U-Net that puts back what was swapped away."""
+
+    def picture(self, rows: Tensor) -> Tensor:
+        """I_manip (B, 3, H, W)."""
+        return to_x(self.pictures.manipulated[rows.numpy()])
+
+    def drops(self, rows: Tensor, seeded: torch.Generator) -> tuple[Tensor, ...]:
+        """Which lose query and neighbours, bool (B,); and I_manip, zeros where it is dropped."""
+        *drops, drop_picture = knn_diffusion.draw_edit_drops(len(rows), seeded,
+                                                               self.condition)
+        return *drops, self.picture(rows).masked_fill(drop_picture[:, None, None, None], 0)
+
+
+class EditDiscrete(Discrete):
+    """The same with tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        times = len(self.pictures) // len(self.tokens)         # swaps of a picture, in turn
+        self.tokens = self.tokens.repeat(times, 1)
+        self.manipulated = self.tokens_of(self.pictures.manipulated)
+
+    def picture(self, rows: Tensor) -> Tensor:
+        """I_manip's tokens (B, L)."""
+        return self.manipulated[rows].long()
+
+    def drops(self, rows: Tensor, seeded: torch.Generator) -> tuple[Tensor, ...]:
+        """Which lose query and neighbours, bool (B,); and I_manip, MASK where it is dropped."""
+        *drops, drop_picture = knn_diffusion.draw_edit_drops(len(rows), seeded,
+                                                               self.condition)
+        return *drops, self.picture(rows).masked_fill(drop_picture[:, None], self.config.n_codes)
+
+
+# ---------------------------------------------------------------- the loop of all three
+
 def train_diffusion(what: str, data: Path, out: Path, index: Index,
-                    config: UNetConfig | TransformerConfig, condition: str, steps: int,
+                    config: UNetConfig | TransformerConfig | None, condition: str, steps: int,
                     batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
                     minutes: float | None, device: torch.device, bf16: bool, command: str,
-                    codec: vqvae.VQVAE | None = None) -> None:
+                    codec: vqvae.VQVAE | None = None, swaps: dict | None = None) -> None:
     """Train either backbone on pictures alone; write out/WHAT.safetensors (EMA) and out/state.pt.
 
-    what: "continuous", or "discrete" with a VQ-VAE as `codec`. condition: "both", or "query" for
-    the paper's no-kNN model, whose neighbours are always null ("neighbors" blinds the query
-    instead). Weights to start from keep their own sizes; a U-Net's target is from now on config's.
+    what: "continuous", or "discrete" with a VQ-VAE as `codec`, or "edit", either of them with
+    `swaps` (swap_index, clip, per_picture: see `SwappedPictures`), from weights. condition: "both",
+    or "query" for the paper's no-kNN model, whose neighbours are always null ("neighbors" blinds
+    the query instead). Weights to start from keep their own sizes; a U-Net's target is from now on
+    config's.
     """
     torch.manual_seed(seed)
     weights = out / f"{what}.safetensors" if resume else init
-    model_class = knn_diffusion.UNet if what == "continuous" else knn_diffusion.TokenTransformer
+    classes = {"continuous": knn_diffusion.UNet, "discrete": knn_diffusion.TokenTransformer}
     if weights:
         model, metadata = knn_diffusion.load(weights)
-        if not isinstance(model, model_class):
-            raise ValueError(f"{weights} holds a {type(model).__name__}, {what} wants a "
-                             f"{model_class.__name__}")
+        if what != "edit" and (not isinstance(model, classes[what]) or model.config.edit):
+            raise ValueError(f"{weights} holds a {type(model).__name__}"
+                             f"{' that edits' * model.config.edit}, {what} wants a "
+                             f"{classes[what].__name__}")
         check_goes_with(weights, model, metadata, index)
+        if what == "edit" and not model.config.edit:
+            model = knn_diffusion.widened(model)
     else:
-        model = model_class(config)
+        model = classes[what](config)
     settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition}
     made_with = {"condition": condition, "clip": index.manifest.get("encoder_hash", "")}
-    if what == "continuous":
+    is_continuous = isinstance(model, knn_diffusion.UNet)
+    if is_continuous and what != "edit":
         model.config = replace(model.config, target=config.target)
-        settings["target"] = config.target
+    if is_continuous:
+        settings["target"] = model.config.target
     else:
         codec, settings["vqvae"] = codec.to(device), vqvae.fingerprint(codec)
         made_with["vqvae"] = settings["vqvae"]
         check_tokens(model.config, codec.config)
     config = model.config
-    pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
-    stages = (Continuous(pictures, config, condition, device) if what == "continuous" else
-              Discrete(pictures, config, condition, device, codec, index))
+    if what == "edit":
+        pictures = SwappedPictures(data, index=index, size=config.image_size, k=config.n_neighbors,
+                                   seed=seed, cache=out, **swaps)
+        stages = (EditContinuous(pictures, config, condition, device) if is_continuous else
+                  EditDiscrete(pictures, config, condition, device, codec, index))
+    else:
+        pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
+        stages = (Continuous(pictures, config, condition, device) if is_continuous else
+                  Discrete(pictures, config, condition, device, codec, index))
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = muon_and_adam(model, lr, stages.at_the_ends)
@@ -763,11 +890,14 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
     def draw_samples(step: int) -> None:
         rows = torch.arange(12) * (len(pictures) // 12)
         x0, query, neighbors = (part.to(device) for part in pictures.batch(rows))
+        manipulated = {"picture": stages.picture(rows).to(device)} if what == "edit" else {}
         with autocast(device, bf16):
             x = stages.draw(ema, None if condition == "neighbors" else query,
-                            None if condition == "query" else neighbors, seeds=list(range(12)))
-        clip_model.grid([clip_model.to_pictures(part) for part in (x0, x)], config.image_size).save(
-            out / "samples" / f"{step:07d}.png")
+                            None if condition == "query" else neighbors, list(range(12)),
+                            **manipulated)
+        shown = [to_x(pictures.manipulated[rows.numpy()])] if what == "edit" else []
+        clip_model.grid([clip_model.to_pictures(part) for part in (x0, *shown, x)],
+                        config.image_size).save(out / "samples" / f"{step:07d}.png")
 
     progress = Progress(out, first, steps, minutes)
     for step in range(first, steps):
@@ -804,7 +934,7 @@ def check_tokens(config: TransformerConfig, codec: vqvae.VQVAEConfig) -> None:
 def main(argv: list[str] | None = None) -> int:
     shipped = Path(__file__).parent / "weights" / "stickers"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["clip", "vqvae", "continuous", "discrete"])
+    parser.add_argument("what", choices=["clip", "vqvae", "continuous", "discrete", "edit"])
     parser.add_argument("--data", type=Path, required=True,
                         help="clip: a folder with captions.jsonl; else: a folder of pictures")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -819,11 +949,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh")
     parser.add_argument("--minutes", type=float, help="stop after this long, state written")
     parser.add_argument("--index", type=Path, default=shipped / "index",
-                        help="both backbones: the index of the pictures in --data")
+                        help="both backbones: the index of the pictures in --data; edit: the one "
+                             "that the condition's neighbours come from")
+    parser.add_argument("--swap-index", type=Path, help="edit: the index of the pictures in "
+                        "--data, whose nearest neighbours the regions are swapped for")
+    parser.add_argument("--swaps", type=int, default=4, metavar="N",
+                        help="edit: swaps made of each picture (default 4)")
     parser.add_argument("--vqvae", type=Path, default=shipped / "vqvae.safetensors",
                         help="discrete: what makes the tokens")
-    parser.add_argument("--clip", type=Path, help="both backbones: refuse an index of another "
-                        "CLIP; training itself runs none")
+    parser.add_argument("--clip", type=Path, help="edit: embeds the regions (default: the "
+                        "stickers'); both backbones: refuse an index of another CLIP; training "
+                        "itself runs none")
     parser.add_argument("--k", type=int, default=10, help="both backbones: neighbours (default 10)")
     parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both",
                         help="both backbones: query trains the paper's no-kNN baseline")
@@ -851,6 +987,7 @@ def main(argv: list[str] | None = None) -> int:
 DEFAULTS = {"clip": {"steps": 2600, "batch_size": 512, "lr": 1e-3},
             "vqvae": {"steps": 10000, "batch_size": 64, "lr": 2e-3},
             "discrete": {"steps": 20000, "batch_size": 64, "lr": 2e-3},
+            "edit": {"steps": 5000, "batch_size": 64, "lr": 1e-3},
             "continuous": {"steps": 20000, "batch_size": 64, "lr": 2e-3}}
 
 
@@ -858,7 +995,8 @@ def run(args: argparse.Namespace, command: str) -> None:
     """Check what was asked for, then train. Raises ValueError or FileNotFoundError before anything
     is written."""
     presets = {"clip": {"stickers": clip_model.STICKERS}, "vqvae": vqvae.PRESETS,
-               "continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS}
+               "continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS,
+               "edit": {"stickers": None}}                     # an editing model keeps its sizes
     if args.preset not in presets[args.what]:
         raise ValueError(f"no preset {args.preset!r} for {args.what}; there is "
                          f"{', '.join(presets[args.what])}")
@@ -866,9 +1004,9 @@ def run(args: argparse.Namespace, command: str) -> None:
     steps, batch_size, lr = (DEFAULTS[args.what][name] if getattr(args, name) is None
                              else getattr(args, name) for name in ("steps", "batch_size", "lr"))
     if steps < 1 or batch_size < 1 or not lr > 0 or args.k < 1 or args.seed < 0 or (
-            args.keep_out < 0 or args.keep_out == 1):
-        raise ValueError("--steps, --batch-size, --k want 1 or more, --lr more than 0, --seed 0 or "
-                         "more, --keep-out 0 or 2 and more")
+            args.keep_out < 0 or args.keep_out == 1 or args.swaps < 1):
+        raise ValueError("--steps, --batch-size, --k, --swaps want 1 or more, --lr more than 0, "
+                         "--seed 0 or more, --keep-out 0 or 2 and more")
     if args.resume and not (args.out / "state.pt").is_file():
         raise ValueError(f"nothing to resume: {args.out / 'state.pt'} does not exist")
     if not args.data.is_dir():
@@ -885,6 +1023,8 @@ def run(args: argparse.Namespace, command: str) -> None:
         train_clip(args.data, args.out, config, **common)
     elif args.what == "vqvae":
         train_vqvae(args.data, args.out, config, args.keep_out, **common)
+    elif args.what == "edit":
+        train_edit(args, common)
     else:
         index = open_index(args.index)
         if args.clip:
@@ -900,6 +1040,24 @@ def run(args: argparse.Namespace, command: str) -> None:
                              tokens_a_side=config.image_size // codec.config.factor)
         train_diffusion(args.what, args.data, args.out, index, config, args.condition, **common,
                         codec=codec)
+
+
+def train_edit(args: argparse.Namespace, common: dict) -> None:
+    """`train_diffusion` with swaps, after their files are opened and found to belong together."""
+    shipped = Path(__file__).parent / "weights" / "stickers"
+    if args.swap_index is None:
+        raise ValueError("edit wants --swap-index, an index of the pictures in --data "
+                         "(python index.py build makes one)")
+    common["init"] = args.init or shipped / "continuous.safetensors"
+    clip = clip_model.load(args.clip or shipped / "clip.safetensors").to(common["device"])
+    index, swap_index = open_index(args.index), open_index(args.swap_index)
+    for each in (index, swap_index):
+        check_encoder(each, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
+    begin = args.out / "edit.safetensors" if args.resume else common["init"]
+    is_discrete = isinstance(knn_diffusion.load(begin)[0], knn_diffusion.TokenTransformer)
+    train_diffusion("edit", args.data, args.out, index, None, args.condition, **common,
+                    codec=vqvae.load(args.vqvae)[0] if is_discrete else None,
+                    swaps={"swap_index": swap_index, "clip": clip, "per_picture": args.swaps})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLIP_CONFIG, UNET_CONFIG, tiny_unet, write_pictures
+from PIL import Image
 
 import clip_model
 import knn_diffusion
@@ -322,6 +323,87 @@ def test_vqvae_resumes_as_if_never_stopped_and_learns(world, tmp_path, monkeypat
     assert (tmp_path / "a" / "samples" / "0000060.png").is_file()
     with pytest.raises(ValueError, match="keep_out was 3, is 2"):
         train_tiny_vqvae(data, tmp_path / "b", 70, resume=True, keep_out=2)
+
+
+# ---------------------------------------------------------------- editing
+
+
+def edit_start(world, tmp_path, backbone):
+    """Weights to start from, and the flags that go with them."""
+    if backbone == "continuous":
+        return ["--init", str(world / "continuous.safetensors")]
+    torch.manual_seed(0)
+    codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
+    vqvae.save(tmp_path / "vqvae.safetensors", codec, {})
+    codec = vqvae.load(tmp_path / "vqvae.safetensors")[0]
+    train_tiny_transformer(world, tmp_path / "generator", 2, codec)
+    return ["--init", str(tmp_path / "generator" / "discrete.safetensors"),
+            "--vqvae", str(tmp_path / "vqvae.safetensors")]
+
+
+def edit_command(world, out, start, steps, *more):
+    return train.main([
+        "edit", "--data", str(world / "images"), "--swap-index", str(world / "index"), "--index",
+        str(world / "index"), "--clip", str(world / "clip.safetensors"), *start, "--out", str(out),
+        "--steps", str(steps), "--batch-size", "4", "--swaps", "3", "--no-bf16", *more])
+
+
+@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
+def test_editing_trains_from_a_generator_and_sees_no_text(world, tmp_path, monkeypatch, backbone):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a text was read")
+
+    monkeypatch.setattr(clip_model.CLIP, "embed_texts", refuse)
+    monkeypatch.setattr(clip_model.Tokenizer, "encode", refuse)
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
+    start = edit_start(world, tmp_path, backbone)
+    assert edit_command(world, tmp_path / "a", start, 6) == 0
+    model, metadata = knn_diffusion.load(tmp_path / "a" / "edit.safetensors")
+    assert model.config.edit and metadata["clip"] and ("vqvae" in metadata) == (
+        backbone == "discrete")
+    before = knn_diffusion.widened(knn_diffusion.load(start[1])[0]).state_dict()
+    assert any((tensor != before[name]).any() for name, tensor in model.state_dict().items())
+    # a run that was stopped and resumed is the same; its swaps are read, not made again
+    assert edit_command(world, tmp_path / "b", start, 3) == 0
+    monkeypatch.setattr(train.SwappedPictures, "make", refuse)
+    assert edit_command(world, tmp_path / "b", start[2:], 6, "--resume") == 0
+    states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in "ab"]
+    assert equal_states(*states)
+
+
+def test_swaps_change_a_region_only_and_speak_of_what_was_there(world, tmp_path):
+    index, clip = open_index(world / "index"), clip_model.load(world / "clip.safetensors")
+    made = train.SwappedPictures(world / "images", index, index, clip, 16, 3, 2, 7, tmp_path)
+    assert len(made) == 40 and made.manipulated.shape == (40, 16, 16, 3)
+    boxes = train.edit.random_regions(20, 16, 16, torch.Generator().manual_seed(7))
+    for i, box in enumerate(boxes.tolist()):
+        left, top, right, bottom = box
+        original, changed = made.pictures[i], made.manipulated[i]
+        differs = (original != changed).any(-1)
+        assert differs[top:bottom, left:right].any()
+        differs[top:bottom, left:right] = False
+        assert not differs.any()
+        crop = Image.fromarray(original).crop(train.edit.region_crop(tuple(box), 16, 16))
+        wanted = clip.embed_pictures([crop])[0]
+        assert torch.allclose(torch.from_numpy(made.queries[i]).float(), wanted, atol=2e-3)
+    x0, query, neighbors = made.batch(torch.tensor([3, 23]))       # two swaps of picture 3
+    assert torch.equal(x0[0], x0[1]) and not torch.equal(query[0], query[1])
+    ids = index.search(torch.from_numpy(made.queries[3:4]).float(), 3)[1][0]
+    assert torch.equal(neighbors[0], torch.from_numpy(index.embeddings[ids.numpy()]).float())
+    assert len(list(tmp_path.glob("swaps-*.npz"))) == 1
+
+
+def test_editing_wants_its_swap_index(world, tmp_path, capsys):
+    argv = ["edit", "--data", str(world / "images"), "--out", str(tmp_path / "out"), "--init",
+            str(world / "continuous.safetensors")]
+    assert train.main(argv) == 2 and "--swap-index" in capsys.readouterr().err
+    assert train.main([*argv, "--swap-index", str(tmp_path / "none")]) == 2
+    assert train.main([*argv, "--swap-index", str(world / "index")]) == 2  # another CLIP's
+    assert not (tmp_path / "out").exists()
+    start = ["--init", str(world / "continuous.safetensors")]
+    assert edit_command(world, tmp_path / "a", start, 1) == 0
+    with pytest.raises(ValueError, match="that edits, continuous wants"):
+        train_tiny_unet(world, tmp_path / "c", 1, init=tmp_path / "a" / "edit.safetensors")
 
 
 def test_weights_of_another_clip_are_no_start(world, tmp_path):
