@@ -1,4 +1,5 @@
-"""Editing without a mask (kNN-Diffusion Sec. 3.3), first half: the region swap that training needs.
+"""Editing without a mask (kNN-Diffusion Sec. 3.3): the region swap that training needs, and the
+command that edits a picture from a text.
 
 A picture I, a random region M of it, and the picture's nearest neighbour, aligned:
 
@@ -19,15 +20,30 @@ Shapes: B pictures, C channels, H W picture, P parameters of a warp.
 Coordinates: x to the right, y down, from the picture's centre, in units of half its longer side: so
 a warp stays the same from one level of a pyramid to the next. `to_pixels` converts to OpenCV's.
 
-Left out so far: the fine-tuning (`train.py edit`) and the command.
+    python edit.py fox.png "a red heart"             # after `train.py edit`; no weights ship yet
 """
 from __future__ import annotations
 
+import argparse
+import json
+import math
+import os
+import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+import clip_model
+import knn_diffusion
+import sample
+import vqvae
 
 MOTIONS = {"translation": 2, "euclidean": 3, "affine": 6, "homography": 8}       # name -> P
 
@@ -344,3 +360,195 @@ def region_crop(box: tuple[int, int, int, int], height: int, width: int
 
     (left, right), (top, bottom) = fit(left, right, width), fit(top, bottom, height)
     return left, top, right, bottom
+
+
+# ---------------------------------------------------------------- text in, edited picture out
+
+@torch.no_grad()
+def edit_picture(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, x: Tensor,
+                 query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
+                 codec: vqvae.VQVAE | None = None, **options) -> Tensor:
+    """One edited picture a seed, float32 (B, 3, H, W) in [-1, 1].
+
+    x: the picture (1, 3, H, W), of the model's size; query (1, E) and neighbors (1, K, E): the
+    condition. `options` go to `knn_diffusion.sample`, or with a `codec`, for a transformer, to
+    `sample_tokens`.
+    """
+    n = len(seeds)
+    given = codec.encode(x) if codec else x
+    query, neighbors, given = (part if part is None else part.expand(n, *part.shape[1:])
+                               for part in (query, neighbors, given))
+    draw = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
+    *_, found = draw(model, query, neighbors, seeds, picture=given, **options)
+    return codec.decode(found) if codec else found
+
+
+def change_mask(before: Tensor, after: Tensor) -> Tensor:
+    """Where two pictures (B, 3, H, W) in [-1, 1] differ, softly: (B, 1, H, W), 0 … 1.
+
+    Ours: the largest channel's difference, averaged over 3x3, counts from 0.15 on and fully from
+    0.4; what counts reaches two pixels further, so that outlines are not cut, and is blurred.
+    """
+    difference = (after - before).abs().amax(1, keepdim=True)              # (B, 1, H, W)
+    difference = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
+    soft = ((difference - 0.15) / 0.25).clamp(0, 1)
+    return F.avg_pool2d(F.max_pool2d(soft, 5, 1, 2), 3, 1, 1, count_include_pad=False)
+
+
+def paste(picture: Image.Image, result: Image.Image, mask: Image.Image) -> Image.Image:
+    """A result of the model's size put back into the picture's central square, at the picture's own
+    resolution; where the mask (grey, 0 … 255) is 0 the picture stays as it is, to the last bit."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    square = Image.composite(result.resize((side, side), Image.Resampling.BICUBIC), square,
+                             mask.resize((side, side), Image.Resampling.BILINEAR))
+    whole = picture.copy()
+    whole.paste(square, (left, top))
+    return whole
+
+
+def to_grey(mask: Tensor) -> list[Image.Image]:
+    """Masks (B, 1, H, W) in 0 … 1 → grey pictures."""
+    return [Image.fromarray(part) for part in (mask[:, 0] * 255).round().byte().cpu().numpy()]
+
+
+def main(argv: list[str] | None = None) -> int:
+    shipped = Path(__file__).parent / "weights" / "stickers"
+    parser = argparse.ArgumentParser(
+        description="Edit a picture from a text, with no mask.",
+        epilog="guidance: e(0,0) + s_I·[e(I,0) − e(0,0)] + s_T·[e(I,T) − e(I,0)] at every step, "
+               "with I the picture, T the text and its neighbours, 0 for none; both scales at 1 "
+               "are the plain model.")
+    parser.add_argument("image", type=Path, metavar="IMAGE")
+    parser.add_argument("text", nargs="+", metavar="TEXT", help="each makes a row of its own")
+    parser.add_argument("--backbone", choices=["continuous", "discrete"],
+                        help="must fit the weights (default: what they are; continuous)")
+    parser.add_argument("--weights", type=Path, help="of `train.py edit` (default: shipped)")
+    parser.add_argument("--vqvae", type=Path, default=shipped / "vqvae.safetensors",
+                        help="discrete: what makes pictures of tokens")
+    parser.add_argument("--clip", type=Path, default=shipped / "clip.safetensors")
+    parser.add_argument("--index", type=Path, default=shipped / "index")
+    parser.add_argument("--k", type=int, default=10, help="neighbours (default 10)")
+    parser.add_argument("--query", choices=["nearest", "text"], default="nearest",
+                        help="see sample.py")
+    parser.add_argument("--n", type=int, default=4, help="variants a text (default 4)")
+    parser.add_argument("--steps", type=int,
+                        help="sampling steps (default: continuous 20, discrete 25)")
+    parser.add_argument("--guidance-text", type=float, default=2.0, metavar="S_T")
+    parser.add_argument("--guidance-image", type=float, default=1.0, metavar="S_I")
+    parser.add_argument("--start", type=float, default=1.0, metavar="T", help="continuous: begin "
+                        "at this share of the noise, from the picture (default 1: noise alone)")
+    parser.add_argument("--paste", action=argparse.BooleanOptionalAction, default=False,
+                        help="put results back at the picture's own resolution, changed places "
+                             "only: OUT-000-00.png, ... beside OUT")
+    parser.add_argument("--seed", type=int, default=0, help="variant j uses seed + j")
+    parser.add_argument("--out", type=Path, default=Path("edited.png"),
+                        help="a row a text: the picture, then each result and where it changed")
+    parser.add_argument("--singles", type=Path, metavar="DIR", help="also every result alone, at "
+                        "the model's own resolution, not pasted")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Load, search, edit, write. Raises ValueError or FileNotFoundError before writing."""
+    begin, shipped = time.time(), Path(__file__).parent / "weights" / "stickers"
+    if any(not text.strip() for text in args.text):
+        raise ValueError("a text is empty")
+    picture = clip_model.read_image(args.image)
+    device = clip_model.pick_device(args.device)
+    default = "edit-discrete" if args.backbone == "discrete" else "edit"
+    args.weights = args.weights or shipped / f"{default}.safetensors"
+    model, metadata, clip, index = sample.open_all(args.weights, args.clip, args.index)
+    if not model.config.edit:
+        raise ValueError(f"{args.weights} draws pictures; editing wants weights of `train.py edit`")
+    args.sampler, args.guidance = None, args.guidance_text
+    backbone = sample.settle_backbone(args, model)
+    codec = sample.open_codec(args.vqvae, model, metadata) if backbone == "discrete" else None
+    check_numbers(args, model.config.T, backbone)
+    model, clip = model.to(device), clip.to(device)
+    codec = codec.to(device) if codec else None
+    print(f"{backbone} {args.weights}, {args.image} ({picture.width}x{picture.height}), "
+          f"{args.index} (N = {len(index)}), k = {min(args.k, len(index))}, {args.steps} "
+          f"{args.sampler} steps, guidance {args.guidance_text:g} (text) "
+          f"{args.guidance_image:g} (picture), start {args.start:g}, seed {args.seed}, {device}")
+
+    size = model.config.image_size
+    square = clip_model.fit_square(picture, size)
+    x = torch.from_numpy(np.array(square)).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    before = codec.decode(codec.encode(x)) if codec else x     # what the tokens can say of it
+    queries = clip.embed_texts(args.text)                                              # (texts, E)
+    condition = sample.condition_on(queries, index, min(args.k, len(index)),
+                                    metadata.get("condition", "both"), args.query)[:2]
+    options = {"steps": args.steps, "guidance": args.guidance_text,
+               "guidance_picture": args.guidance_image}
+    if args.start < 1:
+        options |= {"start": x.expand(args.n, -1, -1, -1), "start_at": args.start}
+    rows, results = [], []
+    for i in range(len(args.text)):
+        query, neighbors = (part if part is None else part[i:i + 1] for part in condition)
+        found = edit_picture(model, x, query, neighbors, [args.seed + j for j in range(args.n)],
+                             codec, **options)
+        masks = to_grey(change_mask(before.expand_as(found), found))
+        pictures = clip_model.to_pictures(found)
+        pasted = [paste(picture, *both) for both in zip(pictures, masks)] if args.paste else []
+        results.append((pictures, pasted))
+        rows.append([square, *(cell for shown, mask in zip(pasted or pictures, masks)
+                               for cell in (shown, mask.convert("RGB")))])
+    write(args, rows, results)
+    print(f"wrote {args.out}, {time.time() - begin:.1f} s")
+
+
+def check_numbers(args: argparse.Namespace, T: int, backbone: str) -> None:
+    """Raise ValueError with one sentence for a number or a path that can't be used."""
+    args.batch_size, args.dynamic_threshold, args.truncation = 1, None, 1.0
+    sample.check_numbers(args, T)
+    for name, value in (("--guidance-image", args.guidance_image), ("--start", args.start)):
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, wanted a finite number")
+    if not 0 < args.start <= 1:
+        raise ValueError(f"--start is {args.start}, wanted more than 0, at most 1")
+    if args.start < 1 and backbone == "discrete":
+        raise ValueError("--start goes with continuous weights only")
+    if args.start * T < args.steps:
+        raise ValueError(f"--start {args.start:g} leaves {round(args.start * T)} of the {T} steps, "
+                         f"--steps asks for {args.steps}")
+
+
+def write(args: argparse.Namespace, rows: list[list[Image.Image]],
+          results: list[tuple[list[Image.Image], list[Image.Image]]]) -> None:
+    """The grid, the results alone and the pasted ones, as asked for; settings as JSON in each."""
+    settings = {name: getattr(args, name) for name in (
+        "n", "k", "query", "steps", "guidance_text", "guidance_image", "start", "paste")}
+    settings |= {name: str(getattr(args, name)) for name in (
+        "image", "weights", "vqvae", "clip", "index")}
+
+    def chunk(**own: object) -> PngInfo:
+        info = PngInfo()
+        info.add_itxt("parameters", json.dumps({**own, **settings}, ensure_ascii=False))
+        return info
+
+    clip_model.grid(rows, 192).save(args.out, pnginfo=chunk(texts=args.text, seed=args.seed))
+    if args.singles:
+        os.makedirs(args.singles, exist_ok=True)
+    for i, (pictures, pasted) in enumerate(results):
+        for j, picture in enumerate(pictures):
+            info, name = chunk(text=args.text[i], seed=args.seed + j), f"{i:03d}-{j:02d}.png"
+            if args.singles:
+                picture.save(args.singles / name, pnginfo=info)
+            if pasted:
+                pasted[j].save(args.out.with_name(f"{args.out.stem}-{name}"), pnginfo=info)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -221,6 +221,8 @@ def run(args: argparse.Namespace) -> None:
     device = clip_model.pick_device(args.device)
     args.weights = args.weights or SHIPPED / f"{args.backbone or 'continuous'}.safetensors"
     model, metadata, clip, index = open_all(args.weights, args.clip, args.index)
+    if model.config.edit:
+        raise ValueError(f"{args.weights} edits pictures: use edit.py")
     backbone = settle_backbone(args, model)
     codec = open_codec(args.vqvae, model, metadata) if backbone == "discrete" else None
     check_numbers(args, model.config.T)

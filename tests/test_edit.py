@@ -1,5 +1,6 @@
 """edit.py: ECC beside OpenCV's, its Jacobians, the swap; the models that edit."""
 
+import json
 from dataclasses import replace
 
 import cv2
@@ -9,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter
 
+import clip_model
 import edit
 import knn_diffusion
+import sample
+import vqvae
 
 SIZE = 64
 
@@ -324,3 +328,149 @@ def test_a_start_from_a_picture_is_that_picture_noised(monkeypatch):
     eps = knn_diffusion.noise_source([3, 4], (3, 32, 32))()
     wanted = knn_diffusion.add_noise(start, eps, schedule.at(200, start))
     assert torch.allclose(seen[0][1], wanted)
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def editor(world, tmp_path_factory):
+    """edit.safetensors beside the world's CLIP and index: an editing U-Net of 16 px, random."""
+    folder = tmp_path_factory.mktemp("editor")
+    model, metadata = knn_diffusion.load(world / "continuous.safetensors")
+    wide = knn_diffusion.widened(model)
+    with torch.no_grad():
+        wide.conv_in.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
+    knn_diffusion.save(folder / "edit.safetensors", wide, {"clip": metadata["clip"]})
+    return ["--weights", str(folder / "edit.safetensors"), "--clip",
+            str(world / "clip.safetensors"), "--index", str(world / "index"), "--steps", "3"]
+
+
+def odd_pictures(folder):
+    noise = Image.effect_noise((40, 30), 80)
+    noise.convert("RGB").save(folder / "wide.png")
+    Image.new("RGB", (1, 1), "red").save(folder / "dot.png")
+    noise.save(folder / "grey.png")
+    rgba = noise.convert("RGBA")
+    rgba.putalpha(Image.linear_gradient("L").resize((40, 30)))
+    rgba.save(folder / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise.convert("RGB").save(folder / "turned.jpg", exif=exif)
+    noise.convert("P").save(folder / "moving.gif", save_all=True,
+                            append_images=[noise.rotate(90).convert("P")])
+    return ["wide.png", "dot.png", "grey.png", "alpha.png", "turned.jpg", "moving.gif"]
+
+
+def test_command_edits_odd_pictures(editor, tmp_path, capsys):
+    for name in odd_pictures(tmp_path):
+        out = tmp_path / "o.png"
+        argv = [str(tmp_path / name), "red", "fo", *editor, "--n", "2", "--out", str(out),
+                "--singles", str(tmp_path / "s"), "--paste"]
+        assert edit.main(argv) == 0, name
+        picture = clip_model.read_image(tmp_path / name)
+        assert Image.open(tmp_path / "o-001-01.png").size == picture.size
+        assert Image.open(tmp_path / "s" / "001-01.png").size == (16, 16)
+        sheet = Image.open(out)
+        assert sheet.size == (5 * 194 + 2, 2 * 194 + 2)        # picture, 2 x (result, change)
+        assert json.loads(sheet.text["parameters"])["texts"] == ["red", "fo"]
+        assert "wrote" in capsys.readouterr().out
+
+
+def test_the_same_command_gives_the_same_bytes_and_seeds_are_the_samples_own(editor, tmp_path):
+    odd_pictures(tmp_path)
+
+    def singles(name, *more):
+        argv = [str(tmp_path / "wide.png"), "red", *editor, "--out", str(tmp_path / "o.png"),
+                "--singles", str(tmp_path / name), *more]
+        assert edit.main(argv) == 0
+        return [path.read_bytes() for path in sorted((tmp_path / name).iterdir())]
+
+    first = singles("a", "--n", "3")
+    assert singles("b", "--n", "3") == first and len(set(first)) == 3
+    singles("c", "--n", "1", "--seed", "2")
+    other = np.asarray(Image.open(tmp_path / "c/000-00.png"), np.int16)
+    here = np.asarray(Image.open(tmp_path / "a/000-02.png"), np.int16)
+    assert np.abs(other - here).max() <= 2
+    assert singles("d", "--n", "3", "--guidance-image", "1.5") != first
+    assert singles("e", "--n", "3", "--start", "0.5") != first
+
+
+def test_pasting_touches_nothing_outside_the_mask():
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (90, 130, 3), np.uint8))
+    result = Image.new("RGB", (16, 16), "red")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:8, 4:8] = 255
+    pasted = np.asarray(edit.paste(picture, result, Image.fromarray(mask)))
+    changed = (pasted != np.asarray(picture)).any(-1)
+    assert pasted.shape == (90, 130, 3) and changed.any()
+    rows, columns = np.nonzero(changed)
+    assert 14 <= rows.min() and rows.max() <= 53                # a pixel of 5.6 around 4…8
+    assert 20 + 14 <= columns.min() and columns.max() <= 20 + 53
+    assert (pasted[30:40, 20 + 30:20 + 40] == (255, 0, 0)).all()
+    empty = Image.new("L", (16, 16))
+    assert (np.asarray(edit.paste(picture, result, empty)) == np.asarray(picture)).all()
+
+
+def test_the_change_mask_finds_what_changed_and_nothing_else():
+    before = torch.zeros(1, 3, 32, 32)
+    after = before + 0.05 * torch.randn(before.shape, generator=torch.Generator().manual_seed(0))
+    after[:, 0, 10:16, 12:20] = 1.0
+    mask = edit.change_mask(before, after)
+    assert (mask[:, :, 11:15, 13:19] == 1).all()
+    far = torch.ones(32, 32, dtype=torch.bool)
+    far[5:21, 7:25] = False
+    assert (mask[0, 0][far] == 0).all()
+    assert edit.change_mask(before, before).max() == 0
+
+
+def test_user_mistakes_give_status_2_and_write_nothing(editor, world, tmp_path, capsys):
+    odd_pictures(tmp_path)
+    (tmp_path / "text.png").write_text("hello")
+    good, out = str(tmp_path / "wide.png"), ["--out", str(tmp_path / "out.png")]
+    for argv in (
+        [str(tmp_path / "text.png"), "red", *editor],
+        [str(tmp_path / "none.png"), "red", *editor],
+        [str(tmp_path), "red", *editor],
+        [good, " ", *editor],
+        [good, "red", *editor, "--n", "0"],
+        [good, "red", *editor, "--k", "-1"],
+        [good, "red", *editor, "--steps", "0"],
+        [good, "red", *editor, "--start", "0"],
+        [good, "red", *editor, "--start", "1.5"],
+        [good, "red", *editor, "--start", "nan"],
+        [good, "red", *editor, "--guidance-text", "inf"],
+        [good, "red", *editor, "--guidance-image", "nan"],
+        [good, "red", *editor, "--backbone", "discrete"],
+        [good, "red", *editor, "--weights", str(world / "continuous.safetensors")],
+        [good, "red", *editor, "--weights", str(tmp_path / "none")],
+        [good, "red", *editor, "--index", str(tmp_path)],
+    ):
+        assert edit.main([*argv, *out]) == 2, argv
+        error = capsys.readouterr().err.strip()
+        assert error and len(error.splitlines()) == 1 and "Traceback" not in error
+        assert not (tmp_path / "out.png").exists()
+    assert sample.main(["red", *editor[:6], *out]) == 2 and "edit.py" in capsys.readouterr().err
+
+
+def test_discrete_weights_edit_too(world, tmp_path):
+    codec = vqvae.VQVAE(vqvae.VQVAEConfig(
+        image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(),
+        latent_channels=8, embed_dim=4, n_codes=16, norm_groups=4)).eval()
+    vqvae.save(tmp_path / "vqvae.safetensors", codec, {})
+    codec = vqvae.load(tmp_path / "vqvae.safetensors")[0]
+    clip = clip_model.load(world / "clip.safetensors")
+    config = replace(knn_diffusion.DISCRETE_PRESETS["stickers"], image_size=16, n_codes=16,
+                     tokens_a_side=8, embed_dim=clip.config.embed_dim, width=16, heads=2, layers=1,
+                     condition_width=8, query_map=2, query_hidden=8)
+    model = knn_diffusion.widened(knn_diffusion.TokenTransformer(config))
+    knn_diffusion.save(tmp_path / "edit.safetensors", model,
+                       {"clip": clip.fingerprint(), "vqvae": vqvae.fingerprint(codec)})
+    odd_pictures(tmp_path)
+    argv = [str(tmp_path / "wide.png"), "red", "--weights", str(tmp_path / "edit.safetensors"),
+            "--vqvae", str(tmp_path / "vqvae.safetensors"), "--clip",
+            str(world / "clip.safetensors"), "--index", str(world / "index"), "--steps", "3",
+            "--out", str(tmp_path / "out.png")]
+    assert edit.main([*argv, "--n", "2"]) == 0 and (tmp_path / "out.png").exists()
+    assert edit.main([*argv, "--start", "0.5"]) == 2
