@@ -248,7 +248,7 @@ def measure_alone(what: str, folder: Path, args: argparse.Namespace) -> dict:
     if what == "build":
         retrieval.index_files(folder.parent / "large", folder, n_lists=lambda n: 0)
         return {"seconds": time.perf_counter() - start, "peak": peak()}
-    queries = unit(mixture(1024 if what == "memory" else 64, args.dim, args.centres, 2).float())
+    queries = unit(mixture(1024, args.dim, args.centres, seed=2).float())
     index = retrieval.open_index(folder)
     torch.mm(torch.ones(64, 64), torch.ones(64, 64))                   # libraries are loaded now
     Path("/proc/self/clear_refs").write_text("5")                      # the peak starts afresh

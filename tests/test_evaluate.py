@@ -141,3 +141,24 @@ def test_prompts_leave_out_flags_and_the_held_out_corner(tmp_path):
     assert len(outside) == 1 and outside[0].startswith("outlined fox on a")
     assert inside == evaluate.pick_prompts(tmp_path, 9, 0, held_out=False)
     assert np.unique(inside).size == 1
+
+
+def test_the_table_of_steps_draws_with_each_number_and_times_it(monkeypatch, capsys):
+    asked = []
+
+    class Maker:
+        def draw(self, prompts, args):
+            asked.append((args.steps, len(prompts)))
+            return [Image.new("RGB", (64, 64), (0, 0, 0))] * len(prompts)
+
+        def clip_score(self, pictures, prompts):
+            return 0.5
+
+    monkeypatch.setattr(evaluate, "open_bench", lambda path: bench())
+    monkeypatch.setattr(evaluate, "open_maker", lambda *_: Maker())
+    monkeypatch.setattr(evaluate, "pick_prompts", lambda *_, **__: ["a fox"] * 3)
+    assert evaluate.main(["steps", "--n", "3"]) == 0
+    assert asked == [(2, 2), (100, 3), (50, 3), (25, 3), (10, 3)]  # the first one warms up
+    rows = [line for line in capsys.readouterr().out.splitlines() if " ms a picture" in line]
+    assert [row.split()[1] for row in rows] == ["100", "50", "25", "10"]
+    assert all("| 100.0% | 100.0% |" in row for row in rows)

@@ -64,10 +64,10 @@ def problem(rng):
     return rows, torch.from_numpy(queries).float(), min(k, n)
 
 
-def test_search_equals_a_float64_sort_on_100_problems(tmp_path, device, scan_dtype, monkeypatch):
+def test_search_equals_a_float64_sort_on_200_problems(tmp_path, device, scan_dtype, monkeypatch):
     rng = np.random.default_rng(0)
     certified = []
-    for i in range(100):  # for each of the two precisions
+    for i in range(200):
         rows, queries, k = problem(rng)
         index = make(tmp_path, rows)
         monkeypatch.setattr(retrieval, "LISTED", int(rng.choice([1, 8, 128])))
