@@ -739,7 +739,7 @@ DISCRETE_PRESETS = {
     "paper": TransformerConfig(),
     "gpu": TransformerConfig(image_size=128, tokens_a_side=16, n_codes=1024, width=512, layers=16,
                              heads=8),
-    "stickers": TransformerConfig(image_size=64, tokens_a_side=16, n_codes=1024, embed_dim=256,
+    "stickers": TransformerConfig(image_size=64, tokens_a_side=16, n_codes=512, embed_dim=256,
                                   patch=2, width=192, layers=4, heads=6, condition_width=192,
                                   query_map=48, query_hidden=1024),
 }
@@ -1134,7 +1134,7 @@ ORDERS = {"ancestral": ancestral, "purity": by_purity}
 
 def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tensor | None,
                   seeds: list[int], steps: int = 25, guidance: float = 2.0,
-                  truncation: float = 1.0, order: str = "ancestral",
+                  truncation: float = 0.8, order: str = "ancestral",
                   picture: Tensor | None = None, guidance_picture: float = 1.0
                   ) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
