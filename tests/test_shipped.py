@@ -10,11 +10,14 @@ import clip_model
 import index as retrieval
 import knn_diffusion
 import sample
+import vqvae
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "stickers"
 CEILINGS = {
     "clip.safetensors": 12,
     "continuous.safetensors": 16,
+    "vqvae.safetensors": 4,
+    "discrete.safetensors": 16,
     "judge.safetensors": 6,
     "index": 14,
     "index-heldout": 3,
@@ -24,7 +27,9 @@ CEILINGS = {
 @pytest.mark.parametrize("name", list(CEILINGS))
 def test_files_stay_under_their_ceilings(name):
     path = SHIPPED / name
-    files = [p for p in path.iterdir() if "neighbors-" not in p.name] if path.is_dir() else [path]
+    cached = ("neighbors-", "tokens-")  # made in training, not shipped
+    files = path.iterdir() if path.is_dir() else [path]
+    files = [file for file in files if not file.name.startswith(cached)]
     assert 0 < sum(file.stat().st_size for file in files) <= CEILINGS[name] * 1e6
 
 
@@ -35,6 +40,15 @@ def test_weights_and_indexes_belong_together():
         )
         assert metadata["clip"] == clip.fingerprint() == index.manifest["encoder_hash"]
         assert metadata["condition"] == "both" and model.config == knn_diffusion.PRESETS["stickers"]
+
+
+def test_the_discrete_weights_belong_to_their_vqvae():
+    model, metadata, *_ = sample.open_all(
+        SHIPPED / "discrete.safetensors", SHIPPED / "clip.safetensors", SHIPPED / "index"
+    )
+    assert model.config == knn_diffusion.DISCRETE_PRESETS["stickers"]
+    codec = sample.open_codec(SHIPPED / "vqvae.safetensors", model, metadata)
+    assert codec.config == vqvae.PRESETS["stickers"]
 
 
 @pytest.mark.parametrize("name", ["clip", "continuous", "judge"])
