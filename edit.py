@@ -331,19 +331,40 @@ def region_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     return (down[:, :, None] & across[:, None])[:, None]
 
 
+def aligned(pictures: Tensor, neighbors: Tensor, motion: str = "affine"
+            ) -> tuple[Tensor, Alignment]:
+    """Neighbours (B, 3, H, W) warped onto pictures of the same shape and range. One that ECC can't
+    align stays as it is."""
+    found = ecc(grey(pictures), grey(neighbors), motion)
+    identity = torch.eye(3, device=pictures.device).expand_as(found.warp)
+    warp = torch.where(found.converged[:, None, None], found.warp, identity)
+    return warp_pictures(neighbors, warp), found
+
+
 def region_swap(pictures: Tensor, neighbors: Tensor, boxes: Tensor, motion: str = "affine"
                 ) -> tuple[Tensor, Alignment]:
     """I_manip (B, C, H, W) and the alignment: in each box the aligned neighbour, outside the
     picture itself to the last bit.
 
-    pictures, neighbors: (B, 3, H, W), one range for both; boxes: (B, 4) as of `random_regions`. A
-    neighbour that ECC can't align is put in as it is.
+    pictures, neighbors: (B, 3, H, W), one range for both; boxes: (B, 4) as of `random_regions`.
     """
-    found = ecc(grey(pictures), grey(neighbors), motion)
-    identity = torch.eye(3, device=pictures.device).expand_as(found.warp)
-    warp = torch.where(found.converged[:, None, None], found.warp, identity)
+    warped, found = aligned(pictures, neighbors, motion)
     mask = region_mask(boxes.to(pictures.device), *pictures.shape[-2:])
-    return torch.where(mask, warp_pictures(neighbors, warp), pictures), found
+    return torch.where(mask, warped, pictures), found
+
+
+def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.Generator
+                    ) -> Tensor:
+    """Boxes (B, 4): of so many random regions the one in which pictures (B, 3, H, W) and their
+    aligned neighbours differ most per pixel. Ours: where both are plain, a swap teaches nothing.
+    """
+    B, (height, width) = len(pictures), pictures.shape[-2:]
+    boxes = random_regions(of * B, height, width, generator)
+    masks = region_mask(boxes.to(pictures.device), height, width).view(of, B, 1, height, width)
+    difference = (pictures - warped).abs().mean(1, keepdim=True)                 # (B, 1, H, W)
+    mean = (difference * masks).sum((2, 3, 4)) / masks.sum((2, 3, 4))            # (of, B)
+    best = mean.argmax(0).to(boxes.device)
+    return boxes.view(of, B, 4)[best, torch.arange(B)]
 
 
 def region_crop(box: tuple[int, int, int, int], height: int, width: int
@@ -371,8 +392,8 @@ def edit_picture(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, x: 
     """One edited picture a seed, float32 (B, 3, H, W) in [-1, 1].
 
     x: the picture (1, 3, H, W), of the model's size; query (1, E) and neighbors (1, K, E): the
-    condition. `options` go to `knn_diffusion.sample`, or with a `codec`, for a transformer, to
-    `sample_tokens`.
+    condition; or one of each a seed. `options` go to `knn_diffusion.sample`, or with a `codec`, for
+    a transformer, to `sample_tokens`.
     """
     n = len(seeds)
     given = codec.encode(x) if codec else x

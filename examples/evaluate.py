@@ -124,14 +124,23 @@ def judge_batch(inks: Tensor, colours: Tensor, n: int, generator: torch.Generato
                         align_corners=False)
     plain = (colours[background] + uniform(-0.04, 0.04, n, 3)).clamp(0, 1)[:, :, None, None]
     pictures = ink[:, :3] + (1 - ink[:, 3:]) * plain
+    return roughened(pictures, generator), which, background
+
+
+def roughened(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (n, 3, H, W) in [0, 1] with random blur, light and grain."""
+    n = len(pictures)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)
+
     soft = F.avg_pool2d(F.pad(pictures, (1, 1, 1, 1), mode="replicate"), 3, 1)
     softer = F.avg_pool2d(F.pad(soft, (2, 2, 2, 2), mode="replicate"), 5, 1)
-    blur = uniform(-1, 2, n, 1, 1, 1)                     # a third sharp, a third each blur
+    blur = uniform(-1, 2)                                 # a third sharp, a third each blur
     pictures = torch.where(blur < 0, pictures, torch.where(
         blur < 1, torch.lerp(pictures, soft, blur), torch.lerp(soft, softer, blur - 1)))
-    grain = uniform(0, 0.06, n, 1, 1, 1) * torch.randn(pictures.shape, generator=generator)
-    pictures = pictures * uniform(0.92, 1.08, n, 1, 1, 1) + grain
-    return pictures.clamp(0, 1), which, background
+    grain = uniform(0, 0.06) * torch.randn(pictures.shape, generator=generator)
+    return (pictures * uniform(0.92, 1.08) + grain).clamp(0, 1)
 
 
 def train_judge(args: argparse.Namespace) -> None:

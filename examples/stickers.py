@@ -1,4 +1,4 @@
-"""Render the sticker world: 32,569 pictures of 64x64 px that stand in for the paper's stickers.
+"""Render the sticker world: 38,569 pictures of 64x64 px that stand in for the paper's stickers.
 
 Two artists drew the same emoji: Twemoji (style `flat`, PNG, CC-BY 4.0) and OpenMoji (style
 `outlined`, a COLRv0 font, CC-BY-SA 4.0). Both come from Python packages (requirements-dev.txt), are
@@ -7,7 +7,8 @@ cut to their ink, and are put on plain backgrounds with small shifts and scales:
     images/          every drawing 7 times; the first one plain: centred, on white (three white
                      drawings would be blank there and have 6)
     heldout/         the same for OpenMoji's animals, nature, food and drink (the held-out corner)
-    scenes/          a big sticker with zero to two small ones at its sides, for editing
+    scenes/          a big sticker with zero to two small ones at its sides, for editing; 8 % of
+                     the pairs of concepts stand in none of them
     captions.jsonl   a row a picture: path, concept, style, background, category, captions, ...
     phrases.jsonl    keyword phrases kept out of the keyword captions, to measure CLIP with
     NOTICE           the artists' licences
@@ -243,20 +244,46 @@ def held_out_phrases(drawings: list[Drawing]) -> list[dict]:
 
 # ---------------------------------------------------------------- scenes
 
-def scene(big: Drawing, small: list[Drawing], background: str,
-          rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
-    """A big sticker with small ones at its sides; every part's concept, style and box."""
+def pose(rng: np.random.Generator) -> tuple[int, tuple[float, float]]:
+    """Size and centre of a scene's big sticker: more room on one side."""
+    return int(rng.integers(42, 51)), (SIZE / 2 + rng.uniform(-6, 6), SIZE / 2 + rng.uniform(-3, 3))
+
+
+def scene(big: Drawing, place: tuple[int, tuple[float, float]], small: list[Drawing],
+          background: str, rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
+    """A big sticker with small ones at its sides, the first where there is more room; every part's
+    concept, style and box."""
     canvas = Image.new("RGBA", (SIZE, SIZE), (*COLOURS[background], 255))
-    side = int(rng.integers(0, 2))                         # the first small one: left or right
-    centre = (SIZE / 2 + (6 if side == 0 else -6) * bool(small), SIZE / 2 + rng.uniform(-3, 3))
-    boxes = [paste(canvas, big.ink, int(rng.integers(42, 51)), centre)]
+    boxes = [paste(canvas, big.ink, *place)]
+    is_left = place[1][0] > SIZE / 2
     for j, drawing in enumerate(small):
-        x = 12 if (side + j) % 2 == 0 else SIZE - 12
+        x = 12 if is_left == (j % 2 == 0) else SIZE - 12
         boxes.append(paste(canvas, drawing.ink, int(rng.integers(20, 26)),
                            (x + rng.uniform(-2, 2), rng.uniform(12, SIZE - 12))))
     parts = [{"concept": d.concept, "style": d.style, "box": box, "captions": d.names}
              for d, box in zip([big, *small], boxes)]
     return canvas.convert("RGB"), parts
+
+
+def is_kept_apart(big: str, small: str) -> bool:
+    """About 8 % of the pairs of concepts, chosen by their spelling, stand in no scene: editing is
+    measured on them."""
+    return hashlib.blake2b(f"{big} {small}".encode(), digest_size=1).digest()[0] < 20
+
+
+def is_in_corner(drawing: Drawing) -> bool:
+    """Whether no diffusion model trains on a drawing."""
+    return drawing.style == "outlined" and drawing.category in HELD_OUT
+
+
+def big_ones(drawings: list[Drawing]) -> list[Drawing]:
+    return [d for d in drawings if d.category not in ("Flags", "Symbols") and not is_in_corner(d)]
+
+
+def small_ones(drawings: list[Drawing], big: Drawing) -> list[Drawing]:
+    """The props that can stand beside a big sticker, those kept apart from it among them."""
+    return [d for d in drawings if d.concept in PROPS and d.style == big.style
+            and d.concept != big.concept and not is_in_corner(d)]
 
 
 def scene_captions(parts: list[dict], background: str) -> list[str]:
@@ -268,18 +295,24 @@ def scene_captions(parts: list[dict], background: str) -> list[str]:
 
 
 def make_scenes(drawings: list[Drawing], n: int, seed: int):
-    """Yield (file stem, picture, row) for n scenes; the held-out corner is in none of them."""
-    inside = [d for d in drawings if not (d.style == "outlined" and d.category in HELD_OUT)]
-    big = [d for d in inside if d.category not in ("Flags", "Symbols")]
-    props = [d for d in inside if d.concept in PROPS]
+    """Yield (file stem, picture, row) for n scenes; the held-out corner is in none of them.
+
+    They come in families of four, the same big sticker on the same background with other small
+    ones, in half of them at the same place: among pictures by the million, each has such a nearest
+    neighbour. Every big sticker has its family before one has a second.
+    """
+    big = big_ones(drawings)
+    props = [d for d in drawings if d.concept in PROPS]
+    order = generator(seed, "families").permutation(len(big))
     for i in range(n):
-        rng = generator(seed, "scene", i)
-        first = big[rng.integers(len(big))]
-        same_style = [d for d in props if d.style == first.style and d.concept != first.concept]
-        order, n_small = rng.permutation(len(same_style)), rng.choice(3, p=(0.2, 0.5, 0.3))
-        small = [same_style[j] for j in order[:n_small]]
-        background = str(rng.choice(list(COLOURS)))
-        picture, parts = scene(first, small, background, rng)
+        of_family, rng = generator(seed, "family", i // 4), generator(seed, "scene", i)
+        first = big[order[i // 4 % len(big)]]
+        place, stays = pose(of_family), of_family.random() < 0.5
+        background = str(of_family.choice(list(COLOURS)))
+        may = [d for d in small_ones(props, first) if not is_kept_apart(first.concept, d.concept)]
+        chosen = rng.permutation(len(may))[:rng.choice(3, p=(0.25, 0.45, 0.3))]
+        picture, parts = scene(first, place if stays else pose(rng), [may[j] for j in chosen],
+                               background, rng)
         yield f"{i:05d}", picture, {
             "concept": first.concept, "style": first.style, "background": background,
             "category": first.category, "captions": scene_captions(parts, background),
@@ -301,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/stickers"), help="folder to write")
     parser.add_argument("--variants", type=int, default=7, help="pictures a drawing (default 7)")
-    parser.add_argument("--scenes", type=int, default=6000, help="number of scenes (default 6000)")
+    parser.add_argument("--scenes", type=int, default=12000, help="how many (default 12000)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     if args.variants < 1 or args.scenes < 0 or args.seed < 0:
@@ -322,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         (args.out / folder).mkdir(parents=True, exist_ok=True)
 
     for drawing in drawings:
-        held_out = drawing.style == "outlined" and drawing.category in HELD_OUT
+        held_out = is_in_corner(drawing)
         pictures = variants(drawing, args.variants, args.seed)
         blank += args.variants - len(pictures)
         for i, (background, picture) in enumerate(pictures):

@@ -221,6 +221,26 @@ def test_regions_have_their_areas_and_lie_inside():
     assert torch.equal(masks.flatten(1).sum(1), ((right - left) * (bottom - top))[:50])
 
 
+def test_the_telling_region_is_the_one_that_differs_most_a_pixel():
+    """A small thing in one corner: of many regions, one that is mostly that corner."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.zeros(4, 3, 64, 64)
+    warped = pictures.clone()
+    warped[:3, :, 40:, 40:] = 1
+    boxes = edit.telling_regions(pictures, warped, 64, generator)
+    inside = edit.region_mask(boxes, 64, 64).expand_as(warped)
+    share = (warped * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))
+    assert (share[:3] > 0.5).all() and share[3] == 0
+    same = torch.Generator().manual_seed(0)
+    drawn = edit.random_regions(64 * 4, 64, 64, same).view(64, 4, 4)
+    for i in range(3):
+        means = [warped[i, 0, top:bottom, left:right].mean().item()
+                 for left, top, right, bottom in drawn[:, i].tolist()]
+        assert boxes[i].tolist() == drawn[int(np.argmax(means)), i].tolist()
+    single = edit.telling_regions(pictures, warped, 1, torch.Generator().manual_seed(3))
+    assert torch.equal(single, edit.random_regions(4, 64, 64, torch.Generator().manual_seed(3)))
+
+
 @pytest.mark.parametrize("box, wanted", [
     ((10, 20, 20, 24), (10, 17, 20, 27)), ((0, 0, 4, 10), (0, 0, 10, 10)),
     ((60, 60, 64, 62), (60, 59, 64, 63)), ((5, 5, 6, 6), (5, 5, 6, 6)),

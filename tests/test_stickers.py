@@ -79,6 +79,25 @@ def test_scenes_say_where_their_parts_are_and_avoid_the_held_out_corner():
             assert part["style"] == row["style"]
 
 
+def test_scenes_come_in_families_and_keep_pairs_apart():
+    props = [drawing(c, "flat", "Objects") for c in stickers.PROPS[:20]]
+    big = [drawing(f"big_{i}", "flat", "Travel & Places") for i in range(12)]
+    apart = {(b.concept, s.concept) for b in big for s in props
+             if stickers.is_kept_apart(b.concept, s.concept)}
+    assert 0.03 < len(apart) / 240 < 0.15
+    rows = [row for _, _, row in stickers.make_scenes([*props, *big], 400, 0)]
+    met = {(row["concept"], part["concept"]) for row in rows for part in row["parts"][1:]}
+    assert len(met) > 200 and not met & apart
+    families = [rows[i:i + 4] for i in range(0, 400, 4)]
+    for family in families:
+        assert len({(row["concept"], row["background"]) for row in family}) == 1
+    assert len({family[0]["concept"] for family in families[:32]}) == 32      # each has its turn
+    places = [len({tuple(row["parts"][0]["box"]) for row in family}) for family in families]
+    assert 30 < sum(n == 1 for n in places) < 70
+    small = stickers.small_ones([*props, *big], props[0])
+    assert len(small) == 19                                  # kept apart or not, never itself
+
+
 @pytest.mark.slow
 def test_the_whole_world_renders_twice_to_the_same_bytes(tmp_path):
     for name in ("a", "b"):

@@ -1,0 +1,122 @@
+"""examples/evaluate_edit.py: what counts as changed, kept and done."""
+
+import math
+
+import evaluate_edit
+import pytest
+import stickers
+import torch
+from evaluate import Bench
+from test_stickers import drawing
+
+
+def two(seed=0, n=3):
+    generator = torch.Generator().manual_seed(seed)
+    before = torch.rand(n, 3, 64, 64, generator=generator)
+    return before, before.clone()
+
+
+def test_the_changed_window_is_the_one_with_the_largest_summed_difference():
+    before, after = two(n=4)
+    after[0, :, 20:52, 7:39] += 0.1
+    after[1] += 0.01 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1))
+    after[1, 0, 63, 63] += 5                                        # one strong pixel in a corner
+    after[2, :, :, 5] += 0.2                                        # a column: every such window
+    corners = evaluate_edit.changed_window(before, after).tolist()
+    assert corners[0] == [7, 20]
+    assert corners[1] == [32, 32]
+    assert corners[2] == [0, 0] and corners[3] == [0, 0]            # ties: the first
+    sums = (after - before).abs().sum(1)
+    for i, (left, top) in enumerate(corners[:2]):
+        best = max(sums[i, y:y + 32, x:x + 32].sum() for y in range(33) for x in range(33))
+        assert math.isclose(sums[i, top:top + 32, left:left + 32].sum(), best, rel_tol=1e-5)
+
+
+def test_kept_is_the_psnr_outside_and_identical_pictures_fail():
+    before, after = two(n=4)
+    after[0, :, 16:48, 16:48] = 0                                   # inside the window only
+    after[1, :, 16:48, 16:48] += 3
+    after[1, :, :4] += 0.1                                          # 256 pixels a channel outside
+    after[3] += 0.05                                                # everywhere the same
+    psnr = evaluate_edit.kept(before, after)
+    assert psnr[0] == math.inf and psnr[2] == -math.inf
+    error = 256 * 0.1**2 / (64 * 64 - 32 * 32)
+    assert math.isclose(psnr[1], -10 * math.log10(error), rel_tol=1e-4)
+    assert math.isclose(psnr[3], -20 * math.log10(0.05), rel_tol=1e-4)
+
+
+class Reads(torch.nn.Module):
+    """A judge that answers with the number written in a window's red channel."""
+
+    def forward(self, pictures):
+        numbers = (pictures[:, 0].flatten(1).median(1).values * 255).round().long()
+        return (torch.nn.functional.one_hot(numbers, 3).float(),)
+
+
+def test_done_wants_the_named_thing_in_the_window_and_a_change():
+    bench = Bench(Reads(), {"heart": 0, "bell": 1, evaluate_edit.NOTHING: 2},
+                  {"heart": ["red heart"], "bell": ["bell"]}, "")
+    before = torch.full((4, 3, 64, 64), 2 / 255)
+    after = before.clone()
+    after[0, 0, 10:42, 20:52] = 0                                   # a heart, as asked for
+    after[1, 0, 10:42, 20:52] = 1 / 255                                 # a bell instead
+    after[2, 1, 10:42, 20:52] = 1                                   # a change, nothing in it
+    before[3], after[3] = 0, 0                                      # a heart, but there before
+    psnr, done = evaluate_edit.measure(bench, before, after, ["a red heart"] * 4)
+    assert done.tolist() == [True, False, False, False]
+    assert psnr[0] == math.inf and psnr[3] == -math.inf
+
+
+def test_windows_hold_the_small_sticker():
+    boxes = torch.tensor([[0, 0, 22, 25], [40, 20, 63, 40], [20, 20, 44, 40], [3, 4, 60, 60]])
+    is_small = torch.tensor([True, True, True, False])
+    corners = torch.stack([evaluate_edit.random_windows(
+        boxes, is_small, torch.Generator().manual_seed(seed)) for seed in range(300)])
+    assert (corners >= 0).all() and (corners <= 32).all()
+    for axis in range(2):
+        first, last = corners[:, :3, axis], corners[:, :3, axis] + 32
+        assert (first <= boxes[:3, axis] + 3).all() and (last >= boxes[:3, axis + 2] - 3).all()
+    assert corners[:, 3].min() == 0 and corners[:, 3].max() == 32   # nothing small: anywhere
+    assert len(corners[:, 2].unique(dim=0)) > 30
+    picture = torch.arange(64.0).expand(1, 1, 64, 64)
+    shown = evaluate_edit.windows(picture, torch.tensor([[10, 3]]))
+    assert shown.shape == (1, 1, 64, 64) and abs(shown.mean().item() - 25.5) < 1e-4
+
+
+def test_the_strength_with_a_kept_lies_between_the_measured_ones():
+    found = {0.2: 30.0, 0.4: 24.0, 0.6: 18.0}
+    assert math.isclose(evaluate_edit.with_kept(found, 27.0), 0.3)
+    assert evaluate_edit.with_kept(found, 99.0) == 0.2
+    assert evaluate_edit.with_kept(found, 1.0) == 0.6
+
+
+def test_pairs_are_kept_apart_and_the_wanted_picture_shows_both(monkeypatch):
+    props = [drawing(c, "flat", "Objects") for c in stickers.PROPS[:20]]
+    big = [drawing(f"big_{i}", "flat", "Travel & Places") for i in range(12)]
+    monkeypatch.setattr(stickers, "all_drawings", lambda: ([*props, *big], {}))
+    pictures, texts, wanted = evaluate_edit.edit_pairs(10, 0)
+    assert len(pictures) == len(texts) == len(wanted) == 10
+    assert evaluate_edit.edit_pairs(10, 0)[1] == texts
+    for before, after in zip(pictures, wanted):
+        assert before.size == (64, 64) and before.tobytes() != after.tobytes()
+    kept = evaluate_edit.kept(evaluate_edit.to_unit(pictures), evaluate_edit.to_unit(wanted))
+    assert (kept == math.inf).all()                                 # a small one fits a window
+
+
+def test_an_older_rendering_is_refused(tmp_path):
+    big, small = next((b, s) for b in ("fox", "cat", "dog", "cow", "owl") for s in stickers.PROPS
+                      if stickers.is_kept_apart(b, s))
+    row = '{"path": "scenes/0.png", "parts": [{"concept": "%s"}, {"concept": "%s"}]}\n'
+    (tmp_path / "captions.jsonl").write_text(row % (small, "none") * 3)
+    assert evaluate_edit.check_kept_apart(tmp_path) == 3
+    (tmp_path / "captions.jsonl").write_text(row % (big, small))
+    with pytest.raises(ValueError, match="render it again"):
+        evaluate_edit.check_kept_apart(tmp_path)
+
+
+@pytest.mark.parametrize("argv", [
+    ["table", "--n", "0"], ["table", "--strengths", "0"], ["table", "--steps", "0"],
+    ["table", "--weights", "missing.safetensors"], ["table", "--data", "missing"]])
+def test_bad_input_gives_one_sentence_and_status_2(argv, capsys):
+    assert evaluate_edit.main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
