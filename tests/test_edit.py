@@ -71,39 +71,54 @@ def pairs(motion: str, n: int) -> tuple[torch.Tensor, torch.Tensor, list[np.ndar
     return *(torch.from_numpy(np.stack(x))[:, None] for x in (templates, images)), warps
 
 
-@pytest.mark.parametrize("motion", edit.MOTIONS)
-def test_ecc_is_not_below_opencvs_and_finds_the_warp(motion):
-    template, image, warps = pairs(motion, 100)
-    theirs = []
+def opencv_warps(template: torch.Tensor, image: torch.Tensor, motion: str
+                 ) -> list[np.ndarray | None]:
+    """findTransformECC's warps (3, 3) in its pixels, None where it gives up."""
+    found = []
     for a, b in zip(template[:, 0].numpy(), image[:, 0].numpy()):
         start = np.eye(3 if motion == "homography" else 2, 3, dtype=np.float32)
         try:
-            _, found = cv2.findTransformECC(a, b, start, getattr(cv2, f"MOTION_{motion.upper()}"),
-                                            (3, 50, 1e-3), None, 5)
-            theirs.append(np.vstack([found, [0, 0, 1]])[:3])
+            _, warp = cv2.findTransformECC(a, b, start, getattr(cv2, f"MOTION_{motion.upper()}"),
+                                           (3, 50, 1e-3), None, 5)
+            found.append(np.vstack([warp, [0, 0, 1]])[:3])
         except cv2.error:
-            theirs.append(None)
+            found.append(None)
+    return found
+
+
+def to_ours(warp: np.ndarray) -> torch.Tensor:
+    """A warp (3, 3) of OpenCV's pixels in edit.py's coordinates."""
+    half = SIZE / 2
+    change = np.array([[1 / half, 0, (1 - SIZE) / SIZE], [0, 1 / half, (1 - SIZE) / SIZE],
+                       [0, 0, 1]])
+    return torch.from_numpy(change @ warp @ np.linalg.inv(change))
+
+
+def displacements(found, wanted) -> list[float]:
+    """Mean distance over all pixels between what pairs of warps (3, 3) do to them."""
+    points = np.stack([*np.meshgrid(np.arange(SIZE), np.arange(SIZE)), np.ones((SIZE, SIZE))], -1)
+    errors = []
+    for pair in zip(found, wanted):
+        a, b = (points.reshape(-1, 3) @ warp.T for warp in pair)
+        errors.append(np.linalg.norm(a[:, :2] / a[:, 2:] - b[:, :2] / b[:, 2:], axis=1).mean())
+    return errors
+
+
+@pytest.mark.parametrize("motion", edit.MOTIONS)
+def test_ecc_is_not_below_opencvs_and_finds_the_warp(motion):
+    template, image, warps = pairs(motion, 100)
+    theirs = opencv_warps(template, image, motion)
     ok = [i for i, found in enumerate(theirs) if found is not None]
     assert len(ok) > 80
     ours = edit.ecc(template, image, motion, iterations=50, eps=1e-3)
-
-    half = SIZE / 2
-    to_ours = np.array([[1 / half, 0, (1 - SIZE) / SIZE], [0, 1 / half, (1 - SIZE) / SIZE],
-                        [0, 0, 1]])
-    same = torch.from_numpy(np.stack([to_ours @ theirs[i] @ np.linalg.inv(to_ours) for i in ok]))
+    same = torch.stack([to_ours(theirs[i]) for i in ok])
     rho = edit.correlation(template[ok], image[ok], ours.warp[ok])
     rho_theirs = edit.correlation(template[ok], image[ok], same.float())
     assert (rho >= rho_theirs - 0.002).float().mean() >= 0.95
     assert torch.allclose(rho, ours.rho[ok], atol=1e-4)
     assert ours.converged[ok].float().mean() > 0.9
-
-    points = np.stack([*np.meshgrid(np.arange(SIZE), np.arange(SIZE)), np.ones((SIZE, SIZE))], -1)
     found = edit.to_pixels(ours.warp.double(), SIZE, SIZE).numpy()
-    errors = []
-    for i in ok:
-        a, b = (points.reshape(-1, 3) @ w.T for w in (found[i], warps[i]))
-        errors.append(np.linalg.norm(a[:, :2] / a[:, 2:] - b[:, :2] / b[:, 2:], axis=1).mean())
-    assert np.mean(errors) < 0.1
+    assert np.mean(displacements(found[ok], [warps[i] for i in ok])) < 0.1
 
 
 def smooth_picture(height: int, width: int) -> torch.Tensor:
