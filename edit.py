@@ -341,18 +341,6 @@ def aligned(pictures: Tensor, neighbors: Tensor, motion: str = "affine"
     return warp_pictures(neighbors, warp), found
 
 
-def region_swap(pictures: Tensor, neighbors: Tensor, boxes: Tensor, motion: str = "affine"
-                ) -> tuple[Tensor, Alignment]:
-    """I_manip (B, C, H, W) and the alignment: in each box the aligned neighbour, outside the
-    picture itself to the last bit.
-
-    pictures, neighbors: (B, 3, H, W), one range for both; boxes: (B, 4) as of `random_regions`.
-    """
-    warped, found = aligned(pictures, neighbors, motion)
-    mask = region_mask(boxes.to(pictures.device), *pictures.shape[-2:])
-    return torch.where(mask, warped, pictures), found
-
-
 def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.Generator
                     ) -> Tensor:
     """Boxes (B, 4): of so many random regions the one in which pictures (B, 3, H, W) and their
@@ -365,6 +353,22 @@ def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.
     mean = (difference * masks).sum((2, 3, 4)) / masks.sum((2, 3, 4))            # (of, B)
     best = mean.argmax(0).to(boxes.device)
     return boxes.view(of, B, 4)[best, torch.arange(B)]
+
+
+def composed(pictures: Tensor, warped: Tensor, boxes: Tensor) -> Tensor:
+    """I_manip (B, C, H, W): in each box (B, 4) the warped neighbour, outside the picture itself to
+    the last bit."""
+    return torch.where(region_mask(boxes.to(pictures.device), *pictures.shape[-2:]), warped,
+                       pictures)
+
+
+def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator, of: int = 32,
+                motion: str = "affine") -> tuple[Tensor, Tensor, Alignment]:
+    """I_manip (B, 3, H, W), the regions (B, 4) and the alignment of pictures and their nearest
+    neighbours, (B, 3, H, W) in one range. of: see `telling_regions`; 1 takes any region."""
+    warped, found = aligned(pictures, neighbors, motion)
+    boxes = telling_regions(pictures, warped, of, generator)
+    return composed(pictures, warped, boxes), boxes, found
 
 
 def region_crop(box: tuple[int, int, int, int], height: int, width: int

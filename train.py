@@ -760,11 +760,9 @@ class SwappedPictures:
         for _ in range(per_picture):
             for start in range(0, N, 256):
                 rows = np.arange(start, min(start + 256, N))
-                x, near = to_x(self.pictures[rows]), to_x(self.pictures[partner[rows]])
-                warped, found = edit.aligned(x, near)
+                x, boxes, found = edit.region_swap(
+                    to_x(self.pictures[rows]), to_x(self.pictures[partner[rows]]), generator)
                 failed += int((~found.converged).sum())
-                boxes = edit.telling_regions(x, warped, 32, generator)
-                x = torch.where(edit.region_mask(boxes, size, size), warped, x)
                 manipulated.append(np.stack([np.asarray(p) for p in clip_model.to_pictures(x)]))
                 crops = [Image.fromarray(self.pictures[row]).crop(
                     edit.region_crop(tuple(box), size, size))

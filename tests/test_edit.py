@@ -210,7 +210,8 @@ def test_swap_keeps_the_picture_to_the_last_bit_outside_and_shows_the_neighbour_
     boxes[0] = torch.tensor([0, 0, 1, 1])                          # one pixel, at the border
     boxes[1] = torch.tensor([40, 50, 64, 64])                      # at the border
     pictures[2] = 0.25                                             # constant: can't be aligned
-    found, alignment = edit.region_swap(pictures, neighbors, boxes)
+    warped, alignment = edit.aligned(pictures, neighbors)
+    found = edit.composed(pictures, warped, boxes)
     assert not alignment.converged[2] and alignment.converged[3:].all()
     for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
         inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
@@ -254,6 +255,20 @@ def test_the_telling_region_is_the_one_that_differs_most_a_pixel():
         assert boxes[i].tolist() == drawn[int(np.argmax(means)), i].tolist()
     single = edit.telling_regions(pictures, warped, 1, torch.Generator().manual_seed(3))
     assert torch.equal(single, edit.random_regions(4, 64, 64, torch.Generator().manual_seed(3)))
+
+
+def test_a_region_swap_is_its_parts():
+    template, image, _ = pairs("affine", 6)
+    pictures, neighbors = template.repeat(1, 3, 1, 1), image.repeat(1, 3, 1, 1)
+    found, boxes, alignment = edit.region_swap(pictures, neighbors,
+                                               torch.Generator().manual_seed(5))
+    warped = edit.aligned(pictures, neighbors)[0]
+    again = edit.telling_regions(pictures, warped, 32, torch.Generator().manual_seed(5))
+    assert torch.equal(boxes, again)
+    assert torch.equal(found, edit.composed(pictures, warped, boxes))
+    assert alignment.converged.all()
+    anywhere = edit.region_swap(pictures, neighbors, torch.Generator().manual_seed(5), of=1)[1]
+    assert torch.equal(anywhere, edit.random_regions(6, 64, 64, torch.Generator().manual_seed(5)))
 
 
 @pytest.mark.parametrize("box, wanted", [

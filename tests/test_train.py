@@ -14,7 +14,7 @@ import clip_model
 import knn_diffusion
 import train
 import vqvae
-from index import open_index
+from index import neighbor_table, open_index
 
 CPU = torch.device("cpu")
 
@@ -375,7 +375,11 @@ def test_swaps_change_a_region_only_and_speak_of_what_was_there(world, tmp_path)
     index, clip = open_index(world / "index"), clip_model.load(world / "clip.safetensors")
     made = train.SwappedPictures(world / "images", index, index, clip, 16, 3, 2, 7, tmp_path)
     assert len(made) == 40 and made.manipulated.shape == (40, 16, 16, 3)
-    boxes = train.edit.random_regions(20, 16, 16, torch.Generator().manual_seed(7))
+    partner = neighbor_table(index, 1)[:, 0]
+    assert (partner != np.arange(20)).all()
+    _, boxes, _ = train.edit.region_swap(
+        train.to_x(made.pictures), train.to_x(made.pictures[partner]),
+        torch.Generator().manual_seed(7))
     for i, box in enumerate(boxes.tolist()):
         left, top, right, bottom = box
         original, changed = made.pictures[i], made.manipulated[i]
