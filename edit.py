@@ -343,16 +343,25 @@ def aligned(pictures: Tensor, neighbors: Tensor, motion: str = "affine"
 
 def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.Generator
                     ) -> Tensor:
-    """Boxes (B, 4): of so many random regions the one in which pictures (B, 3, H, W) and their
-    aligned neighbours differ most per pixel. Ours: where both are plain, a swap teaches nothing.
+    """Boxes (B, 4): of so many random regions the one whose mask correlates best with where
+    pictures (B, 3, H, W) and their aligned neighbours differ. Ours: of a random region most often
+    nothing can be learned; one that holds a whole thing tells what its embedding stands for.
+
+    With D the difference summed inside, S everywhere, a the region's share of the area:
+    correlation = (D − a·S) / √(a·(1 − a)), but for a factor that is the picture's alone.
     """
     B, (height, width) = len(pictures), pictures.shape[-2:]
-    boxes = random_regions(of * B, height, width, generator)
-    masks = region_mask(boxes.to(pictures.device), height, width).view(of, B, 1, height, width)
-    difference = (pictures - warped).abs().mean(1, keepdim=True)                 # (B, 1, H, W)
-    mean = (difference * masks).sum((2, 3, 4)) / masks.sum((2, 3, 4))            # (of, B)
-    best = mean.argmax(0).to(boxes.device)
-    return boxes.view(of, B, 4)[best, torch.arange(B)]
+    boxes = random_regions(of * B, height, width, generator).view(of, B, 4)
+    difference = (pictures - warped).abs().mean(1).double().cpu()                # (B, H, W)
+    total = F.pad(difference.cumsum(1).cumsum(2), (1, 0, 1, 0))                  # (B, H+1, W+1)
+    left, top, right, bottom = boxes.unbind(2)                                   # (of, B) each
+    row = torch.arange(B)
+    inside = (total[row, bottom, right] - total[row, top, right]
+              - total[row, bottom, left] + total[row, top, left])                # (of, B)
+    share = ((right - left) * (bottom - top)).double() / (height * width)
+    excess = inside - share * total[:, -1, -1]
+    best = (excess / (share * (1 - share)).sqrt().clamp(min=1e-6)).argmax(0)     # (B,)
+    return boxes[best, row]
 
 
 def composed(pictures: Tensor, warped: Tensor, boxes: Tensor) -> Tensor:
@@ -362,7 +371,7 @@ def composed(pictures: Tensor, warped: Tensor, boxes: Tensor) -> Tensor:
                        pictures)
 
 
-def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator, of: int = 32,
+def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator, of: int = 256,
                 motion: str = "affine") -> tuple[Tensor, Tensor, Alignment]:
     """I_manip (B, 3, H, W), the regions (B, 4) and the alignment of pictures and their nearest
     neighbours, (B, 3, H, W) in one range. of: see `telling_regions`; 1 takes any region."""

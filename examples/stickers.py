@@ -310,7 +310,7 @@ def make_scenes(drawings: list[Drawing], n: int, seed: int):
         place, stays = pose(of_family), of_family.random() < 0.5
         background = str(of_family.choice(list(COLOURS)))
         may = [d for d in small_ones(props, first) if not is_kept_apart(first.concept, d.concept)]
-        chosen = rng.permutation(len(may))[:rng.choice(3, p=(0.25, 0.45, 0.3))]
+        chosen = rng.permutation(len(may))[:rng.choice(3, p=(0.1, 0.5, 0.4))]
         picture, parts = scene(first, place if stays else pose(rng), [may[j] for j in chosen],
                                background, rng)
         yield f"{i:05d}", picture, {
