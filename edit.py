@@ -429,6 +429,16 @@ def change_mask(before: Tensor, after: Tensor) -> Tensor:
     return F.avg_pool2d(F.max_pool2d(soft, 5, 1, 2), 3, 1, 1, count_include_pad=False)
 
 
+def changed_area(mask: Tensor) -> str:
+    """In words: the share of a mask (1, H, W) that is above one half, and the box around it."""
+    rows, columns = (mask[0] > 0.5).nonzero(as_tuple=True)
+    if not len(rows):
+        return "nothing changed"
+    left, top, right, bottom = (int(v) for v in (columns.min(), rows.min(), columns.max() + 1,
+                                                 rows.max() + 1))
+    return f"{len(rows) / mask[0].numel():.0%} changed, x {left} to {right}, y {top} to {bottom}"
+
+
 def paste(picture: Image.Image, result: Image.Image, mask: Image.Image) -> Image.Image:
     """A result of the model's size put back into the picture's central square, at the picture's own
     resolution; where the mask (grey, 0 … 255) is 0 the picture stays as it is, to the last bit."""
@@ -533,7 +543,10 @@ def run(args: argparse.Namespace) -> None:
         query, neighbors = (part if part is None else part[i:i + 1] for part in condition)
         found = edit_picture(model, x, query, neighbors, [args.seed + j for j in range(args.n)],
                              codec, **options)
-        masks = to_grey(change_mask(before.expand_as(found), found))
+        soft = change_mask(before.expand_as(found), found)
+        for j, part in enumerate(soft):
+            print(f"{args.text[i]}, seed {args.seed + j}: {changed_area(part)} of {size}x{size}")
+        masks = to_grey(soft)
         pictures = clip_model.to_pictures(found)
         pasted = [paste(picture, *both) for both in zip(pictures, masks)] if args.paste else []
         results.append((pictures, pasted))
