@@ -887,7 +887,7 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
         save_state(out / "state.pt", step, settings, model, ema, others)
 
     def draw_samples(step: int) -> None:
-        rows = torch.arange(12) * (len(pictures) // 12)
+        rows = torch.arange(12) * (len(pictures) // 13)      # swaps of a picture lie a fourth apart
         x0, query, neighbors = (part.to(device) for part in pictures.batch(rows))
         manipulated = {"picture": stages.picture(rows).to(device)} if what == "edit" else {}
         with autocast(device, bf16):
