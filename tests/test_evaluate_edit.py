@@ -97,6 +97,9 @@ def test_pairs_are_kept_apart_and_the_wanted_picture_shows_both(monkeypatch):
     pictures, texts, wanted = evaluate_edit.edit_pairs(10, 0)
     assert len(pictures) == len(texts) == len(wanted) == 10
     assert evaluate_edit.edit_pairs(10, 0)[1] == texts
+    apart = [(b.concept, s.concept) for b in [*big, *props] for s in props
+             if b is not s and stickers.is_kept_apart(b.concept, s.concept)]
+    assert len(evaluate_edit.edit_pairs(1000, 0)[1]) == len(apart)
     for before, after in zip(pictures, wanted):
         assert before.size == (64, 64) and before.tobytes() != after.tobytes()
     kept = evaluate_edit.kept(evaluate_edit.to_unit(pictures), evaluate_edit.to_unit(wanted))

@@ -1,12 +1,14 @@
 """weights/stickers/: what ships fits together, stays small, and says how it was made."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import clip_model
+import edit
 import index as retrieval
 import knn_diffusion
 import sample
@@ -18,7 +20,10 @@ CEILINGS = {
     "continuous.safetensors": 16,
     "vqvae.safetensors": 4,
     "discrete.safetensors": 16,
+    "edit.safetensors": 16,
+    "edit-discrete.safetensors": 16,
     "judge.safetensors": 6,
+    "judge-edit.safetensors": 6,
     "index": 14,
     "index-heldout": 3,
 }  # MB
@@ -51,7 +56,34 @@ def test_the_discrete_weights_belong_to_their_vqvae():
     assert codec.config == vqvae.PRESETS["stickers"]
 
 
-@pytest.mark.parametrize("name", ["clip", "continuous", "judge"])
+@pytest.mark.parametrize("name", ["edit", "edit-discrete"])
+def test_the_editing_weights_are_the_generators_widened(name):
+    parts = (SHIPPED / f"{name}.safetensors", SHIPPED / "clip.safetensors", SHIPPED / "index")
+    model, metadata, *_ = sample.open_all(*parts)
+    generator = "discrete" if name == "edit-discrete" else "continuous"
+    preset = knn_diffusion.load(SHIPPED / f"{generator}.safetensors")[0].config
+    assert model.config == replace(preset, edit=True)
+    commands = metadata["command"].splitlines()
+    assert commands[0].startswith(f"python train.py {generator}")
+    assert all(command.startswith("python train.py edit") for command in commands[1:])
+    if name == "edit-discrete":
+        sample.open_codec(SHIPPED / "vqvae.safetensors", model, metadata)
+
+
+def test_a_picture_and_a_text_are_all_that_editing_needs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (90, 70), "purple").save("plain.png")
+    for backbone in ("continuous", "discrete"):
+        argv = ["plain.png", "a red heart", "--n", "1", "--steps", "2", "--backbone", backbone]
+        assert edit.main([*argv, "--out", f"{backbone}.png"]) == 0
+        with Image.open(f"{backbone}.png") as picture:
+            assert json.loads(picture.text["parameters"])["texts"] == ["a red heart"]
+
+
+@pytest.mark.parametrize(
+    "name", ["clip", "continuous", "discrete", "vqvae", "edit", "edit-discrete", "judge",
+             "judge-edit"]
+)
 def test_weights_carry_the_command_that_made_them(name):
     metadata = clip_model.read_weights(SHIPPED / f"{name}.safetensors")[1]
     assert metadata["command"].startswith("python ") and int(metadata["step"]) > 0
