@@ -20,7 +20,7 @@ Shapes: B pictures, C channels, H W picture, P parameters of a warp.
 Coordinates: x to the right, y down, from the picture's centre, in units of half its longer side: so
 a warp stays the same from one level of a pyramid to the next. `to_pixels` converts to OpenCV's.
 
-    python edit.py fox.png "a red heart"             # after `train.py edit`; no weights ship yet
+    python edit.py fox.png "a red heart"
 """
 from __future__ import annotations
 
