@@ -536,6 +536,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.steps is not None and args.steps < 1 or args.n < 1 or args.seed < 0:
             raise ValueError("--steps and --n want 1 or more, --seed 0 or more")
+        if args.what == "train-judge" and args.steps < 20:
+            raise ValueError("train-judge wants 20 --steps or more")
         if args.what == "judge" and not args.singles:
             raise ValueError("judge wants --singles DIR")
         {"clip": evaluate_clip, "train-judge": train_judge, "judge": judge_folder, "table": table,

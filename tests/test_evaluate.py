@@ -162,3 +162,21 @@ def test_the_table_of_steps_draws_with_each_number_and_times_it(monkeypatch, cap
     rows = [line for line in capsys.readouterr().out.splitlines() if " ms a picture" in line]
     assert [row.split()[1] for row in rows] == ["100", "50", "25", "10"]
     assert all("| 100.0% | 100.0% |" in row for row in rows)
+
+
+@pytest.mark.parametrize("argv", [["train-judge", "--steps", "10"], ["table", "--steps", "0"],
+                                  ["judge"], ["table", "--judge", "missing.safetensors"]])
+def test_bad_input_gives_one_sentence_and_status_2(argv, capsys):
+    assert evaluate.main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_roughened_pictures_stay_in_range_and_a_third_stays_sharp():
+    """Of a checkerboard blur takes the contrast, light and grain little of it."""
+    board = (torch.arange(32)[:, None] + torch.arange(32)) % 2
+    pictures = board.float().expand(300, 3, 32, 32) * 0.6 + 0.2
+    found = evaluate.roughened(pictures, torch.Generator().manual_seed(0))
+    assert found.min() >= 0 and found.max() <= 1 and not torch.equal(found[0], found[1])
+    contrast = (found[..., board == 1].mean((1, 2)) - found[..., board == 0].mean((1, 2))) / 0.6
+    assert 0.25 < (contrast > 0.9).float().mean() < 0.45
+    assert (contrast < 0.5).float().mean() > 0.3
