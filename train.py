@@ -864,7 +864,8 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
         pictures = SwappedPictures(data, index=index, size=config.image_size, k=config.n_neighbors,
                                    seed=seed, cache=out, **swaps)
         stages = (EditContinuous(pictures, config, condition, device) if is_continuous else
-                  EditDiscrete(pictures, config, condition, device, codec, index))
+                  EditDiscrete(pictures, config, condition, device, codec,
+                               swaps["swap_index"]))
     else:
         pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
         stages = (Continuous(pictures, config, condition, device) if is_continuous else
@@ -887,7 +888,7 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
         save_state(out / "state.pt", step, settings, model, ema, others)
 
     def draw_samples(step: int) -> None:
-        rows = torch.arange(12) * (len(pictures) // 13)      # swaps of a picture lie a fourth apart
+        rows = torch.arange(12) * (len(pictures) // 13)      # a 12th could be another swap of one
         x0, query, neighbors = (part.to(device) for part in pictures.batch(rows))
         manipulated = {"picture": stages.picture(rows).to(device)} if what == "edit" else {}
         with autocast(device, bf16):
