@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     for motion in edit.MOTIONS:
         template, image, warps = pairs(motion, args.pairs)
         given = template.to(args.device), image.to(args.device)
-        found, _ = timed(edit.ecc, *given, motion)                                     # warm up
+        edit.ecc(*given, motion)                                                       # warm up
         seconds: tuple[list[float], list[float]] = ([], [])
         for _ in range(args.repeats):
             found, spent = timed(edit.ecc, *given, motion)
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
             seconds[1].append(spent)
         here, there = (1e3 * statistics.median(spent) / args.pairs for spent in seconds)
         warp = found.warp.cpu()
-        ok = [i for i, warp in enumerate(theirs) if warp is not None]
+        ok = [i for i, their_warp in enumerate(theirs) if their_warp is not None]
         same = torch.stack([to_ours(theirs[i]) for i in ok])
         rho, rho_theirs = (edit.correlation(template[ok], image[ok], each.float())
                            for each in (warp[ok], same))

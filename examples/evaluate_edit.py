@@ -46,6 +46,7 @@ from evaluate import (
     read_rows,
     report,
     roughened,
+    to_unit,
 )
 from PIL import Image
 from torch import Tensor
@@ -234,8 +235,9 @@ def table(args: argparse.Namespace) -> None:
     generator = open_maker(args, args.generator, args.index)
     before = to_unit(pictures)
     print(f"{len(texts)} pairs kept apart in {n_scenes} scenes, one result each from seed "
-          f"{args.seed}, {args.steps} steps, guidance {args.guidance_text:g} (text) "
-          f"{args.guidance_image:g} (picture), {args.weights}, {args.generator}, {args.index}.\n"
+          f"{args.seed}, {args.steps} steps (the generator 20), guidance "
+          f"{args.guidance_text:g} (text) {args.guidance_image:g} (picture), "
+          f"{args.weights}, {args.generator}, {args.index}.\n"
           f"Done's standard error is {50 / len(texts) ** 0.5:.1f} points at 50 %. "
           f"The judge {bench.accuracy}.\n")
     print("| | Kept, median | Kept ≥ 26 dB | Done | both |\n|---|---|---|---|---|")
@@ -306,12 +308,6 @@ def noise_and_denoise(maker: Maker, pictures: list[Image.Image], texts: list[str
         return found
 
     return in_batches(len(texts), draw)
-
-
-def to_unit(pictures: list[Image.Image]) -> Tensor:
-    """Pictures of the model's size → float32 (B, 3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])
-                            ).permute(0, 3, 1, 2).float() / 255
 
 
 # ---------------------------------------------------------------- the command
