@@ -334,34 +334,48 @@ def region_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 def aligned(pictures: Tensor, neighbors: Tensor, motion: str = "affine"
             ) -> tuple[Tensor, Alignment]:
     """Neighbours (B, 3, H, W) warped onto pictures of the same shape and range. One that ECC can't
-    align stays as it is."""
+    align, or only farther away than it was (by the mean absolute difference), stays as it is: a
+    seam at the region's border would tell a model where to look, and an edit has none."""
     found = ecc(grey(pictures), grey(neighbors), motion)
-    identity = torch.eye(3, device=pictures.device).expand_as(found.warp)
-    warp = torch.where(found.converged[:, None, None], found.warp, identity)
-    return warp_pictures(neighbors, warp), found
+    warped = warp_pictures(neighbors, found.warp)
+    before, after = ((pictures - each).abs().mean((1, 2, 3)) for each in (neighbors, warped))
+    is_nearer = found.converged & (after < before)
+    return torch.where(is_nearer[:, None, None, None], warped, neighbors), found
 
 
 def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.Generator
                     ) -> Tensor:
-    """Boxes (B, 4): of so many random regions the one whose mask correlates best with where
-    pictures (B, 3, H, W) and their aligned neighbours differ. Ours: of a random region most often
-    nothing can be learned; one that holds a whole thing tells what its embedding stands for.
+    """Boxes (B, 4) whose masks correlate with where pictures (B, 3, H, W) and their aligned
+    neighbours differ: of so many random regions the best, each edge then moved to where that is
+    best, twice around; of = 1 is any region. Ours: of a random region most often nothing can be
+    learned; one that holds a whole thing, and little else, tells what its embedding stands for. A
+    pixel's difference counts up to 0.25, an eighth of [-1, 1]: shapes count, not contrasts.
 
     With D the difference summed inside, S everywhere, a the region's share of the area:
     correlation = (D − a·S) / √(a·(1 − a)), but for a factor that is the picture's alone.
     """
     B, (height, width) = len(pictures), pictures.shape[-2:]
-    boxes = random_regions(of * B, height, width, generator).view(of, B, 4)
-    difference = (pictures - warped).abs().mean(1).double().cpu()                # (B, H, W)
+    difference = (pictures - warped).abs().mean(1).clamp(max=0.25)               # (B, H, W)
+    difference = difference.double().cpu()
     total = F.pad(difference.cumsum(1).cumsum(2), (1, 0, 1, 0))                  # (B, H+1, W+1)
-    left, top, right, bottom = boxes.unbind(2)                                   # (of, B) each
     row = torch.arange(B)
-    inside = (total[row, bottom, right] - total[row, top, right]
-              - total[row, bottom, left] + total[row, top, left])                # (of, B)
-    share = ((right - left) * (bottom - top)).double() / (height * width)
-    excess = inside - share * total[:, -1, -1]
-    best = (excess / (share * (1 - share)).sqrt().clamp(min=1e-6)).argmax(0)     # (B,)
-    return boxes[best, row]
+
+    def best(boxes: Tensor) -> Tensor:                                           # (n, B, 4)
+        left, top, right, bottom = boxes.unbind(2)                               # (n, B) each
+        inside = (total[row, bottom, right] - total[row, top, right]
+                  - total[row, bottom, left] + total[row, top, left])            # (n, B)
+        share = ((right - left) * (bottom - top)).double() / (height * width)
+        excess = inside - share * total[:, -1, -1]
+        score = excess / (share * (1 - share)).clamp(min=1e-9).sqrt()
+        return boxes[score.where((right > left) & (bottom > top), -math.inf).argmax(0), row]
+
+    boxes = best(random_regions(of * B, height, width, generator).view(of, B, 4))
+    for edge in (0, 1, 2, 3) * 2 if of > 1 else ():
+        places = torch.arange((height if edge % 2 else width) + 1)
+        moved = boxes.repeat(1 + len(places), 1, 1)                              # itself, then all
+        moved[1:, :, edge] = places[:, None]
+        boxes = best(moved)
+    return boxes
 
 
 def composed(pictures: Tensor, warped: Tensor, boxes: Tensor) -> Tensor:

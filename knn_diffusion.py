@@ -17,8 +17,6 @@ embeddings (kNN-Diffusion Sec. 3):
 
 Shapes: B batch, C channels, H W picture, L image tokens (h·w), D width of the condition, E CLIP
 dimension, K neighbours, T steps. Pictures are in [-1, 1]. t is the step: 1 … T; x_0 is the picture.
-
-Left out so far: editing.
 """
 from __future__ import annotations
 

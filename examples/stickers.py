@@ -252,14 +252,17 @@ def pose(rng: np.random.Generator) -> tuple[int, tuple[float, float]]:
 def scene(big: Drawing, place: tuple[int, tuple[float, float]], small: list[Drawing],
           background: str, rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
     """A big sticker with small ones at its sides, the first where there is more room; every part's
-    concept, style and box."""
+    concept, style and box.
+
+    A small one stands at one of six heights, 8 pixels apart: the stickers' U-Net sees 4x4 pixels as
+    one place, and would have to learn every drawing again for each of the 16 ways to lie in them.
+    """
     canvas = Image.new("RGBA", (SIZE, SIZE), (*COLOURS[background], 255))
     boxes = [paste(canvas, big.ink, *place)]
     is_left = place[1][0] > SIZE / 2
     for j, drawing in enumerate(small):
         x = 12 if is_left == (j % 2 == 0) else SIZE - 12
-        boxes.append(paste(canvas, drawing.ink, int(rng.integers(20, 26)),
-                           (x + rng.uniform(-2, 2), rng.uniform(12, SIZE - 12))))
+        boxes.append(paste(canvas, drawing.ink, 22, (x, 12 + 8 * int(rng.integers(6)))))
     parts = [{"concept": d.concept, "style": d.style, "box": box, "captions": d.names}
              for d, box in zip([big, *small], boxes)]
     return canvas.convert("RGB"), parts
@@ -297,9 +300,10 @@ def scene_captions(parts: list[dict], background: str) -> list[str]:
 def make_scenes(drawings: list[Drawing], n: int, seed: int):
     """Yield (file stem, picture, row) for n scenes; the held-out corner is in none of them.
 
-    They come in families of four, the same big sticker on the same background with other small
-    ones, in half of them at the same place: among pictures by the million, each has such a nearest
-    neighbour. Every big sticker has its family before one has a second.
+    They come in families of four, the same big sticker on the same background, once alone and
+    with other small ones, in four of five families at the same places: among pictures by the
+    million, each has such a nearest neighbour. Every big sticker has its family before one has a
+    second.
     """
     big = big_ones(drawings)
     props = [d for d in drawings if d.concept in PROPS]
@@ -307,12 +311,12 @@ def make_scenes(drawings: list[Drawing], n: int, seed: int):
     for i in range(n):
         of_family, rng = generator(seed, "family", i // 4), generator(seed, "scene", i)
         first = big[order[i // 4 % len(big)]]
-        place, stays = pose(of_family), of_family.random() < 0.5
+        place, stays = pose(of_family), of_family.random() < 0.8
         background = str(of_family.choice(list(COLOURS)))
         may = [d for d in small_ones(props, first) if not is_kept_apart(first.concept, d.concept)]
-        chosen = rng.permutation(len(may))[:rng.choice(3, p=(0.1, 0.5, 0.4))]
-        picture, parts = scene(first, place if stays else pose(rng), [may[j] for j in chosen],
-                               background, rng)
+        chosen = rng.permutation(len(may))[:rng.choice(2, p=(0.6, 0.4)) + 1 if i % 4 else 0]
+        where = (place, of_family) if stays else (pose(rng), rng)
+        picture, parts = scene(first, where[0], [may[j] for j in chosen], background, where[1])
         yield f"{i:05d}", picture, {
             "concept": first.concept, "style": first.style, "background": background,
             "category": first.category, "captions": scene_captions(parts, background),

@@ -91,9 +91,21 @@ def test_scenes_come_in_families_and_keep_pairs_apart():
     families = [rows[i:i + 4] for i in range(0, 400, 4)]
     for family in families:
         assert len({(row["concept"], row["background"]) for row in family}) == 1
+        assert [len(row["parts"]) > 1 for row in family] == [False, True, True, True]
     assert len({family[0]["concept"] for family in families[:32]}) == 32      # each has its turn
     places = [len({tuple(row["parts"][0]["box"]) for row in family}) for family in families]
-    assert 30 < sum(n == 1 for n in places) < 70
+    assert 65 < sum(n == 1 for n in places) < 95
+    # a small drawing lies in 4x4 pixels in one way only, at six heights
+    for concept in {small for _, small in met}:
+        corners = {tuple(part["box"][:2]) for row in rows for part in row["parts"][1:]
+                   if part["concept"] == concept}
+        assert len({(left % 4, top % 4) for left, top in corners}) == 1
+        assert len({top for _, top in corners}) <= 6
+    # where a family keeps its places, its small ones stand in two of them at most
+    for family, n in zip(families, places):
+        centres = {(left + right, top + bottom) for row in family for left, top, right, bottom in
+                   (part["box"] for part in row["parts"][1:])}
+        assert n > 1 or len(centres) <= 2
     small = stickers.small_ones([*props, *big], props[0])
     assert len(small) == 19                                  # kept apart or not, never itself
 
