@@ -1,7 +1,7 @@
 """Editing without a mask (kNN-Diffusion Sec. 3.3): the region swap that training needs, and the
 command that edits a picture from a text.
 
-A picture I, a random region M of it, and the picture's nearest neighbour, aligned:
+A picture I, a region M of it where it differs from its nearest neighbour, and that, aligned:
 
     I_manip = I · (1 − M) + warp(neighbour) · M
 
@@ -15,7 +15,8 @@ The alignment is ECC (Evangelidis & Psarakis, PAMI 2008): the warp p that maximi
 of the template I (ī_r) and the warped neighbour (ī_w), both with their mean taken off, over the
 pixels that both have. It does not mind brightness and contrast.
 
-Shapes: B pictures, C channels, H W picture, P parameters of a warp.
+Shapes: B pictures, C channels, H W picture, N = H·W its pixels, P parameters of a warp; E CLIP
+dimension, K neighbours.
 
 Coordinates: x to the right, y down, from the picture's centre, in units of half its longer side: so
 a warp stays the same from one level of a pyramid to the next. `to_pixels` converts to OpenCV's.
@@ -205,21 +206,21 @@ def masked_rho(i_r: Tensor, i_w: Tensor) -> Tensor:
 
 def ecc_step(motion: str, warp: Tensor, i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor,
              x: Tensor, y: Tensor) -> Tensor:
-    """One Gauss-Newton step of the parameters, (B, P) (the paper's Sec. 4, forward additive).
+    """One Gauss-Newton step of the parameters, (B, P) (Evangelidis & Psarakis, forward additive).
 
-    G is the Jacobian, H = GᵀG, P = G H⁻¹ Gᵀ its projection, a = Gᵀi_w, b = Gᵀi_r. Linearised,
-    ρ is largest at Δp = H⁻¹Gᵀ(λ i_r − i_w) with
+    G is the Jacobian (N, P), here transposed, H = GᵀG, a = Gᵀi_w, b = Gᵀi_r. Linearised, ρ is
+    largest at Δp = H⁻¹Gᵀ(λ i_r − i_w) with
 
         λ = (‖i_w‖² − aᵀH⁻¹a) / (i_rᵀi_w − bᵀH⁻¹a)          where the denominator is positive, else
         λ = max(√(aᵀH⁻¹a / bᵀH⁻¹b), (bᵀH⁻¹a − i_rᵀi_w) / bᵀH⁻¹b).
     """
-    G = jacobian(motion, warp, gx, gy, x, y)                                     # (B, P, N)
+    Gt = jacobian(motion, warp, gx, gy, x, y)                                    # (B, P, N)
     # Small systems, badly scaled for a homography: solved in float64, with a little on the
     # diagonal, so that a picture without edges gives no step and no error.
-    H = (G @ G.transpose(1, 2)).double()                                         # (B, P, P)
+    H = (Gt @ Gt.transpose(1, 2)).double()                                         # (B, P, P)
     scale = H.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None]
     H = H + 1e-9 * scale * torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
-    a, b = ((G @ i[:, :, None]).double() for i in (i_w, i_r))                    # (B, P, 1)
+    a, b = ((Gt @ i[:, :, None]).double() for i in (i_w, i_r))                    # (B, P, 1)
     Ha, Hb = torch.linalg.solve(H, torch.cat([a, b], 2)).split(1, dim=2)
     aHa, bHa, bHb = ((p * q).sum((1, 2)) for p, q in ((a, Ha), (b, Ha), (b, Hb)))
     cross = (i_r * i_w).sum(1).double()
@@ -241,7 +242,7 @@ def ecc(template: Tensor, image: Tensor, motion: str = "affine", iterations: int
     start: warps (B, 3, 3), identity by default. Coarse to fine over at most `levels` levels, each
     half as large, none below 16 pixels; at each, up to `iterations` steps a pair, until ρ changes
     by less than eps: then the pair leaves the batch. A pair that nothing improves keeps its start
-    and counts as not converged, as does one that never settles or has no edge.
+    and counts as not converged, be the start right; as does one that never settles or has no edge.
     Raises ValueError for shapes or names that do not fit.
     """
     if motion not in MOTIONS:
@@ -334,22 +335,26 @@ def region_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 def aligned(pictures: Tensor, neighbors: Tensor, motion: str = "affine"
             ) -> tuple[Tensor, Alignment]:
     """Neighbours (B, 3, H, W) warped onto pictures of the same shape and range. One that ECC can't
-    align, or only farther away than it was (by the mean absolute difference), stays as it is: a
-    seam at the region's border would tell a model where to look, and an edit has none."""
+    align, or only farther away than it was (by the mean absolute difference), stays as it is, its
+    warp the identity: a seam at the region's border would tell a model where to look, and an edit
+    has none."""
     found = ecc(grey(pictures), grey(neighbors), motion)
     warped = warp_pictures(neighbors, found.warp)
     before, after = ((pictures - each).abs().mean((1, 2, 3)) for each in (neighbors, warped))
-    is_nearer = found.converged & (after < before)
-    return torch.where(is_nearer[:, None, None, None], warped, neighbors), found
+    is_nearer = (found.converged & (after < before))[:, None, None]
+    warp = torch.where(is_nearer, found.warp, torch.eye(3, device=pictures.device))
+    warped = torch.where(is_nearer[..., None], warped, neighbors)
+    return warped, Alignment(warp, found.rho, found.converged)
 
 
 def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.Generator
                     ) -> Tensor:
     """Boxes (B, 4) whose masks correlate with where pictures (B, 3, H, W) and their aligned
     neighbours differ: of so many random regions the best, each edge then moved to where that is
-    best, twice around; of = 1 is any region. Ours: of a random region most often nothing can be
-    learned; one that holds a whole thing, and little else, tells what its embedding stands for. A
-    pixel's difference counts up to 0.25, an eighth of [-1, 1]: shapes count, not contrasts.
+    best, twice around, be the box as small as it will; of = 1 is any region. Ours: of a random
+    region most often nothing can be learned; one that holds a whole thing, and little else, tells
+    what its embedding stands for. A pixel's difference counts up to 0.25, an eighth of [-1, 1]:
+    shapes count, not contrasts.
 
     With D the difference summed inside, S everywhere, a the region's share of the area:
     correlation = (D − a·S) / √(a·(1 − a)), but for a factor that is the picture's alone.
@@ -372,9 +377,9 @@ def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.
     boxes = best(random_regions(of * B, height, width, generator).view(of, B, 4))
     for edge in (0, 1, 2, 3) * 2 if of > 1 else ():
         places = torch.arange((height if edge % 2 else width) + 1)
-        moved = boxes.repeat(1 + len(places), 1, 1)                              # itself, then all
-        moved[1:, :, edge] = places[:, None]
-        boxes = best(moved)
+        candidates = boxes.repeat(1 + len(places), 1, 1)                         # itself, then all
+        candidates[1:, :, edge] = places[:, None]
+        boxes = best(candidates)
     return boxes
 
 
@@ -388,7 +393,7 @@ def composed(pictures: Tensor, warped: Tensor, boxes: Tensor) -> Tensor:
 def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator, of: int = 256,
                 motion: str = "affine") -> tuple[Tensor, Tensor, Alignment]:
     """I_manip (B, 3, H, W), the regions (B, 4) and the alignment of pictures and their nearest
-    neighbours, (B, 3, H, W) in one range. of: see `telling_regions`; 1 takes any region."""
+    neighbours, (B, 3, H, W) in [-1, 1]. of: see `telling_regions`; 1 takes any region."""
     warped, found = aligned(pictures, neighbors, motion)
     boxes = telling_regions(pictures, warped, of, generator)
     return composed(pictures, warped, boxes), boxes, found
@@ -418,9 +423,9 @@ def edit_picture(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, x: 
                  codec: vqvae.VQVAE | None = None, **options) -> Tensor:
     """One edited picture a seed, float32 (B, 3, H, W) in [-1, 1].
 
-    x: the picture (1, 3, H, W), of the model's size; query (1, E) and neighbors (1, K, E): the
-    condition; or one of each a seed. `options` go to `knn_diffusion.sample`, or with a `codec`, for
-    a transformer, to `sample_tokens`.
+    x: the picture (1, 3, H, W) in [-1, 1], of the model's size; query (1, E) and neighbors
+    (1, K, E), unit-norm: the condition; or (B, ...), one of each a seed. `options` go to
+    `knn_diffusion.sample`, or with a `codec`, for a transformer, to `sample_tokens`.
     """
     n = len(seeds)
     given = codec.encode(x) if codec else x
@@ -495,8 +500,9 @@ def main(argv: list[str] | None = None) -> int:
                         help="sampling steps (default: continuous 20, discrete 25)")
     parser.add_argument("--guidance-text", type=float, default=2.0, metavar="S_T")
     parser.add_argument("--guidance-image", type=float, default=1.0, metavar="S_I")
-    parser.add_argument("--start", type=float, default=1.0, metavar="T", help="continuous: begin "
-                        "at this share of the noise, from the picture (default 1: noise alone)")
+    parser.add_argument("--start", type=float, default=1.0, metavar="SHARE", help="continuous: "
+                        "begin at this share of the T steps, from the picture noised so far "
+                        "(default 1: noise alone)")
     parser.add_argument("--paste", action=argparse.BooleanOptionalAction, default=False,
                         help="put results back at the picture's own resolution, changed places "
                              "only: OUT-000-00.png, ... beside OUT")

@@ -230,7 +230,7 @@ def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "bo
     """Which samples lose their query, their neighbours and the picture to edit: three bool (B,).
 
     As `draw_drops`; and half of those that lose the whole condition lose the picture with it. So
-    sampling has e(∅,∅), e(I,∅) and e(I,T) apart, all that its formula asks for.
+    the formula's e(∅,∅), e(I,∅) and e(I,T) are all trained; the picture is never dropped alone.
     """
     drop_query, drop_neighbors = draw_drops(batch, generator, condition)
     drop_picture = torch.rand(batch, generator=generator) < 0.5

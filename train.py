@@ -726,21 +726,25 @@ class SwappedPictures:
 
     The condition is the *original* region's embedding and its neighbours in the ordinary index. No
     text is read, and CLIP runs here once: what it says is cached in `cache`, swaps-<digest>.npz,
-    named after the pictures, the CLIP, the indexes and the numbers below.
+    named after the pictures, their partners, the CLIP, the index, the numbers below and the rule.
     """
+
+    RULE = 3                    # one more whenever edit.region_swap changes: older caches are stale
 
     def __init__(self, folder: Path, swap_index: Index, index: Index, clip: clip_model.CLIP,
                  size: int, k: int, per_picture: int, seed: int, cache: Path) -> None:
         check_same_files(folder, swap_index)
         self.index, self.pictures = index, read_pictures(folder, swap_index.paths, size)
+        self.partner = neighbor_table(swap_index, 1)[:, 0]                 # (N,), never itself
         digest = hashlib.sha256(json.dumps(
-            [size, k, per_picture, seed, clip.fingerprint(), len(index)]).encode())
-        for array in (self.pictures, np.ascontiguousarray(index.embeddings)):
+            [self.RULE, size, k, per_picture, seed, clip.fingerprint(), len(index)]).encode())
+        for array in (self.pictures, np.ascontiguousarray(self.partner),
+                      np.ascontiguousarray(index.embeddings)):
             digest.update(array)
         path = cache / f"swaps-{digest.hexdigest()[:16]}.npz"
         if not path.is_file():
             cache.mkdir(parents=True, exist_ok=True)
-            made = self.make(swap_index, clip, k, per_picture, seed)
+            made = self.make(clip, k, per_picture, seed)
             part = path.with_suffix(".part")
             with open(part, "wb") as file:
                 np.savez(file, **made)
@@ -749,27 +753,29 @@ class SwappedPictures:
             self.manipulated, self.queries, self.neighbors = (
                 found[name] for name in ("manipulated", "queries", "neighbors"))
 
-    def make(self, swap_index: Index, clip: clip_model.CLIP, k: int, per_picture: int, seed: int
+    def make(self, clip: clip_model.CLIP, k: int, per_picture: int, seed: int
              ) -> dict[str, np.ndarray]:
         """I_manip uint8 (M, H, W, 3), the regions' embeddings float16 (M, E), their neighbours'
         rows int32 (M, k); M = per_picture·N, pictures in turn."""
         generator = torch.Generator().manual_seed(seed)
-        partner = neighbor_table(swap_index, 1)[:, 0]                      # (N,), never itself
         N, size = self.pictures.shape[:2]
-        manipulated, queries, failed = [], [], 0
+        manipulated, queries, failed, moved = [], [], 0, 0
         for _ in range(per_picture):
             for start in range(0, N, 256):
                 rows = np.arange(start, min(start + 256, N))
                 x, boxes, found = edit.region_swap(
-                    to_x(self.pictures[rows]), to_x(self.pictures[partner[rows]]), generator)
+                    to_x(self.pictures[rows]), to_x(self.pictures[self.partner[rows]]),
+                    generator)
                 failed += int((~found.converged).sum())
+                moved += int((found.warp != torch.eye(3)).flatten(1).any(1).sum())
                 manipulated.append(np.stack([np.asarray(p) for p in clip_model.to_pictures(x)]))
                 crops = [Image.fromarray(self.pictures[row]).crop(
                     edit.region_crop(tuple(box), size, size))
                     for row, box in zip(rows, boxes.tolist())]
                 queries.append(clip.embed_pictures(crops).cpu())
         queries = torch.cat(queries)
-        print(f"{len(queries)} swaps, {failed} unaligned (ECC did not converge)", flush=True)
+        print(f"{len(queries)} swaps: {moved} neighbours aligned, {len(queries) - moved} left as "
+              f"they were ({failed} where ECC did not converge, else no nearer)", flush=True)
         return {"manipulated": np.concatenate(manipulated), "queries": queries.half().numpy(),
                 "neighbors": self.index.search(queries, k)[1].numpy().astype(np.int32)}
 
@@ -832,7 +838,7 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
     `swaps` (swap_index, clip, per_picture: see `SwappedPictures`), from weights. condition: "both",
     or "query" for the paper's no-kNN model, whose neighbours are always null ("neighbors" blinds
     the query instead). Weights to start from keep their own sizes; a U-Net's target is from now on
-    config's.
+    config's, but for editing.
     """
     torch.manual_seed(seed)
     weights = out / f"{what}.safetensors" if resume else init
@@ -946,7 +952,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
-    parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh")
+    parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh (edit: "
+                        "default the shipped continuous ones, whose sizes and k it keeps)")
     parser.add_argument("--minutes", type=float, help="stop after this long, state written")
     parser.add_argument("--index", type=Path, default=shipped / "index",
                         help="both backbones: the index of the pictures in --data; edit: the one "
@@ -956,7 +963,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--swaps", type=int, default=4, metavar="N",
                         help="edit: swaps made of each picture (default 4)")
     parser.add_argument("--vqvae", type=Path, default=shipped / "vqvae.safetensors",
-                        help="discrete: what makes the tokens")
+                        help="discrete, and edit from discrete weights: what makes the tokens")
     parser.add_argument("--clip", type=Path, help="edit: embeds the regions (default: the "
                         "stickers'); both backbones: refuse an index of another CLIP; training "
                         "itself runs none")

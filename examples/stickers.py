@@ -251,17 +251,17 @@ def pose(rng: np.random.Generator) -> tuple[int, tuple[float, float]]:
 
 def scene(big: Drawing, place: tuple[int, tuple[float, float]], small: list[Drawing],
           background: str, rng: np.random.Generator) -> tuple[Image.Image, list[dict]]:
-    """A big sticker with small ones at its sides, the first where there is more room; every part's
-    concept, style and box.
+    """A big sticker with small ones at its sides, the first of them where there is more room; every
+    part's concept, style and box. place: the big one's longest side and centre, in pixels.
 
     A small one stands at one of six heights, 8 pixels apart: the stickers' U-Net sees 4x4 pixels as
     one place, and would have to learn every drawing again for each of the 16 ways to lie in them.
     """
     canvas = Image.new("RGBA", (SIZE, SIZE), (*COLOURS[background], 255))
     boxes = [paste(canvas, big.ink, *place)]
-    is_left = place[1][0] > SIZE / 2
+    room_is_left = place[1][0] > SIZE / 2
     for j, drawing in enumerate(small):
-        x = 12 if is_left == (j % 2 == 0) else SIZE - 12
+        x = 12 if room_is_left == (j % 2 == 0) else SIZE - 12
         boxes.append(paste(canvas, drawing.ink, 22, (x, 12 + 8 * int(rng.integers(6)))))
     parts = [{"concept": d.concept, "style": d.style, "box": box, "captions": d.names}
              for d, box in zip([big, *small], boxes)]

@@ -1,5 +1,6 @@
 """examples/evaluate_edit.py: what counts as changed, kept and done."""
 
+import itertools
 import math
 
 import evaluate_edit
@@ -97,9 +98,14 @@ def test_pairs_are_kept_apart_and_the_wanted_picture_shows_both(monkeypatch):
     pictures, texts, wanted = evaluate_edit.edit_pairs(10, 0)
     assert len(pictures) == len(texts) == len(wanted) == 10
     assert evaluate_edit.edit_pairs(10, 0)[1] == texts
-    apart = [(b.concept, s.concept) for b in [*big, *props] for s in props
-             if b is not s and stickers.is_kept_apart(b.concept, s.concept)]
+    # a prop's own picture is asked for nothing: as a small one it may stand beside any other
+    apart = [(b.concept, s.concept) for b in big for s in props
+             if stickers.is_kept_apart(b.concept, s.concept)]
     assert len(evaluate_edit.edit_pairs(1000, 0)[1]) == len(apart)
+    rows = [row for _, _, row in stickers.make_scenes([*props, *big], 400, 0)]
+    met = {frozenset(pair) for row in rows
+           for pair in itertools.combinations([part["concept"] for part in row["parts"]], 2)}
+    assert len(met) > 200 and not met & {frozenset(pair) for pair in apart}
     for before, after in zip(pictures, wanted):
         assert before.size == (64, 64) and before.tobytes() != after.tobytes()
     kept = evaluate_edit.kept(evaluate_edit.to_unit(pictures), evaluate_edit.to_unit(wanted))
@@ -123,3 +129,8 @@ def test_an_older_rendering_is_refused(tmp_path):
 def test_bad_input_gives_one_sentence_and_status_2(argv, capsys):
     assert evaluate_edit.main(argv) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_count_by_text_starts_with_the_most_frequent():
+    texts, done = ["a ring", "a drum", "a drum"], torch.tensor([False, True, False])
+    assert evaluate_edit.by_text(texts, done) == "a drum 1 of 2, a ring 0 of 1"
