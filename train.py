@@ -952,8 +952,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--lr", type=float, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
-    parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh (edit: "
-                        "default the shipped continuous ones, whose sizes and k it keeps)")
+    parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh; "
+                        "edit keeps their sizes and k (default: the shipped continuous ones)")
     parser.add_argument("--minutes", type=float, help="stop after this long, state written")
     parser.add_argument("--index", type=Path, default=shipped / "index",
                         help="both backbones: the index of the pictures in --data; edit: the one "
