@@ -346,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance-text", type=float, default=2.0)
     parser.add_argument("--guidance-image", type=float, default=1.0)
     parser.add_argument("--strengths", type=float, nargs="+", metavar="S",
-                        default=[0.1, 0.2, 0.3, 0.4, 0.6], help="of noise-and-denoise")
+                        default=[0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6], help="of noise-and-denoise")
     parser.add_argument("--scenes", type=int, default=20000, help="train-judge: scenes to render")
     parser.add_argument("--steps", type=int, help="of sampling (default: as edit.py), or of the "
                         "judge (800)")
