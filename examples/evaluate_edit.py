@@ -245,25 +245,24 @@ def table(args: argparse.Namespace) -> None:
           f"Done's standard error is {50 / len(texts) ** 0.5:.1f} points at 50 %. "
           f"The judge {bench.accuracy}.\n")
     print("| | Kept, median | Kept ≥ 26 dB | Done | both |\n|---|---|---|---|---|")
-    measured: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def row(label: str, results: list[Image.Image]) -> float:
-        psnr, done = measured[label] = measure(bench, before, to_unit(results), texts)
+    def row(label: str, results: list[Image.Image]) -> tuple[float, Tensor]:
+        psnr, done = measure(bench, before, to_unit(results), texts)
         middle = psnr.median().item()
         print(f"| {label} | {middle:.1f} dB | {(psnr >= 26).float().mean():.1%} | "
               f"{done.float().mean():.1%} | {(done & (psnr >= 26)).float().mean():.1%} |",
               flush=True)
-        return middle
+        return middle, done
 
     results = edited(ours, pictures, texts, args)
-    our_kept = row("edit.py", results)
+    our_kept, our_done = row("edit.py", results)
     if args.out:
         clip_model.grid([pictures, results, wanted], 64).save(args.out)
 
     def denoised(strength: float) -> list[Image.Image]:
         return noise_and_denoise(generator, pictures, texts, strength, args)
 
-    found = {strength: row(f"noise and denoise, strength {strength:g}", denoised(strength))
+    found = {strength: row(f"noise and denoise, strength {strength:g}", denoised(strength))[0]
              for strength in args.strengths}
     strength = with_kept(found, our_kept)
     if strength not in found:
@@ -274,7 +273,7 @@ def table(args: argparse.Namespace) -> None:
     if ours.codec:
         row("the picture through the VQ-VAE", in_batches(len(pictures), lambda part:
             ours.codec.decode(ours.codec.encode(2 * before[part] - 1))))
-    print("\nDone by edit.py: " + by_text(texts, measured["edit.py"][1]))
+    print("\nDone by edit.py: " + by_text(texts, our_done))
 
 
 def by_text(texts: list[str], done: Tensor) -> str:
