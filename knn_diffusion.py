@@ -694,12 +694,16 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
 #     q(x_t | x_{t−1}):   itself α_t + β_t,   another code β_t each,   MASK γ_t;   α + Vβ + γ = 1
 #
 # The steps' products have a closed form. A token was let alone in all steps with ᾱ_t = ∏ α_i and
-# not masked in any with 1 − γ̄_t = ∏ (1 − γ_i); in between it is any code, β̄_t each:
+# not masked in any with 1 − γ̄_t = ∏ (1 − γ_i); else, replaced at least once and never masked, it is
+# any code alike, β̄_t = (1 − ᾱ_t − γ̄_t) / V each:
 #
 #     q(x_t | x_0):       x_0 itself ᾱ_t + β̄_t,   another code β̄_t,   MASK γ̄_t;   ᾱ + Vβ̄ + γ̄ = 1
 #
 # From any s to any later t it is the same form with ᾱ_t/ᾱ_s and (1 − γ̄_t)/(1 − γ̄_s) in place of the
 # products: one function serves every stride. t runs 1 … T, t = 0 is the picture.
+#
+# In this half: L tokens in l places of the transformer (one each where `patch` is 1), V codes, v
+# one of them, D the transformer's width, M = 1 + K condition tokens, s a step before t.
 
 LOG_ZERO = -70.0                   # the one floor of log probabilities: e^-70 is about 4e-31
 
@@ -735,8 +739,7 @@ class TransformerConfig:
 
 DISCRETE_PRESETS = {
     "paper": TransformerConfig(),
-    "gpu": TransformerConfig(image_size=128, tokens_a_side=16, n_codes=1024, width=512, layers=16,
-                             heads=8),
+    "gpu": TransformerConfig(tokens_a_side=16, n_codes=1024, width=512, layers=16, heads=8),
     "stickers": TransformerConfig(image_size=64, tokens_a_side=16, n_codes=512, embed_dim=256,
                                   patch=2, width=192, layers=4, heads=6, condition_width=192,
                                   query_map=48, query_hidden=1024),
@@ -766,6 +769,7 @@ class MaskSchedule:
         self.alpha_bar, self.gamma_bar = alpha_bar, gamma_bar              # (T+1,)
         self.beta_bar = (1 - alpha_bar - gamma_bar) / n_codes
         assert (alpha_bar.diff() < 0).all() and (gamma_bar.diff() > 0).all()
+        # β_t ≥ 0 in every step: (1 − γ̄)/ᾱ = 1 + Vβ̄/ᾱ may not fall.
         assert (self.beta_bar >= 0).all() and ((self.beta_bar / alpha_bar).diff() > -1e-18).all()
 
     def between(self, s: int | Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -793,7 +797,8 @@ def one_hot_log(x0: Tensor, n_codes: int) -> Tensor:
 
 def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
                   ) -> Tensor:
-    """log p(x_s | x_t) = log Σ_v q(x_s | x_t, x_0 = v) p(x_0 = v), for any s < t.
+    """log p(x_s | x_t) = log Σ_v q(x_s | x_t, x_0 = v) p(x_0 = v), for any s < t (VQ-Diffusion
+    Eq. 5 and 11).
 
     log_x0: log p(x_0) (B, L, V), normalised; xt: int64 (B, L); t, s: int64 (B,). Returns float32
     (B, L, V+1), MASK last. With a one-hot log_x0 it is the true posterior q(x_s | x_t, x_0).
@@ -840,7 +845,7 @@ class AdaLayerNorm(nn.Module):
         super().__init__()
         self.modulation = nn.Linear(width, 2 * width)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:                  # (B, L, D), (B, D)
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:                  # (B, l, D), (B, D)
         scale, shift = self.modulation(time)[:, None].chunk(2, dim=-1)
         return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype) * (1 + scale) + shift
 
@@ -859,13 +864,13 @@ class TokenBlock(nn.Module):
         self.condition_kv = nn.Linear(config.condition_width, 2 * D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), QuickGELU(), nn.Linear(4 * D, D))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:           # (B, L or M, D) each
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:           # (B, l or M, D) each
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        return attention(q, k, v).transpose(1, 2).flatten(2)               # (B, L, D)
+        return attention(q, k, v).transpose(1, 2).flatten(2)               # (B, l, D)
 
     def forward(self, x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
         x = x + self.out_self(self.attend(*self.to_qkv(self.norm_self(x, time)).chunk(3, dim=-1)))
-        k, v = self.condition_kv(tokens).chunk(2, dim=-1)                  # (B, 1+K, D)
+        k, v = self.condition_kv(tokens).chunk(2, dim=-1)                  # (B, M, D)
         x = x + self.out_cross(self.attend(self.to_q(self.norm_cross(x, time)), k, v))
         return x + self.mlp(self.norm_mlp(x))
 
@@ -941,7 +946,8 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
     Ours: the same number without the two tables (B, L, V+1), in a third of the time. Write q as p,
     with all mass on x_0: what x_t says of x_s, q(x_t | x_s), stands in both and cancels,
         q_c / p_c = G_c / F_c,  F_c = ᾱ_s w_c + β̄_s W,  G_c = (ᾱ_s [c = x_0] + β̄_s) / q(x_t | x_0),
-    and for MASK q = p = γ̄_s / γ̄_t. q is the same for all codes, q_o, but x_0's and x_t's own, so
+    and MASK adds nothing: q = p, γ̄_s / γ̄_t where x_t is MASK, else 0. q is the same for all codes,
+    q_o, but x_0's and x_t's own, so
         KL = Σ_c q_c (log G_c − log F_c) = q_o Σ_c (log G_o − log F_c) + the corrections of the two.
     """
     V = schedule.n_codes
@@ -967,7 +973,7 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
     # p: w = p(v) / q(x_t | v), the same divisor for all v but x_t; r = w / W.
     divisor = torch.where(is_masked, gamma_t, beta_t).log().to(log_x0)     # (B, L)
     at_xt = torch.where(is_masked, 0, (beta_t / (alpha_t + beta_t)).log()).to(log_x0)
-    log_w = log_x0.scatter_add(-1, at, at_xt[..., None])                   # (B, L, V), + divisor
+    log_w = log_x0.scatter_add(-1, at, at_xt[..., None])                   # log (w · divisor)
     log_r = log_w.log_softmax(-1)
     log_W = (log_w.gather(-1, at) - log_r.gather(-1, at))[..., 0] - divisor           # (B, L)
     floor = beta_s.clamp(min=math.exp(LOG_ZERO)).to(log_x0)[..., None]
@@ -991,7 +997,7 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
                   ) -> tuple[Tensor, Tensor]:
     """The variational term and the auxiliary one of each sample, nats a token: two (B,).
 
-    KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion Eq. 6 to 8; at t = 1 q is certain and
+    KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 q is certain and
     this is −log p(x_0 | x_1). Then −log p(x_0 | x_t), which teaches x_0 at once, with the code's
     adaptive weight 2 − (t−1)/T. Neither is divided by the probability of t yet: see `TimeSampler`.
     """
@@ -1003,10 +1009,12 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
 
 
 class TimeSampler:
-    """Steps t drawn in proportion to √E[loss²], so that each counts alike (2102.09672 Sec. 3.3).
+    """Steps t drawn in proportion to √E[loss²], where the sum over t is least noisy (2102.09672
+    Sec. 3.3).
 
     As VQ-Diffusion's code has it: a running mean of 0.9 and 0.1; t = 1 takes the value of t = 2;
-    uniform until every t was seen ten times.
+    uniform until every t was seen more than ten times. Ours: the mean begins at the first value,
+    not at 0.
     """
 
     def __init__(self, T: int) -> None:
@@ -1055,8 +1063,10 @@ def denoise_tokens(model: TokenTransformer, xt: Tensor, t: int, query: Tensor | 
     log p = log p_u + guidance·(log p_c − log p_u), renormalised (Improved VQ-Diffusion,
     2205.16007).
     truncation r < 1 keeps the most likely codes, those with less than r of mass before them
-    (VQ-Diffusion Sec. 4.3), and so always one.
+    (VQ-Diffusion's), and so always one. Raises ValueError unless 0 < r ≤ 1.
     """
+    if not 0 < truncation <= 1:
+        raise ValueError(f"truncation is {truncation}, wanted more than 0, at most 1")
     steps = torch.full((len(xt),), t, device=xt.device)
 
     def call(query: Tensor | None, neighbors: Tensor | None, picture: Tensor | None) -> Tensor:
@@ -1073,9 +1083,14 @@ def denoise_tokens(model: TokenTransformer, xt: Tensor, t: int, query: Tensor | 
     return log_p
 
 
+def gumbel(u: Tensor) -> Tensor:
+    """−log(−log u): Gumbel noise from uniform numbers."""
+    return -(-u.clamp(1e-20, 1 - 1e-7).log()).log()
+
+
 def gumbel_max(log_p: Tensor, u: Tensor) -> Tensor:
-    """A draw from exp(log_p) along the last axis: arg-max of log p − log(−log u), u uniform."""
-    return (log_p - (-u.clamp(1e-20, 1 - 1e-7).log()).log()).argmax(-1)
+    """A draw from exp(log_p) along the last axis: the arg-max with Gumbel noise on it."""
+    return (log_p + gumbel(u)).argmax(-1)
 
 
 def uniform_source(seeds: list[int], device: torch.device | str = "cpu"
@@ -1089,7 +1104,8 @@ def uniform_source(seeds: list[int], device: torch.device | str = "cpu"
 
 def ancestral(predict: Callable[[Tensor, int], Tensor], schedule: MaskSchedule, times: list[int],
               length: int, uniform: Callable[..., Tensor]) -> Iterator[Tensor]:
-    """x_T from the prior (β̄_T a code, the rest MASK), then x_s from p(x_s | x_t) along `times`."""
+    """x_T from the prior: MASK with γ̄_T, else any code alike (what is left of ᾱ_T among them). Then
+    x_s from p(x_s | x_t) along `times`."""
     V = schedule.n_codes
     u, v = uniform(2, length).unbind(1)                                    # (B, L) each
     is_code = u < V * schedule.beta_bar[-1].item() + schedule.alpha_bar[-1].item()
@@ -1107,8 +1123,8 @@ def by_purity(predict: Callable[[Tensor, int], Tensor], schedule: MaskSchedule, 
     """Unmask the surest tokens first: Improved VQ-Diffusion's high-quality inference (2205.16007).
 
     From t to s as many tokens are unmasked as the schedule unmasks on average, at places drawn in
-    proportion to their purity max_v p(x_0 = v); `sharpen` r raises log p by 1 + r·purity. A token
-    once set stays. For schedules that only mask ("released").
+    proportion to their purity max_v p(x_0 = v), with log p multiplied by 1 + sharpen·purity. A
+    token once set stays: for schedules that hardly replace ("released").
     """
     V = schedule.n_codes
     xt = torch.full_like(uniform(length), V, dtype=torch.int64)            # (B, L), all MASK
@@ -1120,8 +1136,8 @@ def by_purity(predict: Callable[[Tensor, int], Tensor], schedule: MaskSchedule, 
         drawn = gumbel_max(log_p, uniform(length, V))                      # (B, L)
         left = round(length * schedule.gamma_bar[s].item()) if s > 0 else 0
         n_set = max(0, int((xt[0] == V).sum()) - left)                     # alike in all samples
-        gumbel = -(-uniform(length).clamp(1e-20, 1 - 1e-7).log()).log()
-        rank = (purity.clamp(min=1e-20).log() + gumbel).masked_fill(xt != V, -torch.inf)
+        rank = purity.clamp(min=1e-20).log() + gumbel(uniform(length))
+        rank = rank.masked_fill(xt != V, -torch.inf)
         chosen = rank.topk(n_set, dim=1).indices
         xt = xt.scatter(1, chosen, drawn.gather(1, chosen))
         yield xt
@@ -1132,19 +1148,22 @@ ORDERS = {"ancestral": ancestral, "purity": by_purity}
 
 def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tensor | None,
                   seeds: list[int], steps: int = 25, guidance: float = 2.0,
-                  truncation: float = 0.8, order: str = "ancestral",
+                  truncation: float = 0.8, order: str = "ancestral", sharpen: float = 0.0,
                   picture: Tensor | None = None, guidance_picture: float = 1.0
                   ) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
 
     query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. order:
-    "ancestral", or "purity" (the surest places first). picture: tokens (B, L) of what to edit, for
-    a model with `config.edit`.
+    "ancestral", or "purity" (the surest places first; `sharpen` is its own). picture: tokens (B, L)
+    of what to edit, for a model with `config.edit`. Raises ValueError for what does not fit.
     """
     config = model.config
     schedule = MaskSchedule(config.T, config.n_codes, config.schedule)
     if not 1 <= steps <= config.T:
         raise ValueError(f"steps is {steps}, wanted 1 to {config.T}")
+    if order not in ORDERS or (order == "purity" and config.schedule != "released"):
+        raise ValueError(f"order is {order!r}, wanted ancestral, or purity with the schedule "
+                         f"'released' (it is {config.schedule!r})")
     times = [round(config.T * (steps - i) / steps) for i in range(steps + 1)]
     device = model.token.weight.device
 
@@ -1152,8 +1171,9 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
         return denoise_tokens(model, xt, t, query, neighbors, guidance, truncation, picture,
                               guidance_picture)
 
+    options = {"sharpen": sharpen} if order == "purity" else {}
     yield from ORDERS[order](predict, schedule, times, config.tokens_a_side ** 2,
-                             uniform_source(seeds, device))
+                             uniform_source(seeds, device), **options)
 
 
 # ---------------------------------------------------------------- load, save

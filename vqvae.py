@@ -6,10 +6,11 @@ The discrete backbone of kNN-Diffusion Sec. 3.2 draws tokens, not pixels:
     decode   x̂ = D(e_token)                                          tokens (B, L), 0 … V−1
     loss     |x − x̂| + (x − x̂)² + ‖sg[z] − e‖² + β ‖z − sg[e]‖²,  sg: no gradient
 
-The arg-min has no gradient. *Straight through* means: D is given e, but on the way back its
-gradient goes to z as if z had been given; near each other they want the same. The third term moves
-the code towards what the encoder says, the fourth (commitment, β) the encoder towards its code.
-They have the same value and teach different sides.
+Every term is a mean over its entries, as in taming: ‖·‖² in the loss stands for the squared length
+divided by E. The arg-min has no gradient. *Straight through* means: D is given e, but on the way
+back its gradient goes to z as if z had been given; near each other they want the same. The third
+term moves the code towards what the encoder says, the fourth (commitment, β) the encoder towards
+its code. They have the same value and teach different sides.
 
 Modules and parameters are named as in taming-transformers, so that its published weights load:
 `load` reads our files and theirs (f16 with 1,024 or 16,384 codes, Gumbel f8 with 8,192, FFHQ's
@@ -289,7 +290,8 @@ class VQVAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
 
     def latents(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] → z (B, E, h, w), before the codebook."""
+        """x (B, 3, H, W) in [-1, 1] → z (B, E, h, w), before the codebook; for Gumbel's, which has
+        a convolution of its own before it, (B, latent_channels, h, w)."""
         return self.quant_conv(self.encoder(x))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -302,8 +304,11 @@ class VQVAE(nn.Module):
 
     def decode(self, tokens: Tensor, height: int | None = None) -> Tensor:
         """Tokens int64 (B, L) → x (B, 3, H, W), about in [-1, 1]. height: rows of tokens, by
-        default √L."""
+        default √L. Raises ValueError for tokens that fill no rows, or are no codes (MASK = V)."""
         height = height or math.isqrt(tokens.shape[1])
+        highest = int(tokens.max())
+        check(highest < self.config.n_codes,
+              f"token {highest}, but the codes are 0 to {self.config.n_codes - 1} (MASK is none)")
         check(height > 0 and tokens.shape[1] % height == 0,
               f"{tokens.shape[1]} tokens do not fill {height} rows")
         e = self.quantize.vectors(tokens)                              # (B, L, E)

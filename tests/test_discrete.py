@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def tiny_transformer(seed: int = 0) -> kd.TokenTransformer:
 
 def one_step_matrix(schedule: MaskSchedule, t: int) -> torch.Tensor:
     """Q_t (V+1, V+1), row x_{t−1}, column x_t, written from the definition with per-step values by
-    ratios (VQ-Diffusion Eq. 4)."""
+    ratios."""
     V = schedule.n_codes
     alpha = (schedule.alpha_bar[t] / schedule.alpha_bar[t - 1]).item()
     gamma = (1 - (1 - schedule.gamma_bar[t]) / (1 - schedule.gamma_bar[t - 1])).item()
@@ -207,7 +208,8 @@ def test_patched_tokens_go_to_their_place_and_back():
     assert places[0].tolist() == [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
     assert torch.equal(kd.to_tokens(places, 2), tokens)
     x = torch.randn(2, 36, 5)
-    assert torch.equal(kd.to_tokens(kd.to_places(x, 3), 3), x) and kd.to_places(x, 1) is not None
+    assert torch.equal(kd.to_tokens(kd.to_places(x, 3), 3), x)
+    assert torch.equal(kd.to_places(x, 1), x)
 
 
 def test_kl_term_by_hand():
@@ -323,6 +325,24 @@ def test_one_token_is_exact_at_any_stride(kind, T, steps):
     assert (x0 < V).all()
 
 
+@pytest.mark.parametrize("kind, V, masked", [("paper", 5, 0.9), ("released", 5, 0.99999)])
+def test_sampling_starts_from_the_prior(kind, V, masked):
+    """x_T, which an ideal predictor would forgive: MASK with γ̄_T, else any code alike."""
+    schedule, n, seen = MaskSchedule(8, V, kind), 400_000, []
+
+    def predict(xt: torch.Tensor, t: int) -> torch.Tensor:
+        seen.append(xt.clone())
+        return torch.full((len(xt), 1, V), -math.log(V), dtype=torch.float64)
+
+    next(kd.ancestral(predict, schedule, [8, 4, 0], 1, uniforms(n)))
+    assert schedule.gamma_bar[8] == pytest.approx(masked)
+    prior = torch.tensor([(1 - masked) / V] * V + [masked], dtype=torch.float64)
+    counts = seen[0][:, 0].bincount(minlength=V + 1).double()
+    assert counts[:V].sum() == pytest.approx((1 - masked) * n, abs=4 * math.sqrt(n * (1 - masked)))
+    if kind == "paper":
+        assert abs(chi_square(counts, prior)) < 4
+
+
 def test_three_dependent_tokens_follow_the_chain_and_converge():
     """The network gives each place's marginal, so what is set in one step is set independently:
     the error falls as 1/T."""
@@ -358,6 +378,10 @@ def test_truncation_keeps_the_codes_before_r_of_mass():
         wanted = torch.zeros(4)
         wanted[kept] = p[kept] / p[kept].sum()
         assert torch.allclose(found, wanted, atol=1e-6), r
+    for r in (0.0, 1.1):
+        with pytest.raises(ValueError, match="truncation is"):
+            kd.denoise_tokens(fixed(log_p, CONFIG), torch.zeros(1, 1, dtype=torch.int64), 3, None,
+                              None, truncation=r)
 
 
 def test_guidance_extrapolates_log_probabilities():
@@ -392,6 +416,16 @@ def test_purity_sets_the_surest_first_and_keeps_what_is_set():
         assert torch.equal(a[a < 3], b[a < 3])
     set_first = (path[0] < 3).float().mean(0)
     assert set_first[[0, 2]].min() > 1.5 * set_first[[1, 3, 4, 5]].max()
+
+
+def test_sharpening_raises_log_p_by_its_purity():
+    p, n, r = torch.tensor([0.6, 0.3, 0.1]).double(), 20_000, 2.0
+    *_, x0 = kd.by_purity(lambda xt, t: p.log().expand(len(xt), 1, 3),
+                          MaskSchedule(10, 3, "released"), [10, 0], 1, uniforms(n), sharpen=r)
+    wanted = p ** (1 + r * 0.6)
+    counts = x0[:, 0].bincount(minlength=3).double()
+    assert abs(chi_square(counts, wanted / wanted.sum())) < 4
+    assert abs(chi_square(counts, p)) > 4
 
 
 # ---------------------------------------------------------------- the transformer
@@ -441,6 +475,10 @@ def test_samples_end_without_masks_and_depend_on_their_seed_alone():
         assert torch.equal(one[0], three[1])
     with pytest.raises(ValueError, match="steps is 11"):
         next(kd.sample_tokens(model, query, neighbors, [1, 2, 3], steps=11))
+    model.config = replace(CONFIG, schedule="paper")
+    for order in ("purity", "best"):                                       # it replaces tokens, too
+        with pytest.raises(ValueError, match=f"order is '{order}'"):
+            next(kd.sample_tokens(model, query, neighbors, [1, 2, 3], steps=4, order=order))
 
 
 def test_paper_preset_has_about_400_million_parameters():
