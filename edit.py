@@ -498,8 +498,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=4, help="variants a text (default 4)")
     parser.add_argument("--steps", type=int,
                         help="sampling steps (default: continuous 20, discrete 25)")
-    parser.add_argument("--guidance-text", type=float, default=2.0, metavar="S_T")
-    parser.add_argument("--guidance-image", type=float, default=1.0, metavar="S_I")
+    parser.add_argument("--guidance-text", type=float, default=2.0, metavar="S_T",
+                        help="how far towards what the text asks for (default 2; 1: none)")
+    parser.add_argument("--guidance-image", type=float, default=1.0, metavar="S_I",
+                        help="how far towards the picture (default 1: none)")
     parser.add_argument("--start", type=float, default=1.0, metavar="SHARE", help="continuous: "
                         "begin at this share of the T steps, from the picture noised so far "
                         "(default 1: noise alone)")

@@ -858,8 +858,8 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
 
 # ---------------------------------------------------------------- the neighbour table for training
 
-def neighbor_table(index: Index, k: int, nprobe: int = 64, below: float | None = None
-                   ) -> np.ndarray:
+def neighbor_table(index: Index, k: int, nprobe: int = 64, below: float | None = None,
+                   device: torch.device | str = "cpu") -> np.ndarray:
     """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by id.
 
     Read from neighbors-<k>.npy, or computed and written there: N²·E multiplications, or through
@@ -867,7 +867,7 @@ def neighbor_table(index: Index, k: int, nprobe: int = 64, below: float | None =
     a run that was killed goes on where it was. Beside the table neighbors-<k>.key holds the digests
     of the embeddings and of the table: a damaged table, or one of other embeddings, is computed
     anew. below: near-duplicates, rows of a score of at least this, come after all others (in
-    neighbors-<k>-below-<below>.npy). Raises ValueError for k < 1.
+    neighbors-<k>-below-<below>.npy). device: where the search runs. Raises ValueError for k < 1.
     """
     if k < 1:
         raise ValueError(f"k is {k}, wanted 1 or more")
@@ -888,8 +888,9 @@ def neighbor_table(index: Index, k: int, nprobe: int = 64, below: float | None =
     start, first = time.time(), done
     while done < N:
         own = torch.arange(done, min(done + 1024, N))
-        queries = torch.from_numpy(index.rows.read(done, done + 1024)).float()
-        table[done:done + 1024] = own_neighbors(index, queries, own, width, nprobe, below).numpy()
+        queries = torch.from_numpy(index.rows.read(done, done + 1024)).to(device).float()
+        found = own_neighbors(index, queries, own, width, nprobe, below)
+        table[done:done + 1024] = found.cpu().numpy()
         done += len(own)
         if done % (64 * 1024) == 0 and done < N:
             table.flush()
@@ -1103,7 +1104,8 @@ def search(args: argparse.Namespace) -> None:
 def make_table(args: argparse.Namespace) -> None:
     """Compute the neighbour table, or go on with it."""
     start = time.time()
-    table = neighbor_table(open_index(args.index), args.k, args.nprobe, args.below)
+    table = neighbor_table(open_index(args.index), args.k, args.nprobe, args.below,
+                           clip_model.pick_device(args.device))
     print(f"neighbours {table.shape} in {args.index}, {time.time() - start:.0f} s")
 
 
@@ -1127,7 +1129,8 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("images", type=Path, nargs="?", help="folder of pictures")
     sub.add_argument("--embeddings", type=Path, help="instead: a .npy file of embeddings, or a "
                      "folder of them (clip-retrieval's img_emb_0.npy, ...), not copied if they are "
-                     "float16 of unit norm")
+                     "float16 of unit norm; a paths.txt beside them, one "
+                     "file name a row, names the rows")
     sub.add_argument("--clip", type=Path, help="default: the stickers'; with --embeddings the one "
                      "that made them, by default unknown")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -1159,6 +1162,7 @@ def main(argv: list[str] | None = None) -> int:
                      "there are any (default 64)")
     sub.add_argument("--below", type=float, help="scores from which rows count as near-duplicates "
                      "and come after all others")
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     sub.set_defaults(run=make_table)
 
     sub = commands.add_parser("info", help="print the manifest")

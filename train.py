@@ -45,6 +45,8 @@ import vqvae
 from index import Index, check_encoder, list_images, neighbor_table, open_index, save_array
 from knn_diffusion import TransformerConfig, UNetConfig
 
+SHIPPED = Path(__file__).parent / "weights" / "stickers"
+
 # ---------------------------------------------------------------- stages that every loop shares
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
@@ -474,6 +476,11 @@ def split_by_drawing(names: list[str], every: int) -> tuple[list[str], list[str]
             [name for name, out in zip(names, is_out) if out])
 
 
+def some(names: list[str], n: int) -> list[str]:
+    """At most n names from all over a list: its head alone would be one folder."""
+    return names[::-(-len(names) // n)] if names else []
+
+
 @torch.no_grad()
 def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
                 ) -> tuple[Tensor, float, Tensor]:
@@ -490,6 +497,9 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
     return first, torch.cat(quality).mean().item(), counts
 
 
+REVIVE_EVERY = 100                  # steps
+
+
 def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int, steps: int,
                 batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
                 minutes: float | None, device: torch.device, bf16: bool, command: str) -> None:
@@ -497,18 +507,18 @@ def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int,
 
     keep_out: every so many drawings one is not trained on and measured instead.
     """
+    torch.manual_seed(seed)
+    weights = out / "vqvae.safetensors" if resume else init
+    model = vqvae.load(weights)[0] if weights else vqvae.VQVAE(config)
+    config = model.config
     if config.gumbel:
         raise ValueError("the Gumbel codebook loads and runs here; training it is left out")
-    torch.manual_seed(seed)
     names = [name for name in list_images(data) if is_readable(data / name)]
     train_names, test_names = split_by_drawing(names, keep_out)
     if not train_names:
         raise ValueError(f"no readable picture to train on below {data}")
-    weights = out / "vqvae.safetensors" if resume else init
-    model = vqvae.load(weights)[0] if weights else vqvae.VQVAE(config)
-    config = model.config
     pictures = read_pictures(data, train_names, config.image_size)
-    tests = read_pictures(data, test_names[:1000] or train_names[:1000], config.image_size)
+    tests = read_pictures(data, some(test_names or train_names, 1000), config.image_size)
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = muon_and_adam(model, lr, ("encoder.conv_in", "decoder.conv_out", "quantize"))
@@ -551,7 +561,7 @@ def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int,
 
     progress = Progress(out, first, steps, minutes)
     for step in range(first, steps):
-        if step % 100 == 0 and step < 0.8 * steps:               # codes settle in the last fifth
+        if step % REVIVE_EVERY == 0 and step < 0.8 * steps:      # codes settle in the last fifth
             revive(step)
         x = draw_batch(torch.Generator().manual_seed(step_seed(seed, step)))
         with autocast(device, bf16):
@@ -582,11 +592,13 @@ def is_readable(path: Path) -> bool:
 class CachedPictures:
     """Pictures with cached embeddings and neighbours: all that a diffusion training may see."""
 
-    def __init__(self, folder: Path, index: Index, size: int, k: int) -> None:
+    def __init__(self, folder: Path, index: Index, size: int, k: int,
+                 device: torch.device | str = "cpu") -> None:
         check_same_files(folder, index)
         self.pictures = read_pictures(folder, index.paths, size)
         self.embeddings = torch.from_numpy(np.array(index.embeddings))                # (N, E)
-        self.neighbors = torch.from_numpy(neighbor_table(index, k)).long()            # (N, K)
+        table = neighbor_table(index, k, device=device)
+        self.neighbors = torch.from_numpy(table).long()                               # (N, K)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -873,7 +885,7 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
                   EditDiscrete(pictures, config, condition, device, codec,
                                swaps["swap_index"]))
     else:
-        pictures = CachedPictures(data, index, config.image_size, config.n_neighbors)
+        pictures = CachedPictures(data, index, config.image_size, config.n_neighbors, device)
         stages = (Continuous(pictures, config, condition, device) if is_continuous else
                   Discrete(pictures, config, condition, device, codec, index))
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
@@ -938,32 +950,37 @@ def check_tokens(config: TransformerConfig, codec: vqvae.VQVAEConfig) -> None:
 # ---------------------------------------------------------------- the command
 
 def main(argv: list[str] | None = None) -> int:
-    shipped = Path(__file__).parent / "weights" / "stickers"
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=["clip", "vqvae", "continuous", "discrete", "edit"])
     parser.add_argument("--data", type=Path, required=True,
                         help="clip: a folder with captions.jsonl; else: a folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write: "
+                        "WHAT.safetensors and state.pt every 500 steps, samples/, log.csv")
     parser.add_argument("--preset", default="stickers",
                         help="stickers; for continuous and discrete also gpu, paper; for vqvae "
-                             f"{', '.join(vqvae.PRESETS)}")
-    parser.add_argument("--steps", type=int, help="total number of steps, resumed ones included")
-    parser.add_argument("--batch-size", type=int, help="pictures a step")
-    parser.add_argument("--lr", type=float, help="peak learning rate")
+                             "f16-1024, f16-16384")
+    for name, kind, what in (("steps", int, "total number, resumed ones included"),
+                             ("batch_size", int, "pictures a step"),
+                             ("lr", float, "peak learning rate")):
+        defaults = ", ".join(f"{each} {DEFAULTS[each][name]:g}" for each in DEFAULTS)
+        parser.add_argument("--" + name.replace("_", "-"), type=kind,
+                            help=f"{what} (default: {defaults}; for the stickers preset)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt")
+    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt, all other "
+                        "arguments as they were; --steps may differ")
     parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh; "
                         "edit keeps their sizes and k (default: the shipped continuous ones)")
-    parser.add_argument("--minutes", type=float, help="stop after this long, state written")
-    parser.add_argument("--index", type=Path, default=shipped / "index",
+    parser.add_argument("--minutes", type=float, help="stop after this long, state written; the "
+                        "learning rate still falls towards --steps")
+    parser.add_argument("--index", type=Path, default=SHIPPED / "index",
                         help="both backbones: the index of the pictures in --data; edit: the one "
                              "that the condition's neighbours come from")
     parser.add_argument("--swap-index", type=Path, help="edit: the index of the pictures in "
                         "--data, whose nearest neighbours the regions are swapped for")
     parser.add_argument("--swaps", type=int, default=4, metavar="N",
                         help="edit: swaps made of each picture (default 4)")
-    parser.add_argument("--vqvae", type=Path, default=shipped / "vqvae.safetensors",
-                        help="discrete, and edit from discrete weights: what makes the tokens")
+    parser.add_argument("--vqvae", type=Path, help="discrete, and edit from discrete weights: what "
+                        "makes the tokens (default: the stickers', for their preset only)")
     parser.add_argument("--clip", type=Path, help="edit: embeds the regions (default: the "
                         "stickers'); both backbones: refuse an index of another CLIP; training "
                         "itself runs none")
@@ -973,7 +990,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=["eps", "v", "x0"],
                         help="continuous: what the U-Net predicts (default: the preset's)")
     parser.add_argument("--keep-out", type=int, default=10, metavar="N", help="vqvae: measure on "
-                        "every N-th drawing instead of training on it (default 10; 0: none)")
+                        "every N-th drawing instead of training on it; DRAWING-3.png is one of "
+                        "DRAWING's pictures (default 10; 0: none)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--no-bf16", action="store_true", help="train in float32")
     argv = sys.argv[1:] if argv is None else argv
@@ -1042,29 +1060,42 @@ def run(args: argparse.Namespace, command: str) -> None:
         if args.what == "continuous":
             config = replace(config, target=args.target or config.target)
         else:
-            codec = vqvae.load(args.vqvae)[0]
-            config = replace(config, n_codes=codec.config.n_codes,
-                             tokens_a_side=config.image_size // codec.config.factor)
+            codec, config = open_codec(args, config)
         train_diffusion(args.what, args.data, args.out, index, config, args.condition, **common,
                         codec=codec)
 
 
+def open_codec(args: argparse.Namespace, config: TransformerConfig
+               ) -> tuple[vqvae.VQVAE, TransformerConfig]:
+    """The VQ-VAE, and the transformer's config with its tokens, said where they are others."""
+    wanted = f"{config.tokens_a_side}x{config.tokens_a_side} tokens of {config.n_codes}"
+    if args.vqvae is None and args.preset != "stickers":
+        raise ValueError(f"preset {args.preset} wants --vqvae, of {wanted} from "
+                         f"{config.image_size} px; the stickers' is another size")
+    codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0]
+    side, n_codes = config.image_size // codec.config.factor, codec.config.n_codes
+    if (side, n_codes) != (config.tokens_a_side, config.n_codes):
+        print(f"{side}x{side} tokens of {n_codes}, as {args.vqvae} makes them; the preset "
+              f"{args.preset} has {wanted}")
+    return codec, replace(config, n_codes=n_codes, tokens_a_side=side)
+
+
 def train_edit(args: argparse.Namespace, common: dict) -> None:
     """`train_diffusion` with swaps, after their files are opened and found to belong together."""
-    shipped = Path(__file__).parent / "weights" / "stickers"
     if args.swap_index is None:
         raise ValueError("edit wants --swap-index, an index of the pictures in --data "
                          "(python index.py build makes one)")
-    common["init"] = args.init or shipped / "continuous.safetensors"
-    clip = clip_model.load(args.clip or shipped / "clip.safetensors").to(common["device"])
+    common["init"] = args.init or SHIPPED / "continuous.safetensors"
+    clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(common["device"])
     index, swap_index = open_index(args.index), open_index(args.swap_index)
     for each in (index, swap_index):
         check_encoder(each, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
     begin = args.out / "edit.safetensors" if args.resume else common["init"]
     is_discrete = isinstance(knn_diffusion.load(begin)[0], knn_diffusion.TokenTransformer)
+    codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0] if is_discrete else None
     train_diffusion("edit", args.data, args.out, index, None, args.condition, **common,
-                    codec=vqvae.load(args.vqvae)[0] if is_discrete else None,
-                    swaps={"swap_index": swap_index, "clip": clip, "per_picture": args.swaps})
+                    codec=codec, swaps={"swap_index": swap_index, "clip": clip,
+                                        "per_picture": args.swaps})
 
 
 if __name__ == "__main__":

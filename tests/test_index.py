@@ -566,6 +566,18 @@ def test_near_duplicates_come_last_where_a_threshold_is_set(tmp_path):
     assert (everything != np.arange(60)[:, None]).all()
 
 
+def test_the_table_is_searched_on_the_device_asked_for(tmp_path, monkeypatch):
+    devices = []
+
+    def fake(index, queries, own, k, nprobe, below):
+        devices.append(queries.device.type)
+        return (own[:, None] + torch.arange(1, k + 1)) % len(index)
+
+    monkeypatch.setattr(retrieval, "own_neighbors", fake)
+    retrieval.neighbor_table(make(tmp_path, mixture(20, 4, 5)), 3, device="meta")
+    assert devices == ["meta"]
+
+
 def test_the_table_uses_the_lists(tmp_path, monkeypatch):
     index = with_lists(tmp_path, mixture(2000, 16, 30), 30)
     exact = retrieval.neighbor_table(make(tmp_path, mixture(2000, 16, 30)), 10)

@@ -286,6 +286,45 @@ def test_a_resumed_transformer_equals_an_uninterrupted_one(world, tmp_path, monk
         train_tiny_transformer(world, tmp_path / "d", 1, wide)
 
 
+def test_the_tokens_are_the_vqvaes_and_a_preset_says_which_it_wants(world, tmp_path, capsys,
+                                                                    monkeypatch):
+    """Not silently the stickers' VQ-VAE, 64x64 tokens of 512 at the gpu preset's 256 px."""
+    arguments = ["discrete", "--preset", "gpu", "--data", str(world / "images"), "--index",
+                 str(world / "index"), "--out", str(tmp_path / "out")]
+    assert train.main(arguments) == 2
+    assert "wants --vqvae, of 16x16 tokens of 1024 from 256 px" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    asked = []
+    monkeypatch.setattr(train, "train_diffusion", lambda *given, **_: asked.append(given[4]))
+    vqvae.save(tmp_path / "vqvae.safetensors", vqvae.VQVAE(TINY_VQVAE), {})     # factor 2, V = 16
+    assert train.main([*arguments, "--vqvae", str(tmp_path / "vqvae.safetensors")]) == 0
+    assert (asked[0].tokens_a_side, asked[0].n_codes) == (128, 16)
+    assert "128x128 tokens of 16, as" in capsys.readouterr().out
+
+
+def test_importance_weights_leave_the_mean_over_the_steps_as_it_is(world):
+    """However t is drawn, the loss estimates the same mean over t, and the sampler is told the
+    loss before its weight."""
+    torch.manual_seed(0)
+    codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
+    index, model = open_index(world / "index"), knn_diffusion.TokenTransformer(TINY_TRANSFORMER)
+    stages = train.Discrete(train.CachedPictures(world / "images", index, 16, 3), TINY_TRANSFORMER,
+                            "both", CPU, codec, index)
+    rows, generator = torch.arange(4000) % len(index), torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        plain = stages.loss(model, rows, generator).item()
+        told = []
+        stages.times.update = lambda t, terms: told.append((t, terms))
+        stages.times.seen[:] = 20
+        for skewed in ([9.0, 9, 1, 1, 1, 1], [1.0, 1, 1, 1, 1, 9]):
+            stages.times.mean_square[1:] = torch.tensor(skewed).double() ** 2
+            found = stages.loss(model, rows, generator).item()
+            assert found == pytest.approx(plain, rel=0.08)
+            t, terms = told[-1]
+            by_step = torch.stack([terms[t == step].mean() for step in range(1, 7)])
+            assert by_step.mean().item() == pytest.approx(plain, rel=0.08)
+
+
 # ---------------------------------------------------------------- the VQ-VAE
 
 TINY_VQVAE = vqvae.VQVAEConfig(
@@ -308,14 +347,31 @@ def test_kept_out_drawings_leave_with_all_their_renderings():
     assert train.split_by_drawing(names, 0) == (names, [])
 
 
+def test_what_is_measured_comes_from_all_folders():
+    names = [f"flat/{i}" for i in range(1300)] + [f"outlined/{i}" for i in range(1100)]
+    chosen = train.some(names, 1000)
+    assert 700 < len(chosen) <= 1000 and len(set(chosen)) == len(chosen)
+    assert abs(sum("flat" in name for name in chosen) / len(chosen) - 13 / 24) < 0.01
+    assert train.some(names[:7], 1000) == names[:7] and train.some([], 5) == []
+
+
 def test_vqvae_resumes_as_if_never_stopped_and_learns(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-2)
     data = tmp_path / "pictures"
     write_pictures(data, 8)
     (data / "broken.png").write_bytes(b"")
+    monkeypatch.setattr(train, "REVIVE_EVERY", 10)
     whole = train_tiny_vqvae(data, tmp_path / "a", 60)
-    train_tiny_vqvae(data, tmp_path / "b", 25)
+    train_tiny_vqvae(data, tmp_path / "b", 26)
+    revived, restart = [], vqvae.restart_dead_codes
+
+    def note(*given):
+        revived.append(restart(*given))
+        return revived[-1]
+
+    monkeypatch.setattr(vqvae, "restart_dead_codes", note)
     assert equal_states(whole, train_tiny_vqvae(data, tmp_path / "b", 60, resume=True))
+    assert len(revived) == 2 and sum(revived) > 0         # at 30 and 40: not in the last fifth
     model, metadata = vqvae.load(tmp_path / "a" / "vqvae.safetensors")
     assert "PSNR" in metadata["measured"] and "broken.png" in capsys.readouterr().err
     log = (tmp_path / "a" / "log.csv").read_text().splitlines()
