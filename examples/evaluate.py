@@ -1,6 +1,7 @@
-"""Judge the sticker models:  python examples/evaluate.py clip | train-judge | judge | table | …
+"""Judge the sticker models:  python examples/evaluate.py clip | vqvae | train-judge | judge | …
 
     clip           retrieval by the sticker CLIP: names, styled names, keyword phrases kept out
+    vqvae          what tokens keep of the drawings that the VQ-VAE was not trained on
     train-judge    train the judge from the drawings (needs requirements-dev.txt)
     judge          name what is in a folder of `sample.py --singles`, against its prompts
     table          200 prompts through sample.py's functions: conditions, k, baselines
@@ -38,6 +39,7 @@ import clip_model  # noqa: E402
 import index as retrieval  # noqa: E402
 import knn_diffusion  # noqa: E402
 import sample  # noqa: E402
+import train  # noqa: E402
 import vqvae  # noqa: E402
 
 STYLES = ("flat", "outlined")
@@ -375,6 +377,27 @@ def held_out_recall(data: Path, scores, hit, code: dict[str, int]) -> None:
         print(f"keyword phrases {label} (n = {len(chosen)}): R@10 {share:.3f}")
 
 
+# ---------------------------------------------------------------- tokens
+
+def evaluate_vqvae(args: argparse.Namespace) -> None:
+    """PSNR over the drawings that `train.py vqvae` keeps out by default, style by style."""
+    codec, _ = vqvae.load(args.vqvae)
+    folder = args.data / "images"
+    _, kept_out = train.split_by_drawing(retrieval.list_images(folder), 10)
+    total = torch.zeros(codec.config.n_codes, dtype=torch.int64)
+    qualities = []
+    for style in STYLES:
+        names = [name for name in kept_out if name.startswith(f"{style}/")]
+        pictures = train.read_pictures(folder, names, codec.config.image_size)
+        _, quality, counts = train.reconstruct(codec, pictures, torch.device("cpu"))
+        print(f"{style}: {quality:.2f} dB, {len(names)} pictures of drawings kept out")
+        qualities += len(names) * [quality]
+        total += counts
+    print(f"{args.vqvae}: PSNR {np.mean(qualities):.2f} dB on {len(qualities)} pictures, "
+          f"{int((total > 0).sum())} of {len(total)} codes used, perplexity "
+          f"{vqvae.perplexity(total):.0f}")
+
+
 # ---------------------------------------------------------------- generation
 
 def pick_prompts(data: Path, n: int, seed: int, held_out: bool) -> list[str]:
@@ -506,8 +529,8 @@ def swap(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["clip", "train-judge", "judge", "table", "steps",
-                                         "swap"])
+    parser.add_argument("what", choices=["clip", "vqvae", "train-judge", "judge", "table",
+                                         "steps", "swap"])
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "stickers")
     parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     parser.add_argument("--weights", type=Path, default=SHIPPED / "continuous.safetensors")
@@ -540,8 +563,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("train-judge wants 20 --steps or more")
         if args.what == "judge" and not args.singles:
             raise ValueError("judge wants --singles DIR")
-        {"clip": evaluate_clip, "train-judge": train_judge, "judge": judge_folder, "table": table,
-         "steps": steps, "swap": swap}[args.what](args)
+        {"clip": evaluate_clip, "vqvae": evaluate_vqvae, "train-judge": train_judge,
+         "judge": judge_folder, "table": table, "steps": steps, "swap": swap}[args.what](args)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -164,6 +164,30 @@ def test_the_table_of_steps_draws_with_each_number_and_times_it(monkeypatch, cap
     assert all("| 100.0% | 100.0% |" in row for row in rows)
 
 
+def test_tokens_are_measured_on_kept_out_drawings_of_both_styles(tmp_path, monkeypatch, capsys):
+    """Every tenth drawing of either style; a codec that makes all grey has a PSNR known by hand."""
+    for style, value in (("flat", 255), ("outlined", 0)):
+        (tmp_path / "images" / style).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "images" / style / f"d{i}-0.png")
+
+    class Grey:
+        config = evaluate.vqvae.VQVAEConfig(image_size=8, multipliers=(1,), n_codes=4)
+
+        def encode(self, x):
+            return (x[:, 0, ::8, ::8] > 0).long().flatten(1)               # one token: 1 or 0
+
+        def decode(self, tokens, height):
+            return torch.zeros(len(tokens), 3, 8, 8)
+
+    monkeypatch.setattr(evaluate.vqvae, "load", lambda path: (Grey(), {}))
+    assert evaluate.main(["vqvae", "--data", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:2]] == ["flat", "outlined"]
+    assert all("2 pictures" in line for line in lines[:2])
+    assert "6.02 dB on 4 pictures, 2 of 4 codes used, perplexity 2" in lines[2]     # 20 log10 (2/1)
+
+
 @pytest.mark.parametrize("argv", [["train-judge", "--steps", "10"], ["table", "--steps", "0"],
                                   ["judge"], ["table", "--judge", "missing.safetensors"]])
 def test_bad_input_gives_one_sentence_and_status_2(argv, capsys):
