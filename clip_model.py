@@ -676,19 +676,29 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 def fit_square(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side resized to `size` with Pillow's antialiased bicubic, then a centre crop."""
-    width, height = picture.size
-    short = min(width, height)
-    if short != size:                               # the long side is truncated, not rounded
-        width, height = (size if side == short else int(size * side / short)
-                         for side in (width, height))
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    if short != size and width * height > 64_000_000:      # thin as a thread: resize what is kept
-        x, y = picture.width / width, picture.height / height
+    width, height, left, top = fitted(picture.size, size)
+    if picture.size == (width, height):
+        return picture.crop((left, top, left + size, top + size))
+    if width * height > 64_000_000:                        # thin as a thread: resize what is kept
         return picture.resize((size, size), Image.Resampling.BICUBIC,
-                              box=(left * x, top * y, (left + size) * x, (top + size) * y))
-    if short != size:
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+                              box=kept_box(picture.size, size))
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     return picture.crop((left, top, left + size, top + size))
+
+
+def fitted(size_before: tuple[int, int], size: int) -> tuple[int, int, int, int]:
+    """`fit_square`'s width and height after resizing, and where its crop begins: left, top. The
+    long side is truncated, not rounded, the offset rounded: as torchvision does."""
+    short = min(size_before)
+    width, height = (size if side == short else int(size * side / short) for side in size_before)
+    return width, height, round((width - size) / 2), round((height - size) / 2)
+
+
+def kept_box(size_before: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+    """What `fit_square` keeps, in the picture's own pixels: left, top, right, bottom."""
+    width, height, left, top = fitted(size_before, size)
+    x, y = size_before[0] / width, size_before[1] / height
+    return left * x, top * y, (left + size) * x, (top + size) * y
 
 
 def to_pixels(pictures: np.ndarray | list[Image.Image]) -> Tensor:

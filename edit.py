@@ -1,12 +1,18 @@
 """Editing without a mask (kNN-Diffusion Sec. 3.3): the region swap that training needs, and the
 command that edits a picture from a text.
 
-A picture I, a region M of it where it differs from its nearest neighbour, and that, aligned:
+A picture I, a region M of it, and its nearest neighbour, aligned:
 
     I_manip = I · (1 − M) + warp(neighbour) · M
 
 A model that learns to give I back, from I_manip and the CLIP embedding of the *original* region,
 has learned to change a picture where an embedding asks for it and to leave the rest alone.
+
+At inference the user's picture takes I_manip's place and the text's embedding the region's
+(Departs: by default its nearest picture's, see `sample.condition_on`). The condition's neighbours
+are in both cases the k nearest of that embedding in the ordinary index; the one that the region is
+swapped for comes from an index of the pictures themselves. Departs: the paper's M is random, ours
+lies where picture and neighbour differ (`telling_regions`).
 
 The alignment is ECC (Evangelidis & Psarakis, PAMI 2008): the warp p that maximises the correlation
 
@@ -192,12 +198,13 @@ def look_through(scene: tuple[Tensor, ...], warp: Tensor) -> tuple[Tensor, ...]:
 
 
 def is_plausible(scene: tuple[Tensor, ...], warp: Tensor) -> Tensor:
-    """Whether warps (B, 3, 3) keep half of the picture in sight and its area within a factor of 2:
-    over a few pixels anything correlates. Ours; bool (B,)."""
+    """Whether warps (B, 3, 3) keep half of the picture (of its mask) in sight and the area at its
+    centre within a factor of 2: over a few pixels anything correlates. Ours; bool (B,)."""
     _, layers, x, y = scene
-    inside = look_up(layers[:, 3:], *warp_points(warp, x, y)[:2])[:, 0]          # (B, N)
+    seen = look_up(layers[:, 3:], *warp_points(warp, x, y)[:2])[:, 0]            # (B, N)
+    seen, whole = ((part > 0.99).float().mean(1) for part in (seen, layers[:, 3].flatten(1)))
     area = torch.linalg.det(warp)
-    return ((inside > 0.99).float().mean(1) > 0.5) & (area > 0.5) & (area < 2)
+    return (seen > 0.5 * whole) & (area > 0.5) & (area < 2)
 
 
 def masked_rho(i_r: Tensor, i_w: Tensor) -> Tensor:
@@ -241,9 +248,10 @@ def ecc(template: Tensor, image: Tensor, motion: str = "affine", iterations: int
     template, image: grey, (B, 1, H, W), any range; mask: (B, 1, H, W), 1 where the image counts;
     start: warps (B, 3, 3), identity by default. Coarse to fine over at most `levels` levels, each
     half as large, none below 16 pixels; at each, up to `iterations` steps a pair, until ρ changes
-    by less than eps: then the pair leaves the batch. A pair that nothing improves keeps its start
-    and counts as not converged, be the start right; as does one that never settles or has no edge.
-    Raises ValueError for shapes or names that do not fit.
+    by less than eps: then the pair leaves the batch. A pair that nothing improves, or without an
+    edge, keeps its start and counts as not converged, be the start right; one that never settles
+    gets the best warp it came to, and doesn't count as converged either. Raises ValueError for
+    shapes or names that do not fit.
     """
     if motion not in MOTIONS:
         raise ValueError(f"motion is {motion!r}, wanted {', '.join(MOTIONS)}")
@@ -344,17 +352,18 @@ def aligned(pictures: Tensor, neighbors: Tensor, motion: str = "affine"
     is_nearer = (found.converged & (after < before))[:, None, None]
     warp = torch.where(is_nearer, found.warp, torch.eye(3, device=pictures.device))
     warped = torch.where(is_nearer[..., None], warped, neighbors)
-    return warped, Alignment(warp, found.rho, found.converged)
+    return warped, Alignment(warp, correlation(grey(pictures), grey(neighbors), warp),
+                             found.converged)
 
 
 def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.Generator
                     ) -> Tensor:
     """Boxes (B, 4) whose masks correlate with where pictures (B, 3, H, W) and their aligned
     neighbours differ: of so many random regions the best, each edge then moved to where that is
-    best, twice around, be the box as small as it will; of = 1 is any region. Ours: of a random
-    region most often nothing can be learned; one that holds a whole thing, and little else, tells
-    what its embedding stands for. A pixel's difference counts up to 0.25, an eighth of [-1, 1]:
-    shapes count, not contrasts.
+    best, twice around, be the box as small as it will; of = 1 is the paper's random region.
+    Departs: of a random region most often nothing can be learned; one that holds a whole thing, and
+    little else, tells what its embedding stands for. A pixel's difference counts up to 0.25, an
+    eighth of [-1, 1]: shapes count, not contrasts.
 
     With D the difference summed inside, S everywhere, a the region's share of the area:
     correlation = (D − a·S) / √(a·(1 − a)), but for a factor that is the picture's alone.
@@ -459,13 +468,13 @@ def changed_area(mask: Tensor) -> str:
 
 
 def paste(picture: Image.Image, result: Image.Image, mask: Image.Image) -> Image.Image:
-    """A result of the model's size put back into the picture's central square, at the picture's own
+    """A result of the model's size put back where `fit_square` took it from, at the picture's own
     resolution; where the mask (grey, 0 … 255) is 0 the picture stays as it is, to the last bit."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    square = picture.crop((left, top, left + side, top + side))
-    square = Image.composite(result.resize((side, side), Image.Resampling.BICUBIC), square,
-                             mask.resize((side, side), Image.Resampling.BILINEAR))
+    left, top, right, bottom = map(round, clip_model.kept_box(picture.size, result.width))
+    size = right - left, bottom - top
+    square = Image.composite(result.resize(size, Image.Resampling.BICUBIC),
+                             picture.crop((left, top, right, bottom)),
+                             mask.resize(size, Image.Resampling.BILINEAR))
     whole = picture.copy()
     whole.paste(square, (left, top))
     return whole
@@ -544,6 +553,8 @@ def run(args: argparse.Namespace) -> None:
     check_numbers(args, model.config.T, backbone)
     model, clip = model.to(device), clip.to(device)
     codec = codec.to(device) if codec else None
+    if args.k > len(index):
+        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
     print(f"{backbone} {args.weights}, {args.image} ({picture.width}x{picture.height}), "
           f"{args.index} (N = {len(index)}), k = {min(args.k, len(index))}, {args.steps} "
           f"{args.sampler} steps, guidance {args.guidance_text:g} (text) "

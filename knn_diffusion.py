@@ -667,14 +667,18 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
 
     query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture: what
     to edit (B, 3, H, W), for a model with `config.edit`. start: begin at t = start_at·T from this
-    picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there.
+    picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there. Raises
+    ValueError where that leaves fewer steps than asked for.
     """
     schedule = Schedule(model.config.T, model.config.noise_shift)
     times = sampling_times(schedule, steps, model.config.target)
     size, device = model.config.image_size, model.conv_in.weight.device
     noise = noise_source(seeds, (3, size, size), device)
     if start is not None:
-        first = max(steps, round(start_at * times[0]))
+        first = round(start_at * times[0])
+        if first < steps:
+            raise ValueError(f"start_at {start_at:g} leaves {first} of {times[0]} steps, fewer "
+                             f"than {steps}")
         times = [round(first * (steps - i) / steps) for i in range(steps + 1)]
         draws = chain([add_noise(start, noise(), schedule.at(first, start))], iter(noise, None))
         noise = functools.partial(next, draws)                             # x_t first, then noise

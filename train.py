@@ -747,13 +747,16 @@ class SwappedPictures:
                  size: int, k: int, per_picture: int, seed: int, cache: Path) -> None:
         check_same_files(folder, swap_index)
         self.index, self.pictures = index, read_pictures(folder, swap_index.paths, size)
+        if len(swap_index) < 2:
+            raise ValueError(f"{folder} holds one picture, and a swap wants another one")
         self.partner = neighbor_table(swap_index, 1)[:, 0]                 # (N,), never itself
         digest = hashlib.sha256(json.dumps(
             [self.RULE, size, k, per_picture, seed, clip.fingerprint(), len(index)]).encode())
         for array in (self.pictures, np.ascontiguousarray(self.partner),
                       np.ascontiguousarray(index.embeddings)):
             digest.update(array)
-        path = cache / f"swaps-{digest.hexdigest()[:16]}.npz"
+        self.digest = digest.hexdigest()[:16]
+        path = cache / f"swaps-{self.digest}.npz"
         if not path.is_file():
             cache.mkdir(parents=True, exist_ok=True)
             made = self.make(clip, k, per_picture, seed)
@@ -767,8 +770,8 @@ class SwappedPictures:
 
     def make(self, clip: clip_model.CLIP, k: int, per_picture: int, seed: int
              ) -> dict[str, np.ndarray]:
-        """I_manip uint8 (M, H, W, 3), the regions' embeddings float16 (M, E), their neighbours'
-        rows int32 (M, k); M = per_picture·N, pictures in turn."""
+        """I_manip uint8 (S, H, W, 3), the regions' embeddings float16 (S, E), their neighbours'
+        rows int32 (S, k); S = per_picture·N swaps, pictures in turn."""
         generator = torch.Generator().manual_seed(seed)
         N, size = self.pictures.shape[:2]
         manipulated, queries, failed, moved = [], [], 0, 0
@@ -881,6 +884,7 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
     if what == "edit":
         pictures = SwappedPictures(data, index=index, size=config.image_size, k=config.n_neighbors,
                                    seed=seed, cache=out, **swaps)
+        settings["swaps"] = pictures.digest
         stages = (EditContinuous(pictures, config, condition, device) if is_continuous else
                   EditDiscrete(pictures, config, condition, device, codec,
                                swaps["swap_index"]))

@@ -12,8 +12,9 @@ resolution, nothing pasted:
 A result that equals its picture fails both. The judge is `evaluate.py`'s network, trained on small
 stickers in windows of scenes; windows with no small sticker are one more answer. It never trains
 or steers anything. Beside edit.py's model: noise-and-denoise with the text (SDEdit, Meng et al.
-2022) by the generator that it was trained from, over strengths and at the strength with our Kept;
-the plain text-to-image sample; and what a perfect editor would give, the small sticker rendered in.
+2022) by the generator that it was trained from, which has seen single stickers only, over strengths
+and at the strength with our Kept where one between them has it; the plain text-to-image sample; and
+what a perfect editor would give, the small sticker rendered in.
 
 Shapes: B batch, C channels, H W picture, E CLIP dimension, K neighbours.
 """
@@ -61,6 +62,7 @@ import sample
 import train
 
 WINDOW = 32                                  # pixels a side
+BASELINE_STEPS = 20
 NOTHING = "nothing small"                    # the judge's name for a window without a small sticker
 
 
@@ -100,7 +102,7 @@ def training_scenes(drawings: list[stickers.Drawing], n: int, seed: int
                     ) -> tuple[Tensor, list[tuple], list[stickers.Drawing | None], list[str]]:
     """n scenes with one small sticker or none: pictures uint8 (n, 3, 64, 64), the small ones' boxes
     (the big ones' where there is none), the small ones, the backgrounds."""
-    big, props = stickers.big_ones(drawings), [d for d in drawings if d.concept in stickers.PROPS]
+    big, props = stickers.big_ones(drawings), stickers.props_of(drawings)
     pictures, boxes, small, backgrounds = [], [], [], []
     for i in range(n):
         rng = stickers.generator(seed, "judge", i)
@@ -131,7 +133,7 @@ def train_judge(args: argparse.Namespace) -> None:
     """Train the judge of small stickers and print its accuracy on windows of fresh scenes."""
     start = time.time()
     drawings, _ = stickers.all_drawings()
-    props = [d for d in drawings if d.concept in stickers.PROPS]
+    props = stickers.props_of(drawings)
     group_of = merge_near_identical(props, stickers.render)
     none = len(set(group_of.values()))
     torch.manual_seed(args.seed)
@@ -192,7 +194,7 @@ def edit_pairs(n: int, seed: int) -> tuple[list[Image.Image], list[str], list[Im
     """n pictures of a big sticker, texts that name a small one kept apart from it, and the same
     pictures with the small one rendered in. No pair twice."""
     drawings, _ = stickers.all_drawings()
-    props = [d for d in drawings if d.concept in stickers.PROPS]
+    props = stickers.props_of(drawings)
     pairs = [(big, small) for big in stickers.big_ones(drawings)
              for small in stickers.small_ones(props, big)
              if stickers.is_kept_apart(big.concept, small.concept)
@@ -237,9 +239,11 @@ def table(args: argparse.Namespace) -> None:
     if not ours.model.config.edit:
         raise ValueError(f"{args.weights} draws pictures; editing wants weights of `train.py edit`")
     generator = open_maker(args, args.generator, args.index)
+    if not isinstance(generator.model, knn_diffusion.UNet) or generator.model.config.edit:
+        raise ValueError(f"{args.generator} is no continuous generator, as the baselines want one")
     before = to_unit(pictures)
     print(f"{len(texts)} pairs kept apart in {n_scenes} scenes, one result each from seed "
-          f"{args.seed}, {args.steps} steps (the generator 20), guidance "
+          f"{args.seed}, {args.steps} steps (the generator {BASELINE_STEPS}), guidance "
           f"{args.guidance_text:g} (text) {args.guidance_image:g} (picture), "
           f"{args.weights}, {args.generator}, {args.index}.\n"
           f"Done's standard error is {50 / len(texts) ** 0.5:.1f} points at 50 %. "
@@ -312,13 +316,13 @@ def noise_and_denoise(maker: Maker, pictures: list[Image.Image], texts: list[str
     """The generator from a picture noised to a share of T; from noise alone at 1."""
     x = 2 * to_unit(pictures) - 1
     query, neighbors, _, _ = sample.condition_on(maker.clip.embed_texts(texts), maker.index, args.k,
-                                                 "both")
+                                                 "both", args.query)
 
     def draw(part: slice) -> Tensor:
         begin = {"start": x[part], "start_at": strength} if strength < 1 else {}
         *_, found = knn_diffusion.sample(maker.model, query[part], neighbors[part],
-                                         [args.seed] * len(x[part]), steps=20, guidance=2.0,
-                                         **begin)
+                                         [args.seed] * len(x[part]), steps=BASELINE_STEPS,
+                                         guidance=args.guidance_text, **begin)
         return found
 
     return in_batches(len(texts), draw)
@@ -357,8 +361,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.steps is not None and args.steps < 1 or args.n < 1 or args.seed < 0 or args.k < 1:
             raise ValueError("--steps, --n and --k want 1 or more, --seed 0 or more")
-        if not all(0 < strength < 1 for strength in args.strengths):
-            raise ValueError("--strengths wants numbers between 0 and 1")
+        if not all(BASELINE_STEPS / 1000 <= strength < 1 for strength in args.strengths):
+            raise ValueError(f"--strengths wants numbers below 1 and not below "
+                             f"{BASELINE_STEPS / 1000}: a step of T = 1,000 each")
         if args.what == "train-judge":
             args.steps, args.out = args.steps or 800, args.out or Path("judge-edit.safetensors")
             train_judge(args)

@@ -283,10 +283,13 @@ def big_ones(drawings: list[Drawing]) -> list[Drawing]:
     return [d for d in drawings if d.category not in ("Flags", "Symbols") and not is_in_corner(d)]
 
 
-def small_ones(drawings: list[Drawing], big: Drawing) -> list[Drawing]:
+def props_of(drawings: list[Drawing]) -> list[Drawing]:
+    return [d for d in drawings if d.concept in PROPS and not is_in_corner(d)]
+
+
+def small_ones(props: list[Drawing], big: Drawing) -> list[Drawing]:
     """The props that can stand beside a big sticker, those kept apart from it among them."""
-    return [d for d in drawings if d.concept in PROPS and d.style == big.style
-            and d.concept != big.concept and not is_in_corner(d)]
+    return [d for d in props if d.style == big.style and d.concept != big.concept]
 
 
 def scene_captions(parts: list[dict], background: str) -> list[str]:
@@ -306,7 +309,7 @@ def make_scenes(drawings: list[Drawing], n: int, seed: int):
     second.
     """
     big = big_ones(drawings)
-    props = [d for d in drawings if d.concept in PROPS]
+    props = props_of(drawings)
     order = generator(seed, "families").permutation(len(big))
     for i in range(n):
         of_family, rng = generator(seed, "family", i // 4), generator(seed, "scene", i)

@@ -182,6 +182,14 @@ def test_ecc_is_blind_to_brightness_and_contrast_and_alone_or_in_a_batch():
     masked = edit.ecc(template, spoiled, mask=mask, levels=1)
     clean = edit.ecc(template, image, mask=mask, levels=1)
     assert torch.allclose(masked.warp, clean.warp, atol=2e-3)
+    # a mask over less than half is no reason to give up
+    mask[:, :, :36] = 0
+    assert edit.ecc(template, image, mask=mask, eps=1e-6).converged.sum() >= 5
+    # and a start is where it begins: from the end there is nothing left to do
+    again, anew = (edit.ecc(template, image, levels=1, iterations=2, start=start).warp
+                   for start in (together.warp, None))
+    assert torch.allclose(again, together.warp, atol=1e-3)
+    assert not torch.allclose(anew, together.warp, atol=1e-2)
 
 
 def test_hopeless_pairs_are_reported_and_harmless():
@@ -239,6 +247,8 @@ def test_a_neighbour_that_lies_right_already_is_not_moved():
     assert torch.equal(warped[:3], neighbors[:3])
     assert torch.equal(alignment.warp[3:], found[3:])
     assert torch.equal(warped[3:], edit.warp_pictures(neighbors[3:], found[3:]))
+    assert torch.equal(alignment.rho, edit.correlation(
+        edit.grey(pictures), edit.grey(neighbors), alignment.warp))
 
 
 def test_regions_have_their_areas_and_lie_inside():
@@ -491,6 +501,25 @@ def test_pasting_touches_nothing_outside_the_mask():
     assert (pasted[30:40, 20 + 30:20 + 40] == (255, 0, 0)).all()
     empty = Image.new("L", (16, 16))
     assert (np.asarray(edit.paste(picture, result, empty)) == np.asarray(picture)).all()
+
+
+@pytest.mark.parametrize("size", [(655, 640), (959, 640), (95, 64), (64, 97), (40, 51)])
+def test_pasting_puts_a_thing_where_it_was_taken_from(size):
+    """A grey square through `fit_square` and back: its centre within a tenth of a model's pixel, or
+    the rounding to the picture's own."""
+    width, height = size
+    side = min(size)
+    values = np.zeros((height, width, 3), np.uint8)
+    middle = height // 2, width // 2
+    half = side // 8
+    values[middle[0] - half:middle[0] + half, middle[1] - half:middle[1] + half] = 200
+    picture = Image.fromarray(values)
+    small = clip_model.fit_square(picture, 64)
+    found = np.asarray(edit.paste(picture, small, Image.new("L", (64, 64), 255)))[..., 0]
+    for axis in (0, 1):
+        centre, was = (np.average(np.arange(v.shape[axis]), weights=v.sum(1 - axis, dtype=float))
+                       for v in (found, values[..., 0]))
+        assert abs(centre - was) < max(0.1 * side / 64, 0.25)
 
 
 def test_the_change_mask_finds_what_changed_and_nothing_else():

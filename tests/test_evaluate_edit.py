@@ -1,14 +1,22 @@
 """examples/evaluate_edit.py: what counts as changed, kept and done."""
 
+import argparse
 import itertools
 import math
 
 import evaluate_edit
+import numpy as np
 import pytest
 import stickers
 import torch
 from evaluate import Bench
+from PIL import Image
 from test_stickers import drawing
+
+import clip_model
+import edit
+import knn_diffusion
+import sample
 
 
 def two(seed=0, n=3):
@@ -124,11 +132,59 @@ def test_an_older_rendering_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("argv", [
-    ["table", "--n", "0"], ["table", "--strengths", "0"], ["table", "--steps", "0"],
-    ["table", "--weights", "missing.safetensors"], ["table", "--data", "missing"]])
-def test_bad_input_gives_one_sentence_and_status_2(argv, capsys):
+    ["table", "--n", "0"], ["table", "--strengths", "0.019"], ["table", "--steps", "0"],
+    ["table", "--weights", "missing.safetensors"], ["table", "--data", "missing"],
+    ["table", "--generator", "edit.safetensors"], ["table", "--generator", "discrete.safetensors"]])
+def test_bad_input_gives_one_sentence_and_status_2(argv, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_edit, "edit_pairs", lambda n, seed: (
+        [Image.new("RGB", (64, 64))] * n, ["a crown"] * n, [Image.new("RGB", (64, 64))] * n))
+    (tmp_path / "captions.jsonl").write_text("")
+    argv = [str(evaluate_edit.SHIPPED / arg) if arg.startswith(("edit.", "discrete.")) else arg
+            for arg in argv]
+    argv += [] if "--data" in argv else ["--data", str(tmp_path)]
     assert evaluate_edit.main(argv) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    wrong = argv[2] if argv[1] in ("--weights", "--data", "--generator") else argv[1].strip("-")
+    assert wrong in error
+
+
+def test_the_results_measured_are_the_command_s_own(world, tmp_path, monkeypatch):
+    """`edited` draws what edit.py --singles writes, and the baseline starts where its strength
+    says, with the same guidance and query."""
+    model = knn_diffusion.widened(knn_diffusion.load(world / "continuous.safetensors")[0])
+    metadata = knn_diffusion.load(world / "continuous.safetensors")[1]
+    knn_diffusion.save(tmp_path / "edit.safetensors", model, {"clip": metadata["clip"]})
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    picture.save(tmp_path / "picture.png")
+    files = ["--clip", str(world / "clip.safetensors"), "--index", str(world / "index")]
+    assert edit.main([str(tmp_path / "picture.png"), "a crown", "--weights",
+                      str(tmp_path / "edit.safetensors"), *files, "--n", "1", "--seed", "3",
+                      "--steps", "4", "--k", "3", "--singles", str(tmp_path / "s"),
+                      "--out", str(tmp_path / "out.png")]) == 0
+    written = Image.open(tmp_path / "s" / "000-00.png")
+    args = argparse.Namespace(seed=3, steps=4, k=3, query="nearest", guidance_text=2.0,
+                              guidance_image=1.0)
+    maker = evaluate_edit.Maker(*(sample.open_all(
+        tmp_path / "edit.safetensors", world / "clip.safetensors", world / "index")[i]
+        for i in (0, 2, 3)), None)
+    size = model.config.image_size
+    monkeypatch.setattr(evaluate_edit, "to_unit", lambda pictures: torch.stack([
+        torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for p in pictures]))  # 16 px
+    [found] = evaluate_edit.edited(maker, [clip_model.fit_square(picture, size)], ["a crown"], args)
+    assert found.tobytes() == written.tobytes()
+
+    asked, draw = [], knn_diffusion.sample
+    monkeypatch.setattr(knn_diffusion, "sample", lambda *given, **options: (
+        asked.append((given[1], options)), draw(*given, **{**options, "steps": 2}))[1])
+    monkeypatch.setattr(evaluate_edit, "BASELINE_STEPS", 2)
+    args.query, args.guidance_text = "text", 3.0
+    maker.model = knn_diffusion.load(world / "continuous.safetensors")[0]
+    evaluate_edit.noise_and_denoise(maker, [clip_model.fit_square(picture, size)], ["a crown"], 0.5,
+                                    args)
+    [(query, options)] = asked
+    assert torch.equal(query, maker.clip.embed_texts(["a crown"]))
+    assert options["guidance"] == 3.0 and options["start_at"] == 0.5 and options["steps"] == 2
 
 
 def test_the_count_by_text_starts_with_the_most_frequent():

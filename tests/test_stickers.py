@@ -106,7 +106,7 @@ def test_scenes_come_in_families_and_keep_pairs_apart():
         centres = {(left + right, top + bottom) for row in family for left, top, right, bottom in
                    (part["box"] for part in row["parts"][1:])}
         assert n > 1 or len(centres) <= 2
-    small = stickers.small_ones([*props, *big], props[0])
+    small = stickers.small_ones(stickers.props_of([*props, *big]), props[0])
     assert len(small) == 19                                  # kept apart or not, never itself
 
 

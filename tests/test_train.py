@@ -11,6 +11,7 @@ from conftest import CLIP_CONFIG, UNET_CONFIG, tiny_unet, write_pictures
 from PIL import Image
 
 import clip_model
+import index as index_module
 import knn_diffusion
 import train
 import vqvae
@@ -425,6 +426,65 @@ def test_editing_trains_from_a_generator_and_sees_no_text(world, tmp_path, monke
     assert edit_command(world, tmp_path / "b", start[2:], 6, "--resume") == 0
     states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in "ab"]
     assert equal_states(*states)
+    monkeypatch.undo()
+    assert edit_command(world, tmp_path / "b", start[2:], 7, "--resume", "--swaps", "2") == 2
+
+
+@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
+def test_the_editing_model_is_shown_the_swap_and_asked_for_the_original(
+        world, tmp_path, monkeypatch, backbone):
+    """Two swaps of picture 3: both to become it, each from its own; a dropped one is null."""
+    index, clip = open_index(world / "index"), clip_model.load(world / "clip.safetensors")
+    pictures = train.SwappedPictures(world / "images", index, index, clip, 16, 3, 2, 7, tmp_path)
+    pictures.manipulated[23] = 255 - pictures.manipulated[3]
+    rows = torch.tensor([3, 23, 3, 23])
+    dropped = torch.tensor([False, False, True, True])
+    no = torch.zeros(4, dtype=torch.bool)
+    monkeypatch.setattr(knn_diffusion, "draw_edit_drops", lambda *_: (no, ~no, dropped))
+    seen = []
+    if backbone == "continuous":
+        monkeypatch.setattr(knn_diffusion, "diffusion_loss", lambda *given: seen.append(given))
+        config = knn_diffusion.load(world / "continuous.safetensors")[0].config
+        stages = train.EditContinuous(pictures, config, "both", CPU)
+        stages.loss(None, rows, torch.Generator().manual_seed(0))
+        x0, given, null = seen[0][2], seen[0][-1], 0
+        original = train.to_x(pictures.pictures[[3]])[0]
+        swapped = train.to_x(pictures.manipulated[[3, 23]])
+    else:
+        torch.manual_seed(0)
+        codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
+        monkeypatch.setattr(knn_diffusion, "discrete_loss", lambda *given: (
+            seen.append(given), (torch.ones(4), torch.ones(4)))[1])
+        stages = train.EditDiscrete(pictures, TINY_TRANSFORMER, "both", CPU, codec, index)
+        stages.loss(None, rows, torch.Generator().manual_seed(0))
+        x0, given, null = seen[0][2], seen[0][-1], TINY_TRANSFORMER.n_codes
+        original = codec.encode(train.to_x(pictures.pictures[[3]]))[0]
+        swapped = codec.encode(train.to_x(pictures.manipulated[[3, 23]]))
+    assert all(torch.equal(each, original) for each in x0)
+    assert torch.equal(given[:2], swapped) and not torch.equal(swapped[0], swapped[1])
+    assert (given[2:] == null).all()
+    assert torch.equal(seen[0][-3], no) and torch.equal(seen[0][-2], ~no)
+
+
+def test_other_swaps_have_a_cache_of_their_own(world, tmp_path):
+    index, clip = open_index(world / "index"), clip_model.load(world / "clip.safetensors")
+    for i, (k, per_picture, seed) in enumerate([(3, 1, 7), (3, 1, 8), (2, 1, 7), (3, 2, 7)]):
+        train.SwappedPictures(world / "images", index, index, clip, 16, k, per_picture, seed,
+                              tmp_path)
+        assert len(list(tmp_path.glob("swaps-*.npz"))) == i + 1
+
+
+def test_a_single_picture_has_nothing_to_swap_with(world, tmp_path, capsys):
+    write_pictures(tmp_path / "one", 1)
+    clip = clip_model.load(world / "clip.safetensors")
+    embeddings, names, _ = index_module.embed_folder(clip, tmp_path / "one")
+    index_module.write_index(tmp_path / "index", embeddings, names, "some clip", clip.fingerprint(),
+                             tmp_path / "one")
+    assert train.main(["edit", "--data", str(tmp_path / "one"), "--swap-index",
+                       str(tmp_path / "index"), "--index", str(world / "index"), "--clip",
+                       str(world / "clip.safetensors"), "--init",
+                       str(world / "continuous.safetensors"), "--out", str(tmp_path / "o")]) == 2
+    assert "holds one picture" in capsys.readouterr().err
 
 
 def test_swaps_change_a_region_only_and_speak_of_what_was_there(world, tmp_path):
