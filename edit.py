@@ -591,7 +591,7 @@ def run(args: argparse.Namespace) -> None:
 
 def check_numbers(args: argparse.Namespace, T: int, backbone: str) -> None:
     """Raise ValueError with one sentence for a number or a path that can't be used."""
-    args.batch_size, args.dynamic_threshold, args.truncation = 1, None, 1.0
+    args.batch_size, args.dynamic_threshold, args.truncation, args.eta = 1, None, 1.0, 0.0
     sample.check_numbers(args, T)
     for name, value in (("--guidance-image", args.guidance_image), ("--start", args.start)):
         if not math.isfinite(value):

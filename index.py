@@ -1018,7 +1018,7 @@ def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
     pictures = []
     for i in ids:
         try:
-            pictures.append(clip_model.read_image(index.root / index.paths[i]))
+            pictures.append(clip_model.read_image(index.root / str(index.paths[i])))
         except (FileNotFoundError, ValueError):
             pictures.append(None)
     return pictures

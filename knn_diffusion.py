@@ -8,24 +8,23 @@ embeddings (kNN-Diffusion Sec. 3):
 
     continuous   x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε,  t = 1 … T, ᾱ_0 = 1; the U-Net predicts ε, v or x_0
     discrete     tokens are masked and replaced; a transformer predicts p(x_0 | x_t)
-    guidance     out = uncond + s·(cond − uncond), s = 1 is off; of log p for tokens
+    guidance     out = uncond + scale·(cond − uncond), 1 is off; of log p for tokens
 
     paper        code                            paper        code
     x_t, ε, v    xt, eps, v                      ᾱ_t, β_t     alpha_bar[t], beta[t]
     f_img, f_txt query                           kNN(·)       neighbors
-    H            an index.Index                  s (scale)    guidance
+    H            an index.Index                  its scale    guidance
 
 Shapes: B batch, C channels, H W picture, L image tokens (h·w), D width of the condition, E CLIP
-dimension, K neighbours, T steps. Pictures are in [-1, 1]. t is the step: 1 … T; x_0 is the picture.
+dimension, K neighbours, T steps. Pictures are in [-1, 1]. t is the step, 1 … T, and s < t the one
+that a sampler goes to (in training t − 1); x_0 is the picture.
 """
 from __future__ import annotations
 
-import functools
 import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -225,6 +224,8 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
     return all_of_it | query, all_of_it | neighbors
 
 
+# ---------------------------------------------------------------- both backbones edit (Sec. 3.3)
+
 def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
                     ) -> tuple[Tensor, Tensor, Tensor]:
     """Which samples lose their query, their neighbours and the picture to edit: three bool (B,).
@@ -237,9 +238,10 @@ def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "bo
     return drop_query, drop_neighbors, drop_picture & drop_query & drop_neighbors
 
 
-def to_edit(picture: Tensor | None) -> dict[str, Tensor]:
-    """The argument that only a model with `config.edit` takes."""
-    return {} if picture is None else {"picture": picture}
+def check_edits(config: UNetConfig | TransformerConfig, picture: Tensor | None) -> None:
+    """Raise ValueError for a picture to edit where the model was not trained to."""
+    if picture is not None and not config.edit:
+        raise ValueError("a picture to edit wants weights of `train.py edit`")
 
 
 def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
@@ -406,6 +408,7 @@ class UNet(nn.Module):
         Returns float32 (B, 3 or 6, H, W).
         """
         config = self.config
+        check_edits(config, picture)
         if config.edit:
             xt = torch.cat([xt, torch.zeros_like(xt) if picture is None else picture], dim=1)
         tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
@@ -439,16 +442,17 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
                    picture: Tensor | None = None) -> Tensor:
     """Mean squared error of the target over the batch; with learned variance plus ADM's L_vlb term.
 
-    The error of v is that of x_0 times 1/(1−ᾱ). Ours, for the target x_0: the same, but with the
-    weight capped at 5, as Min-SNR does (2303.09556 Sec. 3.4). A v or ε holds all of the noise,
-    which a narrow network must carry through; x_0 does not.
+    The error of v is that of x_0 times 1/(1−ᾱ) = SNR + 1. Ours, for the target x_0: the same
+    weight, but at most 5. (Min-SNR, 2303.09556 Sec. 3.4, caps, too: min(SNR, 5) goes to 0 where all
+    is noise, ours to 1.) A v or ε holds all of the noise, which a narrow network must carry
+    through; x_0 does not.
 
     x0 float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T; eps standard normal as x0; picture:
     what to edit into x0, as x0.
     """
     alpha_bar = schedule.at(t, x0)                                         # (B, 1, 1, 1)
     xt = add_noise(x0, eps, alpha_bar)
-    output = model(xt, t, query, neighbors, drop_query, drop_neighbors, **to_edit(picture))
+    output = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)
     if model.config.target == "x0":
         weight = (1 / (1 - alpha_bar)).clamp(max=5)
         loss = (weight * (output[:, :3].float() - x0) ** 2).mean()
@@ -515,10 +519,10 @@ Denoiser = Callable[[Tensor, int], Prediction]
 
 def guided(call: Callable[..., Tensor], query: Tensor | None, neighbors: Tensor | None,
            guidance: float, picture: Tensor | None = None, guidance_picture: float = 1.0) -> Tensor:
-    """uncond + s·(cond − uncond), s = 1 is off; call(query, neighbors, picture) is the model.
+    """uncond + guidance·(cond − uncond), 1 is off; call(query, neighbors, picture) is the model.
 
-    With a picture I to edit and the condition T, two scales, s_I and s_T (InstructPix2Pix,
-    2211.09800 Eq. 3):
+    With a picture I to edit and the text's condition T, two scales: s_I, `guidance_picture`, and
+    s_T, `guidance` (InstructPix2Pix, 2211.09800 Eq. 3). e(I, T) is the model's output, ∅ a null:
         e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,T) − e(I,∅)]
     """
     out = call(query, neighbors, picture)
@@ -546,7 +550,7 @@ def denoise(model: UNet, schedule: Schedule, xt: Tensor, t: int, query: Tensor |
     fractions = []
 
     def call(query: Tensor | None, neighbors: Tensor | None, picture: Tensor | None) -> Tensor:
-        output = model(xt, steps, query, neighbors, **to_edit(picture)).float()
+        output = model(xt, steps, query, neighbors, picture=picture).float()
         fractions.append(output[:, 3:] if model.config.learned_variance else None)
         return output[:, :3]
 
@@ -566,29 +570,33 @@ def denoise(model: UNet, schedule: Schedule, xt: Tensor, t: int, query: Tensor |
 # ---------------------------------------------------------------- samplers
 #
 # Each is a generator of x_t along `times`, a falling list that ends at 0 (x_0): so a notebook can
-# watch. `noise()` gives the next standard normal (B, C, H, W); x_T comes from it too.
+# watch. It begins with `xt` (B, C, H, W) at times[0]; `noise()` gives the next standard normal.
 
 def sampling_times(schedule: Schedule, steps: int, target: str = "v") -> list[int]:
     """steps + 1 falling times, evenly spaced from T to 0. Raises ValueError outside 1 … T.
 
     Where ε is predicted, x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0, so fewer than T steps start
-    at the last t with ᾱ_t ≥ 1e-4 (Ours).
+    at the last t with ᾱ_t ≥ 1e-4 (Ours), or at t = steps where that is later.
     """
     if not 1 <= steps <= schedule.T:
         raise ValueError(f"steps is {steps}, wanted 1 to {schedule.T}")
     first = schedule.T
     if target == "eps" and steps < schedule.T:
         first = max(steps, int((schedule.alpha_bar >= 1e-4).nonzero().max()))
+    return falling(first, steps)
+
+
+def falling(first: int, steps: int) -> list[int]:
+    """steps + 1 times, evenly spaced from `first` to 0."""
     return [round(first * (steps - i) / steps) for i in range(steps + 1)]
 
 
-def ddpm(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callable[[], Tensor]
-         ) -> Iterator[Tensor]:
+def ddpm(predict: Denoiser, schedule: Schedule, times: list[int], xt: Tensor,
+         noise: Callable[[], Tensor]) -> Iterator[Tensor]:
     """Ancestral sampling (2006.11239 Alg. 2) over any falling times; the last step adds no noise.
 
     The variance is the learned one where the model has it, else β̃.
     """
-    xt = noise()
     for t, s in zip(times, times[1:]):
         now = predict(xt, t)
         mean, beta_tilde, beta = posterior(now.x0, xt, schedule.at(t, xt), schedule.at(s, xt))
@@ -601,10 +609,9 @@ def ddpm(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callabl
         yield xt
 
 
-def ddim(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callable[[], Tensor],
-         eta: float = 0.0) -> Iterator[Tensor]:
+def ddim(predict: Denoiser, schedule: Schedule, times: list[int], xt: Tensor,
+         noise: Callable[[], Tensor], eta: float = 0.0) -> Iterator[Tensor]:
     """DDIM (Song et al., 2010.02502 Eq. 12, 16): eta = 0 deterministic, 1 as noisy as DDPM."""
-    xt = noise()
     for t, s in zip(times, times[1:]):
         now = predict(xt, t)
         alpha_bar_t, alpha_bar_s = schedule.at(t, xt), schedule.at(s, xt)
@@ -617,15 +624,15 @@ def ddim(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callabl
         yield xt
 
 
-def dpm_solver(predict: Denoiser, schedule: Schedule, times: list[int], noise: Callable[[], Tensor]
-               ) -> Iterator[Tensor]:
+def dpm_solver(predict: Denoiser, schedule: Schedule, times: list[int], xt: Tensor,
+               noise: Callable[[], Tensor]) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al., 2211.01095 Alg. 2): second order from two predictions of x_0.
 
     λ = log(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t, r = h_before/h:
     D = (1 + 1/2r) x_0(t) − 1/2r x_0(before),  x_s = √(1−ᾱ_s)/√(1−ᾱ_t) x_t − √ᾱ_s (e^{−h} − 1) D.
     The first step, and the last one to s = 0 (where h is infinite), take D = x_0(t).
     """
-    xt, before, h_before = noise(), None, 0.0
+    before, h_before = None, 0.0
     alpha_bar = schedule.alpha_bar.tolist()
     for t, s in zip(times, times[1:]):
         x0 = predict(xt, t).x0
@@ -661,33 +668,34 @@ def noise_source(seeds: list[int], shape: tuple[int, ...], device: torch.device 
 def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
            steps: int = 20, guidance: float = 2.0, sampler: str = "dpm",
            dynamic_threshold: float | None = None, picture: Tensor | None = None,
-           guidance_picture: float = 1.0, start: Tensor | None = None, start_at: float = 1.0
-           ) -> Iterator[Tensor]:
+           guidance_picture: float = 1.0, start: Tensor | None = None, start_at: float = 1.0,
+           eta: float = 0.0) -> Iterator[Tensor]:
     """Yield x_t after every step, float32 (B, 3, H, W); the last one is the picture in [-1, 1].
 
     query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture: what
     to edit (B, 3, H, W), for a model with `config.edit`. start: begin at t = start_at·T from this
-    picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there. Raises
-    ValueError where that leaves fewer steps than asked for.
+    picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there. eta: of
+    DDIM. Raises ValueError where `start_at` leaves fewer steps than asked for.
     """
     schedule = Schedule(model.config.T, model.config.noise_shift)
     times = sampling_times(schedule, steps, model.config.target)
     size, device = model.config.image_size, model.conv_in.weight.device
     noise = noise_source(seeds, (3, size, size), device)
+    xt = noise()
     if start is not None:
         first = round(start_at * times[0])
         if first < steps:
             raise ValueError(f"start_at {start_at:g} leaves {first} of {times[0]} steps, fewer "
                              f"than {steps}")
-        times = [round(first * (steps - i) / steps) for i in range(steps + 1)]
-        draws = chain([add_noise(start, noise(), schedule.at(first, start))], iter(noise, None))
-        noise = functools.partial(next, draws)                             # x_t first, then noise
+        times = falling(first, steps)
+        xt = add_noise(start, xt, schedule.at(first, start))
 
     def predict(xt: Tensor, t: int) -> Prediction:
         return denoise(model, schedule, xt, t, query, neighbors, guidance, dynamic_threshold,
                        picture, guidance_picture)
 
-    yield from SAMPLERS[sampler](predict, schedule, times, noise)
+    options = {"eta": eta} if sampler == "ddim" else {}
+    yield from SAMPLERS[sampler](predict, schedule, times, xt, noise, **options)
 
 
 # ================================================================ the discrete backbone
@@ -926,6 +934,7 @@ class TokenTransformer(nn.Module):
 
         Returns log probabilities float32 (B, L, V), normalised, at least LOG_ZERO.
         """
+        check_edits(self.config, picture)
         tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
         time = F.silu(self.time(t) + self.query_to_time(query))            # (B, D)
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)     # (l, D)
@@ -1005,8 +1014,7 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
     this is −log p(x_0 | x_1). Then −log p(x_0 | x_t), which teaches x_0 at once, with the code's
     adaptive weight 2 − (t−1)/T. Neither is divided by the probability of t yet: see `TimeSampler`.
     """
-    log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors,
-                   **to_edit(picture))                                     # (B, L, V)
+    log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)     # (B, L, V)
     kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)          # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
     return kl, model.config.auxiliary * (2 - (t - 1) / schedule.T) * auxiliary
@@ -1074,7 +1082,7 @@ def denoise_tokens(model: TokenTransformer, xt: Tensor, t: int, query: Tensor | 
     steps = torch.full((len(xt),), t, device=xt.device)
 
     def call(query: Tensor | None, neighbors: Tensor | None, picture: Tensor | None) -> Tensor:
-        return model(xt, steps, query, neighbors, **to_edit(picture))
+        return model(xt, steps, query, neighbors, picture=picture)
 
     log_p = guided(call, query, neighbors, guidance, picture, guidance_picture)
     if guidance != 1.0 or guidance_picture != 1.0:
@@ -1168,7 +1176,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
     if order not in ORDERS or (order == "purity" and config.schedule != "released"):
         raise ValueError(f"order is {order!r}, wanted ancestral, or purity with the schedule "
                          f"'released' (it is {config.schedule!r})")
-    times = [round(config.T * (steps - i) / steps) for i in range(steps + 1)]
+    times = falling(config.T, steps)
     device = model.token.weight.device
 
     def predict(xt: Tensor, t: int) -> Tensor:

@@ -56,9 +56,11 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
     what was found: scores and row ids (B, K). queries: unit-norm (B, E).
 
     query: "text" hands the queries on as they are, as the paper does. Departs: "nearest" puts the
-    best neighbour in a query's place, where neighbours are shown at all. A text's embedding lies
-    apart from all pictures' (the sticker CLIP's: cosine 0.67 to its own picture, 0.99 between that
-    and the neighbour), where a small network that has seen pictures only knows no shapes.
+    best neighbour in a query's place, where neighbours are shown at all, and leaves it among the
+    neighbours, which are still the text's (in training a query is never its own neighbour). A
+    text's embedding lies apart from all pictures' (the sticker CLIP's: cosine 0.67 to its own
+    picture, 0.99 between that and the neighbour), where a small network that has seen pictures only
+    knows no shapes.
     """
     scores, ids = index.search(queries.cpu(), k)
     rows = torch.from_numpy(index.embeddings[ids.numpy()]).float().to(queries.device)    # (B, K, E)
@@ -150,6 +152,8 @@ def check_numbers(args: argparse.Namespace, T: int) -> None:
                         ("--truncation", args.truncation)):
         if value is not None and not 0 < value <= 1:
             raise ValueError(f"{name} is {value}, wanted 0 to 1")
+    if not 0 <= args.eta <= 1:
+        raise ValueError(f"--eta is {args.eta}, wanted 0 to 1")
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance is {args.guidance}, wanted a finite number")
     for path in (args.out, args.singles):
@@ -190,6 +194,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sampler", choices=[*knn_diffusion.SAMPLERS, *knn_diffusion.ORDERS],
                         help="continuous: dpm, DPM-Solver++(2M) (default); ddim; ddpm wants many "
                              "steps. Discrete: ancestral (default); purity, the surest first")
+    parser.add_argument("--eta", type=float, default=0.0, metavar="ETA",
+                        help="of ddim: 0 (default) adds no noise, 1 as much as ddpm")
     parser.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default 2")
     parser.add_argument("--dynamic-threshold", type=float, metavar="P",
                         help="continuous: clip x_0 at its P quantile (0.995, say), not at 1")
@@ -250,7 +256,8 @@ def run(args: argparse.Namespace) -> None:
     repeat = [part if part is None else part.repeat_interleave(args.n, dim=0)
               for part in (query, neighbors)]                                  # (prompts·n, ...)
     seeds = [args.seed + j for _ in labels for j in range(args.n)]
-    options = {"sampler": args.sampler, "dynamic_threshold": args.dynamic_threshold}
+    options = {"sampler": args.sampler, "dynamic_threshold": args.dynamic_threshold,
+               "eta": args.eta}
     if codec:
         options = {"order": args.sampler, "truncation": args.truncation}
     pictures = generate(model, *repeat, seeds, args.batch_size, codec, steps=args.steps,
@@ -284,7 +291,7 @@ def write(args: argparse.Namespace, labels: list[str], samples: list[list[Image.
     The settings stand in every PNG's text chunk "parameters", as JSON.
     """
     settings = {name: getattr(args, name) for name in (
-        "n", "k", "condition", "query", "steps", "sampler", "guidance", "dynamic_threshold",
+        "n", "k", "condition", "query", "steps", "sampler", "eta", "guidance", "dynamic_threshold",
         "truncation")}
     settings |= {name: str(getattr(args, name)) for name in ("weights", "vqvae", "clip", "index")}
 

@@ -42,7 +42,15 @@ import clip_model
 import edit
 import knn_diffusion
 import vqvae
-from index import Index, check_encoder, list_images, neighbor_table, open_index, save_array
+from index import (
+    Index,
+    check_encoder,
+    list_images,
+    neighbor_table,
+    open_index,
+    rows_digest,
+    save_array,
+)
 from knn_diffusion import TransformerConfig, UNetConfig
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
@@ -84,7 +92,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in (p for p in group["params"] if p.grad is not None):
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                if "mean" not in self.state[p]:
+                    self.state[p]["mean"] = torch.zeros_like(p)
+                mean = self.state[p]["mean"]
                 mean.lerp_(p.grad, 1 - momentum)
                 matrix = p.grad.lerp(mean, momentum).flatten(1)            # Nesterov's look ahead
                 scale = 0.2 * math.sqrt(max(matrix.shape))
@@ -227,8 +237,8 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
             pickle.UnpicklingError) as error:
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"can't resume from {path}: {reason}") from None
-    changed = [f"{name} was {then.get(name)}, is {value}" for name, value in settings.items()
-               if then.get(name) != value]
+    changed = [f"{name} was {then[name]}, is {value}" for name, value in settings.items()
+               if name in then and then[name] != value]
     if changed:
         raise ValueError(f"can't resume from {path}: {'; '.join(changed)}")
     if done >= steps:
@@ -664,7 +674,8 @@ class Continuous:
 
     def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
              seeds: list[int], **picture: Tensor) -> Tensor:
-        *_, x = knn_diffusion.sample(model, query, neighbors, seeds, steps=20, **picture)
+        *_, x = knn_diffusion.sample(model, query, neighbors, seeds,
+                                      min(20, self.config.T), **picture)
         return x
 
 
@@ -706,7 +717,8 @@ class Discrete:
 
     def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
              seeds: list[int], **picture: Tensor) -> Tensor:
-        *_, tokens = knn_diffusion.sample_tokens(model, query, neighbors, seeds, **picture)
+        *_, tokens = knn_diffusion.sample_tokens(model, query, neighbors, seeds,
+                                                 min(25, self.config.T), **picture)
         return self.codec.decode(tokens)
 
 
@@ -842,38 +854,55 @@ class EditDiscrete(Discrete):
 
 # ---------------------------------------------------------------- the loop of all three
 
+CHECKPOINT_EVERY, SAMPLES_EVERY = 500, 1000                                # steps
+
+
+def start_model(what: str, weights: Path | None, config: UNetConfig | TransformerConfig | None,
+                index: Index, target: str | None, k: int | None
+                ) -> knn_diffusion.UNet | knn_diffusion.TokenTransformer:
+    """The model to train: a new one, or from weights, which keep their sizes, their K, and what
+    they predict, unless `target` names something else.
+
+    Raises ValueError where the weights are another kind of model, of another CLIP than the index,
+    or of another K than `k`, where that is given.
+    """
+    kind = {"continuous": knn_diffusion.UNet, "discrete": knn_diffusion.TokenTransformer}.get(what)
+    if weights is None:
+        return kind(replace(config, target=target) if target else config)
+    model, metadata = knn_diffusion.load(weights)
+    if kind and (not isinstance(model, kind) or model.config.edit):
+        raise ValueError(f"{weights} holds a {type(model).__name__}"
+                         f"{' that edits' * model.config.edit}, {what} wants a {kind.__name__}")
+    check_goes_with(weights, model, metadata, index)
+    if k not in (None, model.config.n_neighbors):
+        raise ValueError(f"{weights} has {model.config.n_neighbors} neighbours, --k is {k}")
+    if what == "edit":
+        return model if model.config.edit else knn_diffusion.widened(model)
+    if target:
+        model.config = replace(model.config, target=target)
+    return model
+
+
 def train_diffusion(what: str, data: Path, out: Path, index: Index,
                     config: UNetConfig | TransformerConfig | None, condition: str, steps: int,
                     batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
                     minutes: float | None, device: torch.device, bf16: bool, command: str,
-                    codec: vqvae.VQVAE | None = None, swaps: dict | None = None) -> None:
+                    codec: vqvae.VQVAE | None = None, swaps: dict | None = None,
+                    target: str | None = None, k: int | None = None) -> None:
     """Train either backbone on pictures alone; write out/WHAT.safetensors (EMA) and out/state.pt.
 
     what: "continuous", or "discrete" with a VQ-VAE as `codec`, or "edit", either of them with
     `swaps` (swap_index, clip, per_picture: see `SwappedPictures`), from weights. condition: "both",
     or "query" for the paper's no-kNN model, whose neighbours are always null ("neighbors" blinds
-    the query instead). Weights to start from keep their own sizes; a U-Net's target is from now on
-    config's, but for editing.
+    the query instead). target and k: see `start_model`.
     """
     torch.manual_seed(seed)
     weights = out / f"{what}.safetensors" if resume else init
-    classes = {"continuous": knn_diffusion.UNet, "discrete": knn_diffusion.TokenTransformer}
-    if weights:
-        model, metadata = knn_diffusion.load(weights)
-        if what != "edit" and (not isinstance(model, classes[what]) or model.config.edit):
-            raise ValueError(f"{weights} holds a {type(model).__name__}"
-                             f"{' that edits' * model.config.edit}, {what} wants a "
-                             f"{classes[what].__name__}")
-        check_goes_with(weights, model, metadata, index)
-        if what == "edit" and not model.config.edit:
-            model = knn_diffusion.widened(model)
-    else:
-        model = classes[what](config)
-    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition}
+    model = start_model(what, weights, config, index, target, k)
+    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition,
+                "k": model.config.n_neighbors, "index": rows_digest(index.rows)[:16]}
     made_with = {"condition": condition, "clip": index.manifest.get("encoder_hash", "")}
     is_continuous = isinstance(model, knn_diffusion.UNet)
-    if is_continuous and what != "edit":
-        model.config = replace(model.config, target=config.target)
     if is_continuous:
         settings["target"] = model.config.target
     else:
@@ -933,13 +962,14 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
         finite = descend(model, optimizers, loss, rate, max_norm=1.0)
         average(ema, model, step, 0.9995)
         progress.update(step, loss.item(), rate, batch_size, finite)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % CHECKPOINT_EVERY == 0:
             checkpoint(step + 1)
-        if (step + 1) % 1000 == 0:
+        if (step + 1) % SAMPLES_EVERY == 0:
             draw_samples(step + 1)
         if progress.out_of_time():
             break
     checkpoint(step + 1)
+    draw_samples(step + 1)
 
 
 def check_tokens(config: TransformerConfig, codec: vqvae.VQVAEConfig) -> None:
@@ -972,8 +1002,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt, all other "
                         "arguments as they were; --steps may differ")
-    parser.add_argument("--init", type=Path, help="start from these weights, optimiser fresh; "
-                        "edit keeps their sizes and k (default: the shipped continuous ones)")
+    parser.add_argument("--init", type=Path, help="start from these weights, of their sizes, k "
+                        "and target, optimiser fresh (default: none; edit: the shipped continuous "
+                        "ones)")
     parser.add_argument("--minutes", type=float, help="stop after this long, state written; the "
                         "learning rate still falls towards --steps")
     parser.add_argument("--index", type=Path, default=SHIPPED / "index",
@@ -988,7 +1019,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clip", type=Path, help="edit: embeds the regions (default: the "
                         "stickers'); both backbones: refuse an index of another CLIP; training "
                         "itself runs none")
-    parser.add_argument("--k", type=int, default=10, help="both backbones: neighbours (default 10)")
+    parser.add_argument("--k", type=int, help="both backbones: neighbours (default 10)")
     parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both",
                         help="both backbones: query trains the paper's no-kNN baseline")
     parser.add_argument("--target", choices=["eps", "v", "x0"],
@@ -1021,8 +1052,8 @@ DEFAULTS = {"clip": {"steps": 2600, "batch_size": 512, "lr": 1e-3},
 
 
 def run(args: argparse.Namespace, command: str) -> None:
-    """Check what was asked for, then train. Raises ValueError or FileNotFoundError before anything
-    is written."""
+    """Check what was asked for, then train. Raises ValueError or FileNotFoundError before the first
+    step; by then only caches are written (neighbours, tokens, swaps)."""
     presets = {"clip": {"stickers": clip_model.STICKERS}, "vqvae": vqvae.PRESETS,
                "continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS,
                "edit": {"stickers": None}}                     # an editing model keeps its sizes
@@ -1032,10 +1063,12 @@ def run(args: argparse.Namespace, command: str) -> None:
     config = presets[args.what][args.preset]
     steps, batch_size, lr = (DEFAULTS[args.what][name] if getattr(args, name) is None
                              else getattr(args, name) for name in ("steps", "batch_size", "lr"))
-    if steps < 1 or batch_size < 1 or not lr > 0 or args.k < 1 or args.seed < 0 or (
-            args.keep_out < 0 or args.keep_out == 1 or args.swaps < 1):
-        raise ValueError("--steps, --batch-size, --k, --swaps want 1 or more, --lr more than 0, "
-                         "--seed 0 or more, --keep-out 0 or 2 and more")
+    k = 10 if args.k is None else args.k
+    if steps < 1 or batch_size < 1 or not lr > 0 or k < 1 or args.seed < 0 or args.swaps < 1 or (
+            args.keep_out < 0 or args.keep_out == 1 or not (args.minutes is None
+                                                            or args.minutes > 0)):
+        raise ValueError("--steps, --batch-size, --k, --swaps want 1 or more, --lr and --minutes "
+                         "more than 0, --seed 0 or more, --keep-out 0 or 2 and more")
     if args.resume and not (args.out / "state.pt").is_file():
         raise ValueError(f"nothing to resume: {args.out / 'state.pt'} does not exist")
     if not args.data.is_dir():
@@ -1059,14 +1092,14 @@ def run(args: argparse.Namespace, command: str) -> None:
         if args.clip:
             clip = clip_model.load(args.clip)
             check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
-        config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=args.k)
+        config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=k)
         codec = None
-        if args.what == "continuous":
-            config = replace(config, target=args.target or config.target)
-        else:
+        if args.what == "discrete":
             codec, config = open_codec(args, config)
+        elif args.target:
+            common["target"] = args.target
         train_diffusion(args.what, args.data, args.out, index, config, args.condition, **common,
-                        codec=codec)
+                        codec=codec, k=args.k)
 
 
 def open_codec(args: argparse.Namespace, config: TransformerConfig
@@ -1097,7 +1130,7 @@ def train_edit(args: argparse.Namespace, common: dict) -> None:
     begin = args.out / "edit.safetensors" if args.resume else common["init"]
     is_discrete = isinstance(knn_diffusion.load(begin)[0], knn_diffusion.TokenTransformer)
     codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0] if is_discrete else None
-    train_diffusion("edit", args.data, args.out, index, None, args.condition, **common,
+    train_diffusion("edit", args.data, args.out, index, None, args.condition, **common, k=args.k,
                     codec=codec, swaps={"swap_index": swap_index, "clip": clip,
                                         "per_picture": args.swaps})
 

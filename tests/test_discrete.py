@@ -140,7 +140,7 @@ def test_posterior_under_the_network_is_the_mean_over_x0(kind):
 
 def fixed(log_x0: torch.Tensor, config: TransformerConfig):
     """A model that always says log_x0."""
-    def model(*_: object) -> torch.Tensor:
+    def model(*_: object, **__: object) -> torch.Tensor:
         return log_x0
     model.config = config
     return model
@@ -451,6 +451,12 @@ def test_a_dropped_condition_equals_null_on_every_path():
             assert (dropped - full).abs().max() > 1e-3
         assert torch.allclose(model(xt, t, query, neighbors[:, [2, 0, 1]]), full, atol=1e-5)
         assert torch.allclose(full.exp().sum(-1), torch.ones(4, 9), atol=1e-5)
+
+
+def test_a_plain_transformer_refuses_a_picture_to_edit():
+    xt = torch.zeros(1, 9, dtype=torch.int64)
+    with pytest.raises(ValueError, match="train.py edit"):
+        tiny_transformer()(xt, torch.tensor([1]), None, None, picture=xt)
 
 
 def test_every_input_reaches_the_output():

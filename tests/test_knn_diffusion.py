@@ -226,8 +226,8 @@ class Oracle(torch.nn.Module):
         super().__init__()
         self.config, self.answer, self.seen = config, answer, []
 
-    def forward(self, xt, t, query, neighbors, drop_query=None, drop_neighbors=None):
-        self.seen.append((xt, t, query, neighbors))
+    def forward(self, xt, t, *given, **named):
+        self.seen.append((xt, t, *given, *named.values()))
         return self.answer
 
 
@@ -244,6 +244,47 @@ def test_loss_is_the_squared_error_of_the_target(target):
         assert loss.item() == pytest.approx(offset**2, abs=1e-6)
     xt = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
     assert torch.allclose(model.seen[0][0], xt, atol=1e-6)
+
+
+def test_the_loss_shows_the_model_what_it_was_given():
+    schedule, x0, eps = kd.Schedule(100), torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 4, 4)
+    t, query, neighbors, picture = torch.tensor([1, 100]), unit(2, 16), unit(2, 3, 16), -x0
+    drop_query, drop_neighbors = torch.tensor([True, False]), torch.tensor([False, True])
+    model = Oracle(UNET_CONFIG, torch.zeros_like(x0))
+    kd.diffusion_loss(model, schedule, x0, query, neighbors, t, eps, drop_query, drop_neighbors,
+                      picture)
+    [(_, *given)] = model.seen
+    for found, wanted in zip(given, (t, query, neighbors, drop_query, drop_neighbors, picture),
+                             strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_learned_variance_adds_its_term_and_stays_unguided():
+    """L_hybrid = the squared error + T/1000 of the bound, and a fraction from the conditional
+    call alone."""
+    schedule, x0, eps = kd.Schedule(100), torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 4, 4)
+    config, t = replace(UNET_CONFIG, target="eps", learned_variance=True), torch.tensor([1, 60])
+    answer, drop = 0.3 * torch.randn(2, 6, 4, 4), torch.zeros(2, dtype=torch.bool)
+    loss = kd.diffusion_loss(Oracle(config, answer), schedule, x0, None, None, t, eps, drop, drop)
+    xt = kd.add_noise(x0, eps, schedule.at(t, x0))
+    bound = kd.vlb_term(answer, x0, xt, t, schedule, "eps").mean()
+    wanted = ((answer[:, :3] - eps) ** 2).mean() + 0.1 * bound
+    assert bound > 0.1 and loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+    class Model(torch.nn.Module):
+        def forward(self, xt, t, query, neighbors, **_):
+            return torch.full((len(xt), 6, 4, 4), 0.9 if query is None else 0.2)
+
+    model = Model()
+    model.config = config
+    found = kd.denoise(model, schedule, xt, 60, unit(2, 16), None, guidance=3.0)
+    assert (found.variance_fraction == 0.2).all()
+
+
+def test_a_plain_model_refuses_a_picture_to_edit():
+    xt = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(ValueError, match="train.py edit"):
+        tiny_unet()(xt, torch.tensor([1]), None, None, picture=xt)
 
 
 def test_loss_of_x0_is_that_of_v_with_a_capped_weight():
@@ -324,7 +365,7 @@ def test_vlb_term_at_the_last_step_is_the_decoders_likelihood_in_bits():
 
 def test_guidance_is_uncond_plus_scale_times_difference():
     class Stub(Oracle):
-        def forward(self, xt, t, query, neighbors, *_):
+        def forward(self, xt, t, query, neighbors, *_, **__):
             return torch.full_like(xt, 0.1 if query is None else 0.3)
 
     schedule, xt = kd.Schedule(100), torch.zeros(1, 3, 4, 4)
@@ -399,7 +440,8 @@ def affine_map(sampler, schedule, times, variance=0.09, **options):
         out[draws[0]] = 1
         return out
 
-    *_, x = sampler(gaussian_denoiser(schedule, variance), schedule, times, noise, **options)
+    *_, x = sampler(gaussian_denoiser(schedule, variance), schedule, times, noise(), noise,
+                    **options)
     return x[0].item(), (x[1:] - x[0]).flatten().numpy()
 
 
@@ -454,6 +496,7 @@ def test_ddim_with_eta_one_survives_rounding():
                 lambda xt, t: kd.Prediction(xt, xt),
                 schedule,
                 times,
+                torch.ones(1, 1, 1, 1),
                 lambda: torch.ones(1, 1, 1, 1),
                 eta=1.0,
             )
@@ -473,13 +516,15 @@ def test_the_last_step_adds_no_noise_and_one_step_gives_x0(name):
         lambda xt, t: kd.Prediction(answer, kd.eps_from(answer, xt, schedule.at(t, xt))),
         schedule,
         [100, 0],
+        torch.randn(1, 3, 4, 4),
         noise,
     )
-    assert torch.allclose(x, answer, atol=1e-5) and len(drawn) == 1
+    assert torch.allclose(x, answer, atol=1e-5) and not drawn
     *_, x = kd.SAMPLERS[name](
         lambda xt, t: kd.Prediction(answer, kd.eps_from(answer, xt, schedule.at(t, xt))),
         schedule,
         [100, 50, 0],
+        torch.randn(1, 3, 4, 4),
         noise,
     )
     assert torch.allclose(x, answer, atol=1e-4)
@@ -489,10 +534,9 @@ def test_learned_variance_sets_the_noise_of_ancestral_sampling():
     schedule, answer = kd.Schedule(100), torch.zeros(4096, 1, 1, 1)
     for fraction, pick in ((-1.0, 1), (1.0, 2)):
         predict = lambda xt, t: kd.Prediction(answer, answer, torch.full_like(xt, fraction))  # noqa
-        first = next(
-            kd.ddpm(predict, schedule, [60, 30, 0], kd.noise_source(list(range(4096)), (1, 1, 1)))
-        )
-        start = kd.noise_source(list(range(4096)), (1, 1, 1))()
+        noise = kd.noise_source(list(range(4096)), (1, 1, 1))
+        start = noise()
+        first = next(kd.ddpm(predict, schedule, [60, 30, 0], start, noise))
         mean, *variances = kd.posterior(
             answer, start, schedule.at(60, answer), schedule.at(30, answer)
         )

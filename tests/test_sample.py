@@ -66,6 +66,38 @@ def test_a_prompt_gives_a_grid_singles_and_neighbours(world, tmp_path, capsys):
     assert "k = 4" in capsys.readouterr().out
 
 
+def test_every_option_reaches_the_sampler(world, tmp_path):
+    """Each makes another picture of the same prompt and seed."""
+    def pixels_of(*options):
+        assert run(world, *options, "--n", 1, "--k", 3, "--singles", tmp_path / "s",
+                   "--out", tmp_path / "p.png") == 0
+        return pixels(tmp_path / "s" / "000-00.png")
+
+    base = pixels_of("fox")
+    assert (pixels_of("fox") == base).all()
+    for options in (["--guidance", 5], ["--sampler", "ddpm"], ["--sampler", "ddim"],
+                    ["--dynamic-threshold", 1], ["--query", "text"],
+                    ["--condition", "neighbors"], ["--condition", "query"], ["--seed", 1]):
+        assert (pixels_of("fox", *options) != base).any(), options
+    noisy = pixels_of("fox", "--sampler", "ddim", "--eta", 1)
+    assert (noisy != pixels_of("fox", "--sampler", "ddim")).any()
+    picture = next((world / "images").rglob("*.png"))
+    assert (pixels_of("--image", picture) == pixels_of("--image", picture, "--query", "text")).all()
+
+
+def test_an_index_without_names_draws_too(world, tmp_path):
+    """Embeddings that came without a paths.txt: row numbers stand for names."""
+    index = retrieval.open_index(world / "index")
+    np.save(tmp_path / "rows.npy", np.asarray(index.embeddings))
+    retrieval.index_files(tmp_path / "nameless", tmp_path / "rows.npy")
+    with pytest.warns(UserWarning, match="which encoder"):
+        assert run(world, "fox", "--index", tmp_path / "nameless", "--k", 2, "--save-neighbors",
+                   "--out", tmp_path / "p.png") == 0
+    assert (tmp_path / "p.png").is_file()
+    first = json.loads((tmp_path / "p.neighbors.jsonl").read_text().splitlines()[0])
+    assert first["path"] == first["row"]
+
+
 def test_the_same_command_gives_the_same_bytes(world, tmp_path):
     for name in ("a.png", "b.png"):
         assert run(world, "fox", "--out", tmp_path / name) == 0
@@ -222,6 +254,7 @@ def test_a_long_prompt_is_cut_with_a_warning(world, tmp_path):
         ["fox", "--steps", 0],
         ["fox", "--steps", 101],
         ["fox", "--guidance", "nan"],
+        ["fox", "--eta", "1.5"],
         ["fox", "--guidance", "inf"],
         ["fox", "--weights", "nowhere"],
         ["fox", "--clip", "nowhere"],

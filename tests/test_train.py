@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -199,24 +201,12 @@ def test_a_resumed_clip_equals_an_uninterrupted_one(captioned, tmp_path, monkeyp
 # ---------------------------------------------------------------- the continuous backbone
 
 
-def train_tiny_unet(world, out, steps, **options):
+def train_tiny_unet(world, out, steps, config=UNET_CONFIG, **options):
     options = {"resume": False, "init": None, "minutes": None, "condition": "both", **options}
     (out / "samples").mkdir(parents=True, exist_ok=True)
     train.train_diffusion(
-        "continuous",
-        world / "images",
-        out,
-        open_index(world / "index"),
-        UNET_CONFIG,
-        steps=steps,
-        batch_size=4,
-        lr=1e-3,
-        seed=5,
-        device=CPU,
-        bf16=False,
-        command="a test",
-        **options,
-    )
+        "continuous", world / "images", out, open_index(world / "index"), config, steps=steps,
+        batch_size=4, lr=1e-3, seed=5, device=CPU, bf16=False, command="a test", **options)
     return torch.load(out / "state.pt", weights_only=True)
 
 
@@ -228,10 +218,46 @@ def test_a_resumed_unet_equals_an_uninterrupted_one(world, tmp_path, monkeypatch
     assert not equal_states(whole, train_tiny_unet(world, tmp_path / "c", 5))
 
 
+def test_a_run_stopped_by_the_clock_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch):
+    """--minutes: the same --steps, the learning rate's own course, dropout and all."""
+    config = replace(UNET_CONFIG, dropout=0.3)
+    whole = train_tiny_unet(world, tmp_path / "a", 6, config)
+    calls = []
+    monkeypatch.setattr(train.Progress, "out_of_time", lambda self: calls.append(1) or len(
+        calls) == 3)
+    assert train_tiny_unet(world, tmp_path / "b", 6, config)["step"] == 3
+    assert equal_states(whole, train_tiny_unet(world, tmp_path / "b", 6, config, resume=True))
+    other = train_tiny_unet(world, tmp_path / "c", 6, replace(config, dropout=0.0))
+    assert not equal_states(whole, other)
+
+
+def test_weights_are_the_average_and_samples_are_drawn(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAMPLES_EVERY", 2)
+    state = train_tiny_unet(world, tmp_path / "a", 5)
+    model, _ = knn_diffusion.load(tmp_path / "a" / "continuous.safetensors")
+    assert all(torch.equal(tensor, state["ema"][name].half().float())
+               for name, tensor in model.state_dict().items())
+    assert any((tensor != state["model"][name]).any() for name, tensor in state["ema"].items())
+    names = sorted(path.name for path in (tmp_path / "a" / "samples").iterdir())
+    assert names == ["0000002.png", "0000004.png", "0000005.png"]        # the last is the end
+    grid = Image.open(tmp_path / "a" / "samples" / names[0])
+    assert grid.size == (12 * 18 + 2, 2 * 18 + 2)                        # pictures above samples
+
+
 def test_resuming_does_not_change_the_experiment(world, tmp_path):
     train_tiny_unet(world, tmp_path / "a", 2)
     with pytest.raises(ValueError, match="condition was both, is query"):
         train_tiny_unet(world, tmp_path / "a", 4, resume=True, condition="query")
+    with pytest.raises(ValueError, match="has 3 neighbours, --k is 2"):
+        train_tiny_unet(world, tmp_path / "a", 4, resume=True, k=2)
+    with pytest.raises(ValueError, match="target was v, is eps"):
+        train_tiny_unet(world, tmp_path / "a", 4, resume=True, target="eps")
+    state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)
+    state["settings"]["index"] = "another"
+    torch.save(state, tmp_path / "a" / "state.pt")
+    with pytest.raises(ValueError, match="index was another"):
+        train_tiny_unet(world, tmp_path / "a", 4, resume=True)
+    train_tiny_unet(world, tmp_path / "a", 2)
     with pytest.raises(ValueError, match="has 2 steps, --steps is 2"):
         train_tiny_unet(world, tmp_path / "a", 2, resume=True)
     train_tiny_unet(world, tmp_path / "a", 3, resume=True)
@@ -574,16 +600,31 @@ def test_condition_blinds_what_it_does_not_name(world, tmp_path, monkeypatch, co
 
 
 def test_diffusion_training_sees_no_text_and_runs_no_clip(world, tmp_path, monkeypatch):
-    """Not one text is opened, no CLIP is built, no tokenizer made; the folder has no captions."""
+    """Not one text is opened, be it in the same folder; no CLIP is built, no tokenizer made."""
+    shutil.copytree(world / "images", tmp_path / "images")
+    shutil.copytree(world / "index", tmp_path / "index")
+    for place in (tmp_path, tmp_path / "images"):
+        (place / "captions.jsonl").write_text('{"captions": ["a fox"]}')
 
     def forbidden(*_, **__):
         raise AssertionError("the diffusion training touched CLIP or a caption")
 
+    def watched(opened):
+        def wrapper(path, *args, **options):
+            if "captions" in str(path):
+                forbidden()
+            return opened(path, *args, **options)
+        return wrapper
+
+    monkeypatch.setattr("builtins.open", watched(open))
+    for name in ("open", "read_text", "read_bytes"):
+        monkeypatch.setattr(Path, name, watched(getattr(Path, name)))
+    with pytest.raises(AssertionError, match="a caption"):
+        (tmp_path / "captions.jsonl").read_text()
     for name in ("load", "CLIP", "Tokenizer"):
         monkeypatch.setattr(clip_model, name, forbidden)
     monkeypatch.setattr(train, "CaptionedPictures", forbidden)
-    train_tiny_unet(world, tmp_path / "a", 2)
-    assert not list(world.rglob("captions*"))
+    train_tiny_unet(tmp_path, tmp_path / "a", 2)
 
 
 def test_training_rows_are_a_picture_its_embedding_and_its_neighbours(world):
@@ -638,6 +679,12 @@ def test_command_trains_resumes_and_starts_from_weights(world, tmp_path, capsys)
     assert "steps 0 to 2" in capsys.readouterr().out
     metadata = clip_model.read_weights(out / "continuous.safetensors")[1]
     assert metadata["command"].startswith("python train.py continuous") and metadata["step"] == "2"
+    began = knn_diffusion.load(world / "continuous.safetensors")[0].config
+    assert knn_diffusion.load(out / "continuous.safetensors")[0].config == began
+    assert train.main([*argv, "--target", "eps", "--out", str(tmp_path / "eps")]) == 0
+    found = knn_diffusion.load(tmp_path / "eps" / "continuous.safetensors")[0].config
+    assert found == replace(began, target="eps") != began
+    capsys.readouterr()
     assert metadata["clip"] == open_index(world / "index").manifest["encoder_hash"]
     assert train.main([*argv[:8], "3", *argv[9:], "--resume"]) == 0
     assert "steps 2 to 3" in capsys.readouterr().out
@@ -661,6 +708,7 @@ def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys):
         ["--steps", "0"],
         ["--lr", "nan"],
         ["--k", "0"],
+        ["--minutes", "nan"],
         ["--data", str(tmp_path / "nowhere")],
         ["--device", "abacus"],
         ["--data", str(tmp_path / "other")],
@@ -673,7 +721,7 @@ def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys):
     assert (
         train.main(["clip", "--data", str(world / "images"), "--out", str(tmp_path / "out")]) == 2
     )
-    assert not (tmp_path / "out" / "state.pt").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_state_is_refused(world, tmp_path):
