@@ -28,7 +28,7 @@ import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -206,7 +206,8 @@ def check_spans(header: dict, data_size: int) -> dict[str, tuple]:
               f"entry {name!r} has an unknown dtype {entry['dtype']!r}")
         check(isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
               and len(shape) <= 16
-              and all(type(n) is int and 0 <= n < 2**48 for n in shape + offsets),
+              and all(type(n) is int and 0 <= n < 2**48 for n in shape + offsets)
+              and math.prod(n or 1 for n in shape) < 2**60,
               f"entry {name!r} has an odd shape or offsets")
         dtype = DTYPES[entry["dtype"]]
         check(offsets[1] - offsets[0] == math.prod(shape) * dtype.itemsize,
@@ -355,13 +356,15 @@ def run_pickle(program: bytes, open_storage: Callable[[tuple], Tensor]) -> objec
             stack[-1].extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = pop(2) if name == "SETITEM" else pop_mark()
-            check(type(stack[-1]) is dict, "its pickle fills no table")
+            # Keys of other kinds are hashed, and a tuple's hash goes as deep as the tuple.
+            check(type(stack[-1]) is dict and all(type(key) in (str, int) for key in items[::2]),
+                  "its pickle fills no table of names")
             stack[-1].update(zip(items[::2], items[1::2]))
         elif name == "BINPERSID":
             stack.append(open_storage(*pop(1)))
         elif name in ("REDUCE", "NEWOBJ"):
             called, arguments = pop(2)
-            what = called.text if isinstance(called, Name) else repr(called)[:60]
+            what = called.text if isinstance(called, Name) else type(called).__name__
             if name == "NEWOBJ" and what.startswith("__torch__") and arguments == ():
                 stack.append(Node(what, {}))
             else:
@@ -395,6 +398,9 @@ def read_archive(path: str | os.PathLike) -> object:
             pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
             check(len(pickles) == 1, "it has no data.pkl")
             top, file_size = pickles[0].split("/")[0], os.path.getsize(path)
+            check(sum(info.file_size for info in entries.values()
+                      if info.compress_type == zipfile.ZIP_STORED) <= file_size,
+                  "its entries overlap")
 
             def read(name: str, n_bytes: int | None = None) -> bytearray:
                 info = entries[name]
@@ -411,11 +417,12 @@ def read_archive(path: str | os.PathLike) -> object:
 
             def open_storage(persistent_id: tuple) -> Tensor:
                 what, kind, key, _, n = persistent_id              # _ is the device it was on
-                check(what == "storage" and isinstance(kind, Name), "it refers to no storage")
+                check(what == "storage" and isinstance(kind, Name) and type(key) is str
+                      and type(n) is int, "it refers to no storage")
                 return storage(kind.text, key, n)
 
-            order = entries.get(f"{top}/byteorder")
-            check(order is None or archive.read(order) == b"little", "it is big-endian")
+            order = f"{top}/byteorder"
+            check(order not in entries or read(order) == b"little", "it is big-endian")
             check(entries[pickles[0]].file_size <= MAX_PICKLE, "its pickle is too long")
             return run_pickle(bytes(read(pickles[0])), open_storage)
     except (zipfile.BadZipFile, zlib.error, struct.error, ArithmeticError, AttributeError,
@@ -424,22 +431,27 @@ def read_archive(path: str | os.PathLike) -> object:
         raise ValueError(f"{path} is not a whole archive of plain tensors: {reason}") from None
 
 
-def named_tensors(found: object, prefix: str = "", depth: int = 0) -> dict[str, Tensor]:
-    """Dotted name -> tensor, out of a TorchScript module, a state dict, or what is around one."""
-    check(depth < 50, "its modules are nested too deeply")
+def named_tensors(found: object, prefix: str = "", depth: int = 0,
+                  visits: Iterator[int] | None = None) -> dict[str, Tensor]:
+    """Dotted name -> tensor, out of a TorchScript module, a state dict, or what is around one.
+    visits: runs out where modules that are shared again and again would take years to name."""
+    visits = iter(range(100_000)) if visits is None else visits
+    check(depth < 50 and next(visits, None) is not None, "its modules are nested too deeply")
     if isinstance(found, Node):
         tensors = {}
         for name, value in found.attributes.items():
             if isinstance(value, Tensor):
                 tensors[prefix + name] = value
             elif isinstance(value, Node):
-                tensors |= named_tensors(value, f"{prefix}{name}.", depth + 1)
+                tensors |= named_tensors(value, f"{prefix}{name}.", depth + 1, visits)
             check(len(tensors) < 100_000, "it has too many tensors")
         return tensors
     check(isinstance(found, dict), "it holds no table of tensors")
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
     inner = [found[name] for name in ("state_dict", "model_state_dict", "model") if name in found]
-    return named_tensors(inner[0], prefix, depth + 1) if inner and len(tensors) < 2 else tensors
+    if inner and len(tensors) < 2:
+        return named_tensors(inner[0], prefix, depth + 1, visits)
+    return tensors
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
@@ -643,6 +655,7 @@ def read_vocabulary(path: Path, context_length: int = 77) -> Tokenizer:
 
 # ---------------------------------------------------------------- pictures
 
+MAX_PIXELS = 64_000_000               # of a picture that is resized whole before it is cropped
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 
 
@@ -657,7 +670,9 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         with Image.open(path) as picture:
             return to_rgb(picture)
     except Exception as error:            # Pillow's decoders raise many kinds on damaged files
-        raise ValueError(f"{path} is no readable picture ({type(error).__name__})") from None
+        reason = str(error) if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{path} is no readable picture ({' '.join(reason.split())[:100]})"
+                         ) from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
@@ -679,7 +694,7 @@ def fit_square(picture: Image.Image, size: int) -> Image.Image:
     width, height, left, top = fitted(picture.size, size)
     if picture.size == (width, height):
         return picture.crop((left, top, left + size, top + size))
-    if width * height > 64_000_000:                        # thin as a thread: resize what is kept
+    if width * height > MAX_PIXELS:                        # thin as a thread: resize what is kept
         return picture.resize((size, size), Image.Resampling.BICUBIC,
                               box=kept_box(picture.size, size))
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -1110,8 +1125,9 @@ def read_json(path: Path) -> dict:
     return table
 
 
-def config_beside(folder: Path) -> tuple[str | None, dict[str, int]]:
+def config_beside(folder: Path, is_own: bool) -> tuple[str | None, dict[str, int]]:
     """Activation and heads as the folder's config tells: Hugging Face's or OpenCLIP's, else None.
+    is_own: the folder is the model's; a file may lie beside a config.json of something else.
 
     Raises ValueError for a config that asks for what CLIP here is not.
     """
@@ -1122,17 +1138,27 @@ def config_beside(folder: Path) -> tuple[str | None, dict[str, int]]:
             vision, text = model["vision_cfg"], model["text_cfg"]
             odd = {"timm_model_name", "hf_model_name"} & (set(vision) | set(text))
             check(not odd, f"{', '.join(odd)}: towers of other projects are not built here")
+            check(not text.get("no_causal_mask") and text.get("pool_type", "argmax") == "argmax",
+                  "its text tower looks ahead or is pooled elsewhere than at the end token")
             pixels = found.get("preprocess_cfg", {})
             for name, ours in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
                 check(np.allclose(pixels.get(name, ours), ours, atol=1e-6),
                       f"its pixels have the {name} {pixels.get(name)}, CLIP's have {ours}")
+            for name, ours in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
+                check(pixels.get(name, ours) in (ours, None),
+                      f"its {name} is {pixels.get(name)!r}, CLIP's is {ours}")
             heads = {"text_heads": text["heads"]}
             if isinstance(vision["layers"], int):
                 heads["vision_heads"] = vision["width"] // vision.get("head_width", 64)
             return "quick_gelu" if model.get("quick_gelu") else "gelu", heads
         if (folder / "config.json").is_file():
             found = read_json(folder / "config.json")
+            if not is_own and not {"vision_config", "text_config"} <= set(found):
+                return None, {}
             vision, text = found["vision_config"], found["text_config"]
+            for part in (vision, text):
+                check(part.get("layer_norm_eps", 1e-5) == 1e-5,
+                      f"its layer_norm_eps is {part.get('layer_norm_eps')}, CLIP's is 1e-5")
             # Their class' defaults are ViT-B/32's: a config names what differs.
             activation = text.get("hidden_act", "quick_gelu")
             other = vision.get("hidden_act", "quick_gelu")
@@ -1171,7 +1197,7 @@ def load_foreign(path: Path, activation: str | None) -> CLIP:
         tensors, is_torchscript, folder = weights_in(path), False, path
     else:
         (tensors, is_torchscript), folder = read_tensors(path), path.parent
-    told, heads = config_beside(folder)
+    told, heads = config_beside(folder, is_own=path.is_dir())
     try:
         tensors = to_openai_names(tensors)
         if activation is None:

@@ -57,7 +57,7 @@ PIECE_BYTES = 16 * 2**20         # of rows that are looked at again; small table
 SCAN_BYTES = 4 * 2**20           # of scores at a time: they must fit the processor's cache
 GROUP = 8                        # rows whose best score stands for all of them
 LISTED = 128                     # groups that are looked into at first
-Locate = Callable[[Tensor, Tensor], Tensor]      # queries, columns → places: see `refine`
+Locate = Callable[[Tensor, Tensor], Tensor]      # see `refine`
 
 
 # ---------------------------------------------------------------- rows on disk
@@ -95,7 +95,7 @@ class Rows:
                     file.seek(self.offsets[i] + int(low - first) * 2 * self.shape[1])
                     view = memoryview(out[low - start:high - start]).cast("B")
                     while len(view):
-                        view = view[self.some(file.readinto(view), i):]
+                        view = view[self.or_cut_off(file.readinto(view), i):]
         return out
 
     def take(self, ids: np.ndarray) -> np.ndarray:
@@ -110,18 +110,19 @@ class Rows:
                 for j, place in zip((mine * size).tolist(), places.tolist()):
                     file.seek(place)
                     if file.readinto(view[j:j + size]) != size:
-                        self.some(0, i)
+                        self.or_cut_off(0, i)
         return out
 
-    def some(self, n: int, i: int) -> int:
+    def or_cut_off(self, n: int, i: int) -> int:
         if not n:
             raise ValueError(f"{self.files[i]} was cut off while it was read")
         return n
 
     def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
         if isinstance(key, slice) and key.step in (None, 1):
-            return self.read(*key.indices(len(self))[:2])
-        ids = np.arange(len(self))[key] if isinstance(key, slice) else np.asarray(key)
+            start, stop, _ = key.indices(len(self))
+            return self.read(start, max(start, stop))
+        ids = np.arange(len(self))[key]                                    # as numpy: -1, masks
         return self.take(ids.reshape(-1)).reshape(*ids.shape, self.shape[1])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -143,12 +144,13 @@ class Rows:
 #               below the k-th exact score, the answer is exact
 #
 # Where the certificate fails (more rows too alike for bfloat16), all groups that can still hold one
-# of the k best are re-ranked, however many. So the answer is exact, and only the time depends.
+# of the k best are re-ranked, however many. So the answer is exact, and only the time varies.
 
 @functools.lru_cache
 def scan_dtype(device: torch.device) -> torch.dtype:
     """float16 on a GPU; on a CPU the faster one of bfloat16 and float32 here, tried for some
-    milliseconds. Results do not depend on it, only their speed."""
+    milliseconds. Exact results do not depend on it, only their speed; which inverted lists are made
+    and looked into can."""
     if device.type == "cuda":
         return torch.float16
     seconds = {}
@@ -265,8 +267,9 @@ def refine(queries: Tensor, block: Block, maxima: Tensor, locate: Locate, size: 
     float64, −inf where there are fewer than k, row ids int64 (Q, k), and for which queries the
     listed groups were certified (Q,).
 
-    locate: some queries (m,) and columns of theirs (m, c) → where in the block the groups' `size`
-    rows begin (m, c). caution: what share of the error bounds is believed; exact with 1.
+    locate: the numbers of some queries (m,) and columns of their tables (m, c) → where in the block
+    the groups' `size` rows begin (m, c). caution: what share of the error bounds is believed; exact
+    with 1.
     """
     bound = caution * error_bound(queries, block, maxima.dtype)            # (Q,)
     G = maxima.shape[1]
@@ -360,18 +363,23 @@ def in_order(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def as_promised() -> Iterator[None]:
+def as_promised(device: torch.device) -> Iterator[None]:
     """Products with float32 factors and sums wherever float32 is said, and float32 sums on a GPU's
-    float16, whatever the caller allows elsewhere: the bounds take them for granted."""
-    flags, precision = torch.backends.cuda.matmul, torch.get_float32_matmul_precision()
-    reduced = flags.allow_fp16_reduced_precision_reduction
-    torch.set_float32_matmul_precision("highest")
-    flags.allow_fp16_reduced_precision_reduction = False
+    float16, whatever the caller allows elsewhere, autocast included: the bounds take them for
+    granted."""
+    gpu, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    wanted = [(gpu, "fp32_precision", "ieee"), (cpu, "fp32_precision", "ieee"),
+              (gpu, "allow_fp16_reduced_precision_reduction", False),
+              (gpu, "allow_fp16_accumulation", False)]
+    before = [(where, name, getattr(where, name)) for where, name, _ in wanted]
     try:
-        yield
+        for where, name, value in wanted:
+            setattr(where, name, value)
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        flags.allow_fp16_reduced_precision_reduction = reduced
+        for where, name, value in before:
+            setattr(where, name, value)
 
 
 # ---------------------------------------------------------------- inverted lists (IVF)
@@ -580,7 +588,7 @@ class Index:
         ids, sure = scores.long(), torch.ones(len(queries), dtype=torch.bool, device=device)
         if k == 0 or len(queries) == 0:
             return scores, ids, sure
-        with as_promised():
+        with as_promised(device):
             if nprobe is not None and self.lists is not None:
                 return self.probe(queries, k, nprobe)
             dtype = scan_dtype(device)
@@ -657,6 +665,8 @@ def open_index(folder: str | os.PathLike) -> Index:
             raise ValueError("an odd manifest")
         rows = Rows([folder / entry["file"] for entry in files])
         counts = [entry["rows"] for entry in files]
+        if not all(type(count) is int for count in counts):
+            raise ValueError("an odd manifest")
         paths = range(N)
         if manifest.get("paths", True):
             paths = (folder / "paths.txt").read_bytes().decode("utf-8").split("\n")[:-1]
@@ -679,6 +689,9 @@ def read_lists(folder: Path, N: int, E: int) -> Lists:
     centroids, order, offsets = (
         torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
         for name in ("centroids", "lists", "offsets"))
+    if any(part.is_floating_point() for part in (order, offsets)) or not (
+            torch.isfinite(centroids).all()):
+        raise ValueError("its inverted lists hold odd numbers")
     if centroids.shape != (len(offsets) - 1, E) or offsets[0] != 0 or offsets[-1] != N or (
             (offsets.diff() < 0).any() or len(order) != N
             or not torch.equal(order.sort().values, torch.arange(N))):
@@ -687,7 +700,8 @@ def read_lists(folder: Path, N: int, E: int) -> Lists:
 
 
 def write_index(out: str | os.PathLike, embeddings: Tensor, paths: list[str], encoder: str,
-                encoder_hash: str, root: str | os.PathLike, n_lists: int = 0) -> Index:
+                encoder_hash: str, root: str | os.PathLike, n_lists: int = 0,
+                device: torch.device | str = "cpu") -> Index:
     """Write rows (N, E), normalised here, as a new index in the folder `out`, and open it.
 
     An older manifest there goes first and the new one comes last: a build that is killed leaves no
@@ -699,27 +713,30 @@ def write_index(out: str | os.PathLike, embeddings: Tensor, paths: list[str], en
         raise ValueError(f"an index wants one row a picture and at least one; got "
                          f"{tuple(rows.shape)} for {len(paths)} pictures")
     check_rows(rows)
+    check_lists(n_lists, len(rows))
     out = start_afresh(out)
     save_array(out / "embeddings.npy", F.normalize(rows, dim=1).half().numpy())
     (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
     return finish(out, [out / "embeddings.npy"], True, encoder, encoder_hash, n_lists,
-                  root=Path(os.path.relpath(root, out)).as_posix())
+                  root=Path(os.path.relpath(root, out)).as_posix(), device=device)
 
 
 def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str = "unknown",
                 encoder_hash: str = "", dim: int | None = None,
-                n_lists: Callable[[int], int] = default_lists) -> Index:
+                n_lists: Callable[[int], int] = default_lists,
+                device: torch.device | str = "cpu") -> Index:
     """Make an index of embeddings that are there already: one .npy file, or a folder of them in the
     order of the numbers in their names, as clip-retrieval writes them (img_emb_0.npy, …).
 
     Unit-norm float16 files stay where they are, and the manifest names them; others are copied,
-    normalised, one at a time. A paths.txt beside them is taken over where it has N lines; else row
-    numbers stand for names. n_lists: N → how many inverted lists. Raises ValueError for other
-    shapes, for rows that are zero or not finite, and where the copies would overwrite the source.
+    normalised, one at a time. A paths.txt beside them, in UTF-8, names the rows, a line each;
+    without one row numbers stand for names. n_lists: N → how many inverted lists. Raises ValueError
+    for other shapes or numbers of names, for rows that are zero or not finite, and where the copies
+    would overwrite the source; an older index in `out` is still whole then.
     """
     out, source = Path(out), Path(source)
     sources = [source] if source.is_file() else sorted(
-        source.glob("*.npy"), key=lambda path: [*map(int, re.findall(r"\d+", path.stem))][-1:])
+        source.glob("*.npy"), key=lambda p: ([*map(int, re.findall(r"\d+", p.stem))], p.name))
     own = {"neighbors", "tokens", "centroids", "lists", "offsets"}
     sources = [path for path in sources if path.stem.split("-")[0] not in own]
     if not sources:
@@ -727,7 +744,7 @@ def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str 
     arrays = [open_matrix(path) for path in sources]
     widths = {array.shape[1] for array in arrays}
     N, E = sum(len(array) for array in arrays), max(widths)
-    if len(widths) > 1 or N == 0 or dim not in (None, E):
+    if len(widths) > 1 or N == 0 or E == 0 or dim not in (None, E):
         raise ValueError(f"{source} holds {N} rows of {sorted(widths)} dimensions, wanted "
                          f"{'one width' if dim is None else dim} and at least one row")
     print(f"{source}: {len(sources)} files, {N:,} rows of {E}, {2 * N * E / 1e9:.2f} GB in "
@@ -740,15 +757,21 @@ def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str 
             raise ValueError(f"{target} would be overwritten; write the index to another folder")
     names = [place / "paths.txt" for place in (sources[0].parent, source.parent)
              if (place / "paths.txt").is_file()]
-    lines = names[0].read_bytes() if names else b""
+    try:
+        paths = names[0].read_text("utf-8").removesuffix("\n").split("\n") if names else []
+    except ValueError:
+        raise ValueError(f"{names[0]} is not in UTF-8") from None
+    if names and len(paths) != N:
+        raise ValueError(f"{names[0]} has {len(paths)} lines for {N} rows")
+    wanted = n_lists(N)
+    check_lists(wanted, N)
     out = start_afresh(out)
     for array, target, fine in zip(arrays, targets, are_fine):
         if not fine:
             copy_normalised(array, target)
-    if lines.count(b"\n") == N:
-        (out / "paths.txt").write_bytes(lines)
-    return finish(out, targets, lines.count(b"\n") == N, encoder, encoder_hash,
-                  n_lists(N))
+    if paths:
+        (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
+    return finish(out, targets, bool(paths), encoder, encoder_hash, wanted, device=device)
 
 
 def open_matrix(path: Path) -> np.ndarray:
@@ -765,7 +788,7 @@ def open_matrix(path: Path) -> np.ndarray:
 
 def in_blocks(array: np.ndarray) -> Iterator[Tensor]:
     """A mapped matrix as float32 blocks; each is unmapped again, so that memory stays small."""
-    step = max(1, BLOCK_BYTES // (8 * array.shape[1]))
+    step = max(1, BLOCK_BYTES // (8 * max(1, array.shape[1])))
     for start in range(0, len(array), step):
         part = np.array(np.load(array.filename, mmap_mode="r")[start:start + step], np.float32)
         yield torch.from_numpy(part)
@@ -781,8 +804,9 @@ def is_unit_float16(path: Path, array: np.ndarray) -> bool:
 
 
 def check_rows(rows: Tensor, where: str = "") -> None:
-    """Raise ValueError for rows (n, E) without a direction."""
-    if not torch.isfinite(rows).all() or (rows.norm(dim=1) == 0).any():
+    """Raise ValueError for rows (n, E) without a direction, or too long to tell it."""
+    norms = rows.norm(dim=1)
+    if not torch.isfinite(rows).all() or not torch.isfinite(norms).all() or (norms == 0).any():
         raise ValueError(f"an embedding{where} is zero or not finite")
 
 
@@ -808,12 +832,16 @@ def start_afresh(out: str | os.PathLike) -> Path:
     return out
 
 
+def check_lists(n_lists: int, n: int) -> None:
+    """Raise ValueError for more inverted lists than rows."""
+    if n_lists > n:
+        raise ValueError(f"{n_lists} lists for {n} rows: wanted at most one a row")
+
+
 def finish(out: Path, files: list[Path], has_paths: bool, encoder: str, encoder_hash: str,
-           n_lists: int, root: str = ".") -> Index:
+           n_lists: int, root: str = ".", device: torch.device | str = "cpu") -> Index:
     """Build the lists, write the manifest, open the index."""
     rows = Rows(files)
-    if n_lists > len(rows):
-        raise ValueError(f"{n_lists} lists for {len(rows)} rows: wanted at most one a row")
     manifest = {"format": FORMAT, "rows": len(rows), "dim": rows.shape[1], "dtype": "float16",
                 "normalised": True, "encoder": encoder, "encoder_hash": encoder_hash, "root": root}
     if [path.name for path in files] != ["embeddings.npy"] or files[0].parent != out:
@@ -823,7 +851,7 @@ def finish(out: Path, files: list[Path], has_paths: bool, encoder: str, encoder_
     if not has_paths:
         manifest["paths"] = False
     if n_lists:
-        lists = make_lists(rows, n_lists, clip_model.pick_device("auto"))
+        lists = make_lists(rows, n_lists, torch.device(device))
         save_array(out / "centroids.npy", lists.centroids.numpy())
         save_array(out / "lists.npy", lists.order.numpy())
         save_array(out / "offsets.npy", lists.offsets.numpy())
@@ -871,7 +899,7 @@ def neighbor_table(index: Index, k: int, nprobe: int = 64, below: float | None =
     """
     if k < 1:
         raise ValueError(f"k is {k}, wanted 1 or more")
-    name = f"neighbors-{k}" if below is None else f"neighbors-{k}-below-{below:g}"
+    name = f"neighbors-{k}" if below is None else f"neighbors-{k}-below-{below!r}"
     N, path, key_path = len(index), index.folder / f"{name}.npy", index.folder / f"{name}.key"
     digest = rows_digest(index.rows) + (f" nprobe {nprobe}" if index.lists else "")
     if path.is_file() and key_path.is_file():
@@ -1048,6 +1076,7 @@ def build(args: argparse.Namespace) -> None:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out} is a file, wanted a folder to write")
     wanted_lists(args.ivf, 0) if args.ivf != "auto" else None              # refuse it early
+    device = clip_model.pick_device(args.device)
     if args.embeddings:
         encoder = {}
         if args.clip:
@@ -1055,12 +1084,12 @@ def build(args: argparse.Namespace) -> None:
             encoder = {"encoder": clip.describe(), "encoder_hash": clip.fingerprint(),
                        "dim": clip.config.embed_dim}
         index = index_files(args.out, args.embeddings, **encoder,
-                            n_lists=functools.partial(wanted_lists, args.ivf))
+                            n_lists=functools.partial(wanted_lists, args.ivf), device=device)
         print(f"{len(index):,} rows of {index.rows.shape[1]} dimensions in {args.out}, "
               f"{time.time() - start:.0f} s")
         return
     path = args.clip or Path(__file__).parent / "weights" / "stickers" / "clip.safetensors"
-    clip = clip_model.load(path).to(clip_model.pick_device(args.device))
+    clip = clip_model.load(path).to(device)
     print(f"{args.images} through {path} ({clip.describe()}, {clip.fingerprint()}, "
           f"{clip.config.embed_dim} dimensions)")
     embeddings, names, bad = embed_folder(clip, args.images, bf16=args.bf16)
@@ -1069,7 +1098,7 @@ def build(args: argparse.Namespace) -> None:
     if not names:
         raise ValueError(f"no readable picture below {args.images}")
     index = write_index(args.out, embeddings, names, clip.describe(), clip.fingerprint(),
-                        args.images, wanted_lists(args.ivf, len(names)))
+                        args.images, wanted_lists(args.ivf, len(names)), device)
     print(f"{len(index)} rows of {index.rows.shape[1]} dimensions in {args.out}, "
           f"{len(bad)} files skipped, {time.time() - start:.0f} s")
 
@@ -1155,7 +1184,8 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--nprobe", type=int, nargs="+", default=[1, 4, 16, 64])
     sub.set_defaults(run=show_recall)
 
-    sub = commands.add_parser("neighbors", help="make the neighbour table that training reads")
+    sub = commands.add_parser("neighbors", help="make the neighbour table that training "
+                                  "reads (that of the default --nprobe, without --below)")
     sub.add_argument("index", type=Path)
     sub.add_argument("--k", type=int, default=10)
     sub.add_argument("--nprobe", type=int, default=64, help="inverted lists to look into, where "

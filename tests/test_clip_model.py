@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,6 +108,12 @@ def test_a_model_loads_from_its_path_alone(tmp_path):
     assert again.fingerprint() == model.fingerprint() != tiny_clip(seed=1).fingerprint()
     texts = ["a red fox", "blue"]
     assert torch.allclose(again.embed_texts(texts), model.embed_texts(texts), atol=2e-3)
+    # the same weights with another activation or other merges embed otherwise
+    again.config = replace(again.config, activation="gelu")
+    assert again.fingerprint() != model.fingerprint()
+    again.config, merges = model.config, model.tokenizer.merges
+    again.tokenizer = clip_model.Tokenizer([*merges[1:], merges[0]])
+    assert again.fingerprint() != model.fingerprint()
 
 
 def test_foreign_and_misfitting_files_are_refused(tmp_path):
@@ -180,7 +187,7 @@ def test_fit_square_is_pillows_antialiased_bicubic_and_a_centre_crop():
     assert clip_model.fit_square(Image.new("RGB", (1, 500)), 16).size == (16, 16)
 
 
-def test_thin_pictures_are_not_blown_up():
+def test_thin_pictures_are_not_blown_up(monkeypatch):
     """1 x 60000 would become 64 x 3,840,000; what is kept equals the crop of that."""
     assert clip_model.fit_square(Image.new("RGB", (1, 60_000)), 64).size == (64, 64)
     rng = np.random.default_rng(0)
@@ -189,6 +196,8 @@ def test_thin_pictures_are_not_blown_up():
     left = round((whole.width - 16) / 2)
     wanted = np.asarray(whole.crop((left, 0, left + 16, 16))).astype(int)
     assert np.abs(np.asarray(clip_model.fit_square(thin, 16)) - wanted).max() <= 1
+    monkeypatch.setattr(clip_model, "MAX_PIXELS", 0)
+    assert np.abs(np.asarray(clip_model.fit_square(thin, 16)).astype(int) - wanted).max() <= 1
 
 
 def test_pixels_are_normalised_with_clips_statistics():

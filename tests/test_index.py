@@ -28,7 +28,7 @@ def brute_force(index, queries, k):
 
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-DTYPES = [torch.bfloat16, torch.float32]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.fixture(params=DEVICES)
@@ -36,9 +36,9 @@ def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(params=DTYPES, ids=["bf16", "f32"])
+@pytest.fixture(params=DTYPES, ids=["bf16", "f16", "f32"])
 def scan_dtype(request, monkeypatch):
-    """Both low precisions, whatever this processor is quicker at."""
+    """Every precision of the scan, whatever this processor is quicker at."""
     monkeypatch.setattr(retrieval, "scan_dtype", lambda device: request.param)
     return request.param
 
@@ -85,16 +85,31 @@ def test_search_equals_a_float64_sort_on_200_problems(tmp_path, device, scan_dty
     assert 0.1 < np.mean(certified) < 1.0  # both ways were walked
 
 
-def test_the_callers_precision_settings_neither_matter_nor_change(tmp_path, device):
-    rows = mixture(2000, 64, 20)
-    index, queries = make(tmp_path, rows), torch.from_numpy(mixture(5, 64, 20, seed=2))
+def test_the_callers_precision_settings_neither_matter_nor_change(tmp_path, device, scan_dtype,
+                                                                  monkeypatch):
+    rows = np.random.default_rng(0).normal(size=(3000, 64))
+    queries = torch.from_numpy(np.random.default_rng(1).normal(size=(300, 64))).float()
+    index, matmul = make(tmp_path, rows), torch.backends.cuda.matmul
+    wanted, seen, search_block = brute_force(index, queries, 10)[1], [], retrieval.search_block
+
+    def look(*given):
+        seen.append((matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision,
+                     matmul.allow_fp16_accumulation, torch.is_autocast_enabled(device.type)))
+        return search_block(*given)
+
+    monkeypatch.setattr(retrieval, "search_block", look)
     torch.set_float32_matmul_precision("medium")
     try:
-        found = index.search(queries.to(device), 10)[1].cpu().numpy()
-        assert (found == brute_force(index, queries, 10)[1]).all()
-        assert torch.get_float32_matmul_precision() == "medium"
+        for set_it in (lambda: None, lambda: setattr(matmul, "fp32_precision", "tf32")):
+            set_it()
+            before = matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+            with torch.autocast(device.type, torch.bfloat16):
+                found = index.search(queries.to(device), 10)[1].cpu().numpy()
+            assert (found == wanted).all()
+            assert (matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision) == before
     finally:
         torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {("ieee", "ieee", False, False)}
 
 
 def test_the_certificate_refuses_a_wrong_order(tmp_path, monkeypatch):
@@ -331,8 +346,11 @@ def test_lists_of_an_index_larger_than_memory_give_the_same(tmp_path, device, mo
     assert not index.resident
 
 
-def test_kmeans_finds_separated_centres_and_leaves_no_list_empty():
+def test_kmeans_finds_separated_centres_and_restarts_empty_lists():
     rows = torch.from_numpy(mixture(2000, 16, 8, spread=0.02))
+    rows = torch.nn.functional.normalize(rows, dim=1)
+    many = retrieval.spherical_kmeans(rows, 40, seed=1)
+    assert ((rows @ many.T).amax(1) > 0.99).all()              # every centre has a centroid
     centroids = retrieval.spherical_kmeans(rows, 8, seed=1)
     assert torch.allclose(centroids.norm(dim=1), torch.ones(8), atol=1e-5)
     again = retrieval.spherical_kmeans(rows, 8, seed=1)
@@ -480,10 +498,42 @@ def test_odd_embeddings_are_refused_in_one_sentence(tmp_path, capsys):
         assert error and len(error.splitlines()) == 1 and "Traceback" not in error
         assert not (tmp_path / "idx").exists()
     np.save(tmp_path / "good.npy", good)
-    for flags in (["--ivf", "many"], ["--ivf", "0"], ["--ivf", "31"], [str(tmp_path)]):
-        argv = ["build", "--embeddings", str(tmp_path / "good.npy"), "--out", str(tmp_path / "idx")]
-        assert retrieval.main([*argv, *flags]) == 2
-        assert not (tmp_path / "idx" / "manifest.json").exists()
+    np.save(tmp_path / "wide.npy", np.zeros((5, 0), np.float16))
+    np.save(tmp_path / "long.npy", np.full((5, 8), 1e30, np.float32))
+    retrieval.index_files(tmp_path / "idx", tmp_path / "good.npy")
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "idx").iterdir()}
+    argv = ["build", "--out", str(tmp_path / "idx"), "--embeddings"]
+    for flags in (["good.npy", "--ivf", "many"], ["good.npy", "--ivf", "0"],
+                  ["good.npy", "--ivf", "31"], ["good.npy", str(tmp_path)], ["wide.npy"],
+                  ["long.npy"]):
+        assert retrieval.main([*argv, str(tmp_path / flags[0]), *flags[1:]]) == 2, flags
+        assert len(capsys.readouterr().err.splitlines()) == 1
+    for names in ("é\n" * 30, "a\n" * 29):
+        (tmp_path / "paths.txt").write_bytes(names.encode("latin-1"))
+        assert retrieval.main([*argv, str(tmp_path / "good.npy")]) == 2
+        assert "paths.txt" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "idx").iterdir()} == kept
+    (tmp_path / "paths.txt").write_text("\n".join(f"{i}.png" for i in range(30)))   # no last \n
+    assert retrieval.index_files(tmp_path / "named", tmp_path / "good.npy").paths[29] == "29.png"
+
+
+def test_shards_come_in_the_order_of_all_their_numbers(tmp_path):
+    rows = unit(np.random.default_rng(0).normal(size=(40, 8))).astype(np.float16)
+    (tmp_path / "s").mkdir()
+    for i in (2, 0, 3, 1):
+        np.save(tmp_path / "s" / f"part-{i:05d}-of-00004.npy", rows[10 * i:10 * i + 10])
+    index = retrieval.index_files(tmp_path / "idx", tmp_path / "s")
+    assert (np.array(index.embeddings) == rows).all()
+
+
+def test_rows_are_picked_as_numpy_picks_them(tmp_path):
+    rows = unit(np.random.default_rng(0).normal(size=(30, 8))).astype(np.float16)
+    write_shards(tmp_path / "s", rows, [10, 20])
+    found = retrieval.index_files(tmp_path / "idx", tmp_path / "s").embeddings
+    mask = np.arange(30) % 7 == 3
+    for key in (mask, -1, 4, slice(5, 3), slice(25, 40), slice(None, None, -9), [3, -2],
+                np.array([[1, 12], [29, 0]])):
+        assert np.array_equal(found[key], rows[key])
 
 
 def test_a_cut_or_missing_shard_does_not_open(tmp_path):
