@@ -16,7 +16,8 @@ files that numpy opens:
 A score is the inner product of the stored float16 row and the float32 query, in float64; of equal
 scores the lower id comes first. Exact search means just that, and costs a bfloat16 scan.
 
-Shapes: N rows, E CLIP dimension, Q queries, K neighbours, C lists, G groups of GROUP rows.
+Shapes: N rows, E CLIP dimension, Q queries, K neighbours, G groups of GROUP rows, P places of a
+block; C inverted lists, R of them looked into a query, W rows in the longest.
 
     python index.py build data/stickers/images --clip weights/stickers/clip.safetensors --out DIR
     python index.py build --embeddings FOLDER_OF_NPY --out DIR --ivf auto
@@ -467,21 +468,21 @@ def lay_out(lists: Sequence[Tensor], run: int = 32) -> Layout:
 
 def list_scores(queries: Tensor, block: Block, layout: Layout, probes: Tensor, dtype: torch.dtype
                 ) -> Tensor:
-    """Low-precision scores, at least 0, of every row of each query's lists: (Q, P·W) in `dtype`, W
-    the longest list's padded length. probes: (Q, P) lists.
+    """Low-precision scores, at least 0, of every row of each query's lists: (Q, R·W) in `dtype`, W
+    the longest list's padded length. probes: (Q, R) lists.
 
     The pairs (query, list) are sorted by list, so that a list is multiplied once with all queries
     that look into it, and a run of lists is one batched product.
     """
-    (Q, P), W = probes.shape, max(length for _, length in layout.runs)
-    rank = layout.rank.to(probes.device)[probes].flatten()                 # (Q·P,)
+    (Q, R), W = probes.shape, max(length for _, length in layout.runs)
+    rank = layout.rank.to(probes.device)[probes].flatten()                 # (Q·R,)
     by_list = rank.argsort(stable=True)
     lists = rank[by_list]                                                  # sorted
     n_pairs = lists.bincount(minlength=len(layout.first))
     begins = n_pairs.cumsum(0) - n_pairs                                   # of each list's pairs
-    slot = torch.arange(Q * P, device=lists.device) - begins[lists]        # of a pair in its list
+    slot = torch.arange(Q * R, device=lists.device) - begins[lists]        # of a pair in its list
     low = queries.to(dtype)
-    table = torch.zeros(Q * P, W, dtype=integer_of(dtype), device=queries.device)
+    table = torch.zeros(Q * R, W, dtype=integer_of(dtype), device=queries.device)
     done = member = place = 0
     for count, length in layout.runs:
         in_list = n_pairs[member:member + count]
@@ -491,17 +492,17 @@ def list_scores(queries: Tensor, block: Block, layout: Layout, probes: Tensor, d
             seat = slot[done:done + pairs]
             seats = -(-int(in_list.max()) // 8) * 8                        # few different shapes
             seated = torch.zeros(count, seats, low.shape[1], dtype=dtype, device=low.device)
-            seated[which, seat] = low[by_list[done:done + pairs] // P]
+            seated[which, seat] = low[by_list[done:done + pairs] // R]
             rows = block.low[place:place + count * length].view(count, length, -1).to(dtype)
             scores = torch.bmm(seated, rows.mT).view(integer_of(dtype))    # as in `group_maxima`
             table[by_list[done:done + pairs], :length] = scores[which, seat].clamp_(min=0)
         done, member, place = done + pairs, member + count, place + count * length
-    return table.view(dtype).view(Q, P * W)
+    return table.view(dtype).view(Q, R * W)
 
 
 def search_lists(queries: Tensor, block: Block, layout: Layout, probes: Tensor, k: int,
                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The k best rows of each query's lists, probes (Q, P): scores float64, −inf where its lists
+    """The k best rows of each query's lists, probes (Q, R): scores float64, −inf where its lists
     hold fewer, and row ids (Q, k).
 
     The choice of the lists is a guess, so the bounds on rounding need not be certain either: they
@@ -517,7 +518,7 @@ def search_lists(queries: Tensor, block: Block, layout: Layout, probes: Tensor, 
         in_list, row = probes[which].gather(1, columns // W), columns % W
         return torch.where(row < length[in_list], first[in_list] + row, len(block.ids) - 1)
 
-    scores = list_scores(queries, block, layout, probes, dtype)            # (Q, P·W)
+    scores = list_scores(queries, block, layout, probes, dtype)            # (Q, R·W)
     caution = min(1.0, 8 / math.sqrt(queries.shape[1]))
     return refine(queries, block, scores, locate, 1, k, caution)[:2]
 
@@ -613,7 +614,7 @@ class Index:
                        else self.rows.shape[1] * (len(self) // len(sizes) + 32))
         found = []
         for part in queries.split(max(1, BLOCK_BYTES // (2 * nprobe * at_once))):
-            probes = (part.to(dtype) @ centroids.T).topk(nprobe, dim=1).indices        # (q, P)
+            probes = (part.to(dtype) @ centroids.T).topk(nprobe, dim=1).indices        # (q, R)
             if fits:
                 block = next(self.blocks(device, dtype))                   # it makes the layout
                 layout = self.layout
