@@ -1160,7 +1160,7 @@ ORDERS = {"ancestral": ancestral, "purity": by_purity}
 
 def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tensor | None,
                   seeds: list[int], steps: int = 25, guidance: float = 2.0,
-                  truncation: float = 0.8, order: str = "ancestral", sharpen: float = 0.0,
+                  truncation: float = 0.6, order: str = "ancestral", sharpen: float = 0.0,
                   picture: Tensor | None = None, guidance_picture: float = 1.0
                   ) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
