@@ -388,17 +388,17 @@ def test_vqvae_resumes_as_if_never_stopped_and_learns(world, tmp_path, monkeypat
     write_pictures(data, 8)
     (data / "broken.png").write_bytes(b"")
     monkeypatch.setattr(train, "REVIVE_EVERY", 10)
-    whole = train_tiny_vqvae(data, tmp_path / "a", 60)
-    train_tiny_vqvae(data, tmp_path / "b", 26)
     revived, restart = [], vqvae.restart_dead_codes
 
-    def note(*given):
-        revived.append(restart(*given))
-        return revived[-1]
+    def one_is_dead(codebook, counts, z, generator):
+        revived.append(restart(codebook, counts.index_fill(0, torch.tensor([3]), 0), z, generator))
 
-    monkeypatch.setattr(vqvae, "restart_dead_codes", note)
+    monkeypatch.setattr(vqvae, "restart_dead_codes", one_is_dead)
+    whole = train_tiny_vqvae(data, tmp_path / "a", 60)
+    assert len(revived) == 5 and min(revived) > 0         # from 0 to 40: not in the last fifth
+    train_tiny_vqvae(data, tmp_path / "b", 26)
     assert equal_states(whole, train_tiny_vqvae(data, tmp_path / "b", 60, resume=True))
-    assert len(revived) == 2 and sum(revived) > 0         # at 30 and 40: not in the last fifth
+    assert len(revived) == 5 + 3 + 2
     model, metadata = vqvae.load(tmp_path / "a" / "vqvae.safetensors")
     assert "PSNR" in metadata["measured"] and "broken.png" in capsys.readouterr().err
     log = (tmp_path / "a" / "log.csv").read_text().splitlines()
