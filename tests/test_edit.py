@@ -571,7 +571,7 @@ def test_user_mistakes_give_status_2_and_write_nothing(editor, world, tmp_path, 
     assert sample.main(["red", *editor[:6], *out]) == 2 and "edit.py" in capsys.readouterr().err
 
 
-def test_discrete_weights_edit_too(world, tmp_path):
+def test_discrete_weights_edit_too(world, tmp_path, capsys):
     codec = vqvae.VQVAE(vqvae.VQVAEConfig(
         image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(),
         latent_channels=8, embed_dim=4, n_codes=16, norm_groups=4)).eval()
@@ -590,4 +590,7 @@ def test_discrete_weights_edit_too(world, tmp_path):
             str(world / "clip.safetensors"), "--index", str(world / "index"), "--steps", "3",
             "--out", str(tmp_path / "out.png")]
     assert edit.main([*argv, "--n", "2"]) == 0 and (tmp_path / "out.png").exists()
+    capsys.readouterr()
+    assert edit.main([*argv, "--n", "1", "--k", "99"]) == 0
+    assert "k is 99, the index has 20 rows: using all" in capsys.readouterr().err
     assert edit.main([*argv, "--start", "0.5"]) == 2

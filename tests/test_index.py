@@ -238,6 +238,8 @@ def test_damaged_indexes_do_not_open(tmp_path):
         ("paths.txt", b"0.png\n"),
         ("paths.txt", b"\xff\xfe"),
         ("manifest.json", good["manifest.json"].replace(b'"format": 1', b'"format": 9')),
+        ("manifest.json", good["manifest.json"].replace(
+            b'"format": 1', b'"files": [{"file": "embeddings.npy", "rows": "4"}], "format": 1')),
     ):
         (folder / name).write_bytes(content)
         with pytest.raises(ValueError, match="index at"):
@@ -389,7 +391,8 @@ def test_damaged_lists_do_not_open(tmp_path):
     for name, damage in (
         ("lists", lambda x: np.zeros_like(x)), ("lists", lambda x: x[:-1]),
         ("offsets", lambda x: x[::-1].copy()), ("offsets", lambda x: x[:-1]),
-        ("centroids", lambda x: x[:, :-1].copy()),
+        ("centroids", lambda x: x[:, :-1].copy()), ("centroids", lambda x: x * np.nan),
+        ("offsets", lambda x: x.astype(np.float64)), ("lists", lambda x: x.astype(np.float32)),
     ):
         good = np.load(folder / f"{name}.npy")
         np.save(folder / f"{name}.npy", damage(good))

@@ -366,6 +366,15 @@ def train_tiny_vqvae(data, out, steps, resume=False, keep_out=3, **changes):
     return torch.load(out / "state.pt", weights_only=True)
 
 
+def test_a_gumbel_file_is_no_start_for_training(world, tmp_path, capsys):
+    """Whatever the preset says: the file decides."""
+    config = replace(TINY_VQVAE, gumbel=True)
+    vqvae.save(tmp_path / "gumbel.safetensors", vqvae.VQVAE(config), {})
+    assert train.main(["vqvae", "--data", str(world / "images"), "--out", str(tmp_path / "out"),
+                       "--init", str(tmp_path / "gumbel.safetensors")]) == 2
+    assert "Gumbel codebook" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_kept_out_drawings_leave_with_all_their_renderings():
     names = [f"flat/{name}-{i}.png" for name in "abcdef" for i in range(3)] + ["plain.png"]
     kept, out = train.split_by_drawing(names, 3)
