@@ -969,7 +969,8 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
         if progress.out_of_time():
             break
     checkpoint(step + 1)
-    draw_samples(step + 1)
+    if (step + 1) % SAMPLES_EVERY:
+        draw_samples(step + 1)
 
 
 def check_tokens(config: TransformerConfig, codec: vqvae.VQVAEConfig) -> None:
