@@ -224,10 +224,10 @@ def ecc_step(motion: str, warp: Tensor, i_r: Tensor, i_w: Tensor, gx: Tensor, gy
     Gt = jacobian(motion, warp, gx, gy, x, y)                                    # (B, P, N)
     # Small systems, badly scaled for a homography: solved in float64, with a little on the
     # diagonal, so that a picture without edges gives no step and no error.
-    H = (Gt @ Gt.transpose(1, 2)).double()                                         # (B, P, P)
+    H = (Gt @ Gt.transpose(1, 2)).double()                                       # (B, P, P)
     scale = H.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)[:, None, None]
     H = H + 1e-9 * scale * torch.eye(H.shape[1], dtype=H.dtype, device=H.device)
-    a, b = ((Gt @ i[:, :, None]).double() for i in (i_w, i_r))                    # (B, P, 1)
+    a, b = ((Gt @ i[:, :, None]).double() for i in (i_w, i_r))                   # (B, P, 1)
     Ha, Hb = torch.linalg.solve(H, torch.cat([a, b], 2)).split(1, dim=2)
     aHa, bHa, bHb = ((p * q).sum((1, 2)) for p, q in ((a, Ha), (b, Ha), (b, Hb)))
     cross = (i_r * i_w).sum(1).double()
@@ -346,14 +346,14 @@ def aligned(pictures: Tensor, neighbors: Tensor, motion: str = "affine"
     align, or only farther away than it was (by the mean absolute difference), stays as it is, its
     warp the identity: a seam at the region's border would tell a model where to look, and an edit
     has none."""
-    found = ecc(grey(pictures), grey(neighbors), motion)
+    template, image = grey(pictures), grey(neighbors)
+    found = ecc(template, image, motion)
     warped = warp_pictures(neighbors, found.warp)
     before, after = ((pictures - each).abs().mean((1, 2, 3)) for each in (neighbors, warped))
     is_nearer = (found.converged & (after < before))[:, None, None]
     warp = torch.where(is_nearer, found.warp, torch.eye(3, device=pictures.device))
     warped = torch.where(is_nearer[..., None], warped, neighbors)
-    return warped, Alignment(warp, correlation(grey(pictures), grey(neighbors), warp),
-                             found.converged)
+    return warped, Alignment(warp, correlation(template, image, warp), found.converged)
 
 
 def telling_regions(pictures: Tensor, warped: Tensor, of: int, generator: torch.Generator
