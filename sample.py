@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default 2")
     parser.add_argument("--dynamic-threshold", type=float, metavar="P",
                         help="continuous: clip x_0 at its P quantile (0.995, say), not at 1")
-    parser.add_argument("--truncation", type=float, metavar="R", default=0.8,
+    parser.add_argument("--truncation", type=float, metavar="R", default=0.6,
                         help="discrete: only the likeliest codes, R of mass (default 0.6; 1: all)")
     parser.add_argument("--seed", type=int, default=0, help="sample j of a prompt uses seed + j")
     parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default 16)")

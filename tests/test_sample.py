@@ -1,5 +1,7 @@
 """sample.py: the command from a prompt to files."""
 
+import argparse
+import inspect
 import json
 
 import numpy as np
@@ -396,6 +398,23 @@ def test_discrete_weights_draw_pictures_through_the_vqvae(world, discrete_world,
     assert (settings["sampler"], settings["steps"]) == ("ancestral", 4)
     assert run_discrete(world, discrete_world, "--steps", 4, "--sampler", "purity",
                         "--truncation", 0.9, "--out", tmp_path / "c.png") == 0
+
+
+def test_the_commands_defaults_are_the_functions(world, discrete_world, tmp_path):
+    """Else the figures of evaluate.py, which calls the functions, were not sample.py's."""
+    assert run_discrete(world, discrete_world, "--steps", 4, "--out", tmp_path / "d.png") == 0
+    assert run(world, "a fox", "--n", 2, "--out", tmp_path / "c.png") == 0
+    for name, function, path in (
+            ("d", knn_diffusion.sample_tokens, discrete_world / "discrete.safetensors"),
+            ("c", knn_diffusion.sample, world / "continuous.safetensors")):
+        settings = json.loads(Image.open(tmp_path / f"{name}.png").info["parameters"])
+        defaults = inspect.signature(function).parameters
+        for option in {"guidance", "truncation", "eta", "dynamic_threshold"} & set(defaults):
+            assert settings[option] == defaults[option].default, option
+        assert settings["sampler"] == defaults["order" if name == "d" else "sampler"].default
+        args = argparse.Namespace(weights=path, backbone=None, sampler=None, steps=None)
+        sample.settle_backbone(args, knn_diffusion.load(path)[0])
+        assert args.steps == defaults["steps"].default
 
 
 @pytest.mark.parametrize("extra, word", [
