@@ -24,11 +24,10 @@ import math
 import os
 import pickletools
 import re
-import struct
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -114,8 +113,7 @@ def write_weights(path: str | os.PathLike, tensors: dict[str, Tensor],
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{name} is not finite: {path} was not written")
+        check(bool(torch.isfinite(tensor).all()), f"{name} is not finite: {path} was not written")
     # Widest dtype first keeps every tensor aligned in the file.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header, offset, blobs = {"__metadata__": dict(metadata)}, 0, []
@@ -132,7 +130,7 @@ def write_weights(path: str | os.PathLike, tensors: dict[str, Tensor],
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
+        file.write(len(head).to_bytes(8, "little") + head)
         for blob in blobs:
             file.write(blob.tobytes())
         file.flush()
@@ -150,21 +148,23 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no weights file at {path}")
     try:
-        header, start, size = read_header(path)
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            check(8 < start <= min(MAX_HEADER, size), f"its header ends at byte {start} of {size}")
+            header = json.loads(file.read(start - 8).decode("utf-8"))
         metadata = header.pop("__metadata__", {})
-        check(isinstance(metadata, dict)
-              and all(isinstance(value, str) for value in metadata.values()),
+        check(all(isinstance(value, str) for value in metadata.values()),
               "its metadata are not strings")
-        digest = metadata.pop("digest", None)
-        check(digest in (None, header_digest({"__metadata__": metadata, **header})),
-              "its header was changed after it was written")
+        if re.fullmatch("[0-9a-f]{16}", metadata.get("digest", "")):            # ours
+            check(metadata.pop("digest") == header_digest({"__metadata__": metadata, **header}),
+                  "its header was changed after it was written")
         spans = check_spans(header, size - start)
-    except (ValueError, RecursionError, struct.error) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole .safetensors file: {error}") from None
-    storage = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
-    file = torch.empty(0, dtype=torch.uint8).set_(storage)
+    file = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
     tensors = {}
-    for name, (dtype, shape, begin, end) in spans.items():
+    for name, dtype, shape, begin, end in spans:
         raw = file[start + begin: start + end]
         if raw.storage_offset() % dtype.itemsize:               # a foreign writer's odd order
             raw = raw.clone()
@@ -177,47 +177,27 @@ def check(claim: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def read_header(path: Path) -> tuple[dict, int, int]:
-    """The header as a dict, where the data begin, and the file's size, in bytes."""
-    size = path.stat().st_size
-    check(size >= 8, f"it has {size} bytes")
-    with open(path, "rb") as file:
-        n = struct.unpack("<Q", file.read(8))[0]
-        check(2 <= n <= min(MAX_HEADER, size - 8), f"its header claims {n} bytes of {size}")
-        header = json.loads(file.read(n).decode("utf-8"))
-    check(isinstance(header, dict), "its header is no table")
-    return header, 8 + n, size
-
-
 def header_digest(header: dict) -> str:
     """16 hex digits over the header without its own digest. Ours: a digit that flips in a config or
     in a merge would else go unseen; files of others have none and pass."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check_spans(header: dict, data_size: int) -> dict[str, tuple]:
-    """name -> (dtype, shape, begin, end); the spans must tile the data without holes."""
-    spans = {}
-    for name, entry in header.items():
-        check(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry),
-              f"entry {name!r} lacks a field")
-        shape, offsets = entry["shape"], entry["data_offsets"]
-        check(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES,
-              f"entry {name!r} has an unknown dtype {entry['dtype']!r}")
-        check(isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2
-              and len(shape) <= 16
-              and all(type(n) is int and 0 <= n < 2**48 for n in shape + offsets)
+def check_spans(header: dict, data_size: int) -> list[tuple]:
+    """(name, dtype, shape, begin, end) in the file's order, which must leave no holes."""
+    spans, place = [], 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        check(isinstance(shape, list) and len(shape) <= 16
+              and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
               and math.prod(n or 1 for n in shape) < 2**60,
               f"entry {name!r} has an odd shape or offsets")
-        dtype = DTYPES[entry["dtype"]]
-        check(offsets[1] - offsets[0] == math.prod(shape) * dtype.itemsize,
-              f"entry {name!r} has {offsets[1] - offsets[0]} bytes for shape {shape}")
-        spans[name] = (dtype, shape, *offsets)
-    end = 0
-    for _, _, begin, stop in sorted(spans.values(), key=lambda span: span[2:]):
-        check(begin == end, f"there is a hole or an overlap at byte {end}")
-        end = stop
-    check(end == data_size, f"{end} bytes of tensors are announced, {data_size} are there")
+        check(begin == place, f"there is a hole or an overlap at byte {place}")
+        check(end - begin == math.prod(shape) * dtype.itemsize,
+              f"entry {name!r} has {end - begin} bytes for shape {shape}")
+        spans.append((name, dtype, shape, begin, end))
+        place = end
+    check(place == data_size, f"{place} bytes of tensors are announced, {data_size} are there")
     return spans
 
 
@@ -238,10 +218,9 @@ def load_model(path: str | os.PathLike, classes: dict[str, tuple[type, type]]
     """
     tensors, metadata = read_weights(path)
     name = metadata.get("class")
-    if metadata.get("format") != FORMAT or name is None:
-        raise ValueError(f"{path} was not written by this project (no {FORMAT!r} in its metadata)")
-    if name not in classes:
-        raise ValueError(f"{path} holds a {name}, wanted {' or '.join(classes)}")
+    check(metadata.get("format") == FORMAT and name is not None,
+          f"{path} was not written by this project (no {FORMAT!r} in its metadata)")
+    check(name in classes, f"{path} holds a {name}, wanted {' or '.join(classes)}")
     model_class, config_class = classes[name]
     try:
         config = config_class(**json.loads(metadata["config"]))
@@ -268,39 +247,36 @@ STORAGE_DTYPES = {"DoubleStorage": torch.float64, "FloatStorage": torch.float32,
                   "ShortStorage": torch.int16, "CharStorage": torch.int8,
                   "ByteStorage": torch.uint8, "BoolStorage": torch.bool}
 MAX_PICKLE = 100_000_000              # bytes
+# How the files begin. Two bytes are too few: a .safetensors begins with its header's length.
+ZIP, OLD_PICKLE = b"PK\x03\x04", b"\x80\x02\x8a\x0a"
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(str):
     """A Python name that a pickle mentions, "module name"; never looked up."""
-    text: str
 
 
-@dataclass(eq=False)
-class Node:
+class Node(dict):
     """An object of a TorchScript archive: its attributes, without any code."""
-    name: str
-    attributes: dict
 
 
 def build_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
-    """What `torch._utils._rebuild_tensor_v2` does, kept inside the storage."""
-    check(isinstance(storage, Tensor) and all(type(n) is int and n >= 0
-                                              for n in (offset, *size, *stride)),
-          "a tensor has an odd size")
-    check(len(size) <= 16 and math.prod(size) <= len(storage), "a tensor exceeds its storage")
-    return storage.as_strided(size, stride, offset)
+    """What `torch._utils._rebuild_tensor_v2` does; `as_strided` keeps it inside the storage."""
+    tensor = storage.as_strided(size, stride, offset)
+    # A stride of 0 would show one number again and again: small here, huge once it is copied.
+    check(tensor.numel() <= storage.numel(), "a tensor exceeds its storage")
+    return tensor
 
 
-CALLABLE = {
-    "torch._utils _rebuild_tensor_v2": build_tensor,
-    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
-    "collections OrderedDict": lambda items=(): dict(items),
-    "torch Size": tuple,
-    "torch.jit._pickle build_intlist": list, "torch.jit._pickle build_doublelist": list,
-    "torch.jit._pickle build_boollist": list, "torch.jit._pickle build_tensorlist": list,
-    "torch.jit._pickle restore_type_tag": lambda value, _: value,
-}
+def first(value: object, *_: object) -> object:
+    return value
+
+
+CALLABLE = {"torch._utils _rebuild_tensor_v2": build_tensor,
+            "torch._utils _rebuild_parameter": first, "torch Size": first,
+            "torch.jit._pickle build_intlist": first, "torch.jit._pickle build_doublelist": first,
+            "torch.jit._pickle build_boollist": first, "torch.jit._pickle build_tensorlist": first,
+            "torch.jit._pickle restore_type_tag": first,
+            "collections OrderedDict": lambda: {}}         # filled by SETITEMS
 PUSHES_ITS_VALUE = {"BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
                     "SHORT_BINUNICODE"}
 PUSHES = {"NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
@@ -311,20 +287,16 @@ def run_pickle(program: bytes, open_storage: Callable[[tuple], Tensor]) -> objec
     """Run a pickle on a machine that can only build tensors, numbers, strings and containers.
 
     open_storage: persistent id -> the storage as a flat tensor.
-    Raises ValueError naming what the pickle wants to call or do besides.
+    Raises ValueError naming what the pickle wants to call or do besides; LookupError or TypeError
+    where its instructions make no sense.
     """
-    stack, outer, memo = [], [], {}                # `outer`: the stacks below each open MARK
+    stack, marks, memo = [], [], {}                # marks: how high the stack was at each MARK
 
     def pop(n: int) -> list:
-        check(len(stack) >= n, "its pickle takes from an empty stack")
-        taken = stack[len(stack) - n:]
-        del stack[len(stack) - n:]
-        return taken
+        return [stack.pop() for _ in range(n)][::-1]
 
     def pop_mark() -> list:
-        nonlocal stack
-        taken, stack = stack, outer.pop()
-        return taken
+        return pop(len(stack) - marks.pop())
 
     for op, value, _ in pickletools.genops(program):
         name = op.name
@@ -334,22 +306,16 @@ def run_pickle(program: bytes, open_storage: Callable[[tuple], Tensor]) -> objec
             stack.append(value)
         elif name in PUSHES:
             stack.append(PUSHES[name]())
-        elif name == "GLOBAL":
-            stack.append(Name(value))
-        elif name == "STACK_GLOBAL":
-            stack.append(Name(" ".join(pop(2))))
+        elif name in ("GLOBAL", "STACK_GLOBAL"):
+            stack.append(Name(value if name == "GLOBAL" else " ".join(pop(2))))
         elif name == "MARK":
-            outer.append(stack)
-            stack = []
+            marks.append(len(stack))
         elif name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
             memo[len(memo) if name == "MEMOIZE" else value] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[value])
-        elif name == "TUPLE":
-            items = pop_mark()                     # the stack below the mark is the stack again
-            stack.append(tuple(items))
-        elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
-            stack.append(tuple(pop(int(name[-1]))))
+        elif name in ("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
+            stack.append(tuple(pop_mark() if name == "TUPLE" else pop(int(name[-1]))))
         elif name in ("APPEND", "APPENDS"):
             items = pop(1) if name == "APPEND" else pop_mark()
             check(type(stack[-1]) is list, "its pickle appends to no list")
@@ -364,22 +330,21 @@ def run_pickle(program: bytes, open_storage: Callable[[tuple], Tensor]) -> objec
             stack.append(open_storage(*pop(1)))
         elif name in ("REDUCE", "NEWOBJ"):
             called, arguments = pop(2)
-            what = called.text if isinstance(called, Name) else type(called).__name__
+            what = called if isinstance(called, Name) else type(called).__name__
             if name == "NEWOBJ" and what.startswith("__torch__") and arguments == ():
-                stack.append(Node(what, {}))
+                stack.append(Node())
             else:
                 check(name == "REDUCE" and what in CALLABLE,
                       f"its pickle wants to call {what!r}, which is refused")
                 stack.append(CALLABLE[what](*arguments))
-        elif name == "BUILD":
-            state = pop(1)[0]
-            check(isinstance(state, dict), "its pickle gives an object no table of attributes")
+        elif name == "BUILD":                      # of a state dict it is _metadata: left out
+            state, = pop(1)
+            check(isinstance(state, dict) and isinstance(stack[-1], dict),
+                  "its pickle gives attributes to what has none")
             if isinstance(stack[-1], Node):
-                stack[-1].attributes.update(state)
-            else:                                  # a state dict's _metadata: version numbers
-                check(type(stack[-1]) is dict, "its pickle changes what has no attributes")
+                stack[-1].update(state)
         elif name == "STOP":
-            check(len(stack) == 1 and not outer, "its pickle ends early")
+            check(len(stack) == 1 and not marks, "its pickle ends early")
             return stack[0]
         else:
             raise ValueError(f"its pickle has the instruction {name}, which is refused")
@@ -387,75 +352,66 @@ def run_pickle(program: bytes, open_storage: Callable[[tuple], Tensor]) -> objec
 
 
 def read_archive(path: str | os.PathLike) -> object:
-    """Read what torch.save or torch.jit.save wrote: containers, tensors, and `Node` for a module.
+    """What torch.save or torch.jit.save wrote: containers, tensors, and `Node` for a module.
 
-    No code of the file runs, nothing is imported; all lengths are checked against the file's.
-    Raises ValueError with one sentence where the file is damaged or holds anything else.
+    All lengths are checked against the file's. Raises many kinds; `read_tensors` has one sentence.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = {info.filename: info for info in archive.infolist()}
-            pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
-            check(len(pickles) == 1, "it has no data.pkl")
-            top, file_size = pickles[0].split("/")[0], os.path.getsize(path)
-            check(sum(info.file_size for info in entries.values()
-                      if info.compress_type == zipfile.ZIP_STORED) <= file_size,
-                  "its entries overlap")
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: info for info in archive.infolist()}
+        pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
+        check(len(pickles) == 1, "it has no data.pkl")
+        top = pickles[0].split("/")[0]
+        check(sum(info.file_size for info in entries.values()
+                  if info.compress_type == zipfile.ZIP_STORED) <= os.path.getsize(path),
+              "its entries overlap")
 
-            def read(name: str, n_bytes: int | None = None) -> bytearray:
-                info = entries[name]
-                check(info.compress_type == zipfile.ZIP_STORED and info.file_size <= file_size
-                      and n_bytes in (None, info.file_size), f"its entry {name} has an odd size")
-                return bytearray(archive.read(info))               # checks the checksum too
+        def read(name: str) -> bytearray:
+            check(entries[name].compress_type == zipfile.ZIP_STORED,
+                  f"its entry {name} is compressed")
+            return bytearray(archive.read(name))                   # checks the checksum too
 
-            @functools.cache
-            def storage(kind: str, key: str, n: int) -> Tensor:
-                check(kind.split()[-1] in STORAGE_DTYPES, f"it has a storage of kind {kind!r}")
-                dtype = STORAGE_DTYPES[kind.split()[-1]]
-                raw = read(f"{top}/data/{key}", n * dtype.itemsize)
-                return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+        @functools.cache
+        def storage(kind: str, key: str) -> Tensor:
+            check(kind in STORAGE_DTYPES, f"it has a storage of kind {kind!r}")
+            raw, dtype = read(f"{top}/data/{key}"), STORAGE_DTYPES[kind]
+            return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
-            def open_storage(persistent_id: tuple) -> Tensor:
-                what, kind, key, _, n = persistent_id              # _ is the device it was on
-                check(what == "storage" and isinstance(kind, Name) and type(key) is str
-                      and type(n) is int, "it refers to no storage")
-                return storage(kind.text, key, n)
+        def open_storage(persistent_id: tuple) -> Tensor:
+            what, kind, key, _, n = persistent_id                  # _ is the device it was on
+            check(what == "storage" and type(key) is str, "it refers to no storage")
+            found = storage(kind.split()[-1], key)
+            check(len(found) == n, f"its storage {key} has an odd size")
+            return found
 
-            order = f"{top}/byteorder"
-            check(order not in entries or read(order) == b"little", "it is big-endian")
-            check(entries[pickles[0]].file_size <= MAX_PICKLE, "its pickle is too long")
-            return run_pickle(bytes(read(pickles[0])), open_storage)
-    except (zipfile.BadZipFile, zlib.error, struct.error, ArithmeticError, AttributeError,
-            EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} is not a whole archive of plain tensors: {reason}") from None
+        order = f"{top}/byteorder"
+        check(order not in entries or read(order) == b"little", "it is big-endian")
+        check(entries[pickles[0]].file_size <= MAX_PICKLE, "its pickle is too long")
+        return run_pickle(bytes(read(pickles[0])), open_storage)
 
 
-def named_tensors(found: object, prefix: str = "", depth: int = 0,
-                  visits: Iterator[int] | None = None) -> dict[str, Tensor]:
-    """Dotted name -> tensor, out of a TorchScript module, a state dict, or what is around one.
-    visits: runs out where modules that are shared again and again would take years to name."""
-    visits = iter(range(100_000)) if visits is None else visits
-    check(depth < 50 and next(visits, None) is not None, "its modules are nested too deeply")
-    if isinstance(found, Node):
-        tensors = {}
-        for name, value in found.attributes.items():
-            if isinstance(value, Tensor):
-                tensors[prefix + name] = value
-            elif isinstance(value, Node):
-                tensors |= named_tensors(value, f"{prefix}{name}.", depth + 1, visits)
-            check(len(tensors) < 100_000, "it has too many tensors")
-        return tensors
+def named_tensors(found: object) -> dict[str, Tensor]:
+    """Dotted name -> tensor, out of a TorchScript module, a state dict, or what is around one."""
     check(isinstance(found, dict), "it holds no table of tensors")
-    tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-    inner = [found[name] for name in ("state_dict", "model_state_dict", "model") if name in found]
-    if inner and len(tensors) < 2:
-        return named_tensors(inner[0], prefix, depth + 1, visits)
+    if not isinstance(found, Node):
+        tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        inner = [found[key] for key in ("state_dict", "model_state_dict", "model") if key in found]
+        return named_tensors(inner[0]) if inner and len(tensors) < 2 else tensors
+    tensors, modules = {}, [("", found)]
+    for prefix, module in modules:                 # the list grows on the way
+        # Modules that are shared again and again would take years to name.
+        check(len(prefix) < 1000 and len(modules) + len(tensors) < 100_000,
+              "its modules are nested too deeply")
+        for name, value in module.items():
+            if isinstance(value, Tensor):
+                tensors[f"{prefix}{name}"] = value
+            elif isinstance(value, Node):
+                modules.append((f"{prefix}{name}.", value))
     return tensors
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
-    """Named tensors of any weights file, and whether it was a TorchScript archive.
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Named tensors of any weights file, and its metadata: {"format": "TorchScript"} for such an
+    archive, {} for what torch.save wrote.
 
     .safetensors, zip archives of torch.save and torch.jit.save, torch.save's older single pickle
     (through torch.load's own restricted reader). Raises FileNotFoundError or ValueError.
@@ -463,24 +419,20 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no weights file at {path}")
     with open(path, "rb") as file:
-        start = file.read(2)
-    if start == b"PK":
-        found = read_archive(path)
-    elif start == b"\x80\x02":
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:               # torch raises many kinds on damaged files
-            reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:120]
-            raise ValueError(f"{path} is no file of plain tensors: {reason}") from None
-    else:
-        return read_weights(path)[0], False
+        start = file.read(4)
+    if start not in (ZIP, OLD_PICKLE):
+        return read_weights(path)
     try:
+        found = (read_archive(path) if start == ZIP else
+                 torch.load(path, map_location="cpu", weights_only=True))
         tensors = named_tensors(found)
         check(len(tensors) > 0 and all(isinstance(name, str) for name in tensors),
               "it holds no table of tensors")
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no model: {error}") from None
-    return tensors, isinstance(found, Node)
+    except Exception as error:                   # zipfile and torch raise many kinds
+        reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:200]
+        raise ValueError(f"{path} is not a whole archive of plain tensors: "
+                         f"{reason or type(error).__name__}") from None
+    return tensors, {"format": "TorchScript"} if isinstance(found, Node) else {}
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -492,8 +444,6 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], bool]:
 
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
                      r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-
-
 SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
@@ -540,19 +490,17 @@ class Tokenizer:
     def __init__(self, merges: list[tuple[str, str]], context_length: int = 77) -> None:
         # The published ids follow the stand-ins' order: printable bytes first.
         symbols = list(byte_symbols().values())
-        words = symbols + [s + "</w>" for s in symbols] + ["".join(pair) for pair in merges]
-        words += SPECIAL
+        self.words = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), *SPECIAL]
         self.merges, self.context_length = merges, context_length
-        self.ids = {word: i for i, word in enumerate(words)}
-        self.words = words
+        self.ids = {word: i for i, word in enumerate(self.words)}
         self.rank = {pair: i for i, pair in enumerate(merges)}
-        self.start, self.end = len(words) - 2, len(words) - 1
+        self.start, self.end = len(self.words) - 2, len(self.words) - 1
         self.pad = 0                                 # OpenAI's and OpenCLIP's; Hugging Face: end
-        self.cache: dict[str, list[int]] = {}
+        self.cached = functools.lru_cache(100_000)(self.encode_word)
 
     def encode_word(self, word: str) -> list[int]:
         """Ids of one word in byte symbols: merge the earliest learned pair until none is left."""
-        parts = (*word[:-1], word[-1] + "</w>")
+        parts = (word,) if word in SPECIAL else (*word[:-1], word[-1] + "</w>")
         while len(parts) > 1:
             pair = min(zip(parts, parts[1:]), key=lambda p: self.rank.get(p, len(self.rank)))
             if pair not in self.rank:
@@ -561,16 +509,8 @@ class Tokenizer:
         return [self.ids[part] for part in parts]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without start and end token. Words are cached (the first 100,000)."""
-        ids: list[int] = []
-        for word in split_words(text):
-            found = self.cache.get(word)
-            if found is None:
-                found = [self.ids[word]] if word in SPECIAL else self.encode_word(word)
-                if len(self.cache) < 100_000:
-                    self.cache[word] = found
-            ids += found
-        return ids
+        """Ids of a text without start and end token."""
+        return [i for word in split_words(text) for i in self.cached(word)]
 
     def decode(self, ids: list[int]) -> str:
         """Words and signs that ids stand for, a space between two; start and end are dropped."""
@@ -599,25 +539,14 @@ VOCABULARY = "bpe_simple_vocab_16e6.txt.gz"
 PUBLISHED_SIZE = 49408
 
 
-def published_merges(lines: list[str]) -> list[tuple[str, str]]:
-    """The merges CLIP uses of the published list: a header line, then 48,894 of 262,144 pairs."""
-    merges = [tuple(line.split()) for line in lines[1:49152 - 256 - 2 + 1]]
-    check(len(set(merges)) == 48894 and all(len(pair) == 2 for pair in merges),
-          f"it has {len(set(merges))} different merges, wanted 48894 pairs")
-    return merges
-
-
 def find_vocabulary(beside: Path) -> Path | None:
     """A file or folder with CLIP's vocabulary: beside the weights, or in an installed CLIP package
     (found on the disk, not imported)."""
-    if (beside / VOCABULARY).is_file() or (beside / "merges.txt").is_file():
-        return beside
-    for package in ("clip", "open_clip"):
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            if (Path(folder) / VOCABULARY).is_file():
-                return Path(folder)
-    return None
+    specs = [importlib.util.find_spec(package) for package in ("clip", "open_clip")]
+    packages = [Path(spec.submodule_search_locations[0]) for spec in specs
+                if spec and spec.submodule_search_locations]
+    return next((folder for folder in (beside, *packages) for name in (VOCABULARY, "merges.txt")
+                 if (folder / name).is_file()), None)
 
 
 def read_vocabulary(path: Path, context_length: int = 77) -> Tokenizer:
@@ -636,20 +565,24 @@ def read_vocabulary(path: Path, context_length: int = 77) -> Tokenizer:
         if raw[:2] == b"\x1f\x8b":
             # The published list has 1.4 MB in the clear; a bomb is cut off, then has no fit.
             raw = zlib.decompressobj(wbits=31).decompress(raw, 20_000_000)
-        tokenizer = Tokenizer(published_merges(raw.decode("utf-8").split("\n")), context_length)
+        # A header line, then 262,144 pairs, of which CLIP uses so many that the ids are 49,408.
+        lines = raw.decode("utf-8").split("\n")[1: PUBLISHED_SIZE - 514 + 1]
+        merges = [tuple(line.split()) for line in lines]
+        check(len(set(merges)) == PUBLISHED_SIZE - 514 and all(len(p) == 2 for p in merges),
+              f"it has {len(set(merges))} different merges, wanted 48894 pairs")
+        tokenizer = Tokenizer(merges, context_length)
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{file} is not CLIP's list of merges: {error}") from None
     if file.name == "merges.txt":
-        if (file.parent / "vocab.json").is_file():
-            check(read_json(file.parent / "vocab.json") == tokenizer.ids,
-                  f"{file.parent / 'vocab.json'} and {file} disagree")
+        ids = file.parent / "vocab.json"
+        check(not ids.is_file() or read_json(ids) == tokenizer.ids, f"{ids} and {file} disagree")
         # Hugging Face fills up with its pad token, the end token unless told otherwise.
         tokenizer.pad = tokenizer.end
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (file.parent / name).is_file():
                 pad = read_json(file.parent / name).get("pad_token")
                 pad = pad.get("content") if isinstance(pad, dict) else pad
-                tokenizer.pad = tokenizer.ids.get(pad, tokenizer.pad)
+                tokenizer.pad = tokenizer.ids.get(str(pad), tokenizer.pad)
     return tokenizer
 
 
@@ -692,8 +625,6 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 def fit_square(picture: Image.Image, size: int) -> Image.Image:
     """Shorter side resized to `size` with Pillow's antialiased bicubic, then a centre crop."""
     width, height, left, top = fitted(picture.size, size)
-    if picture.size == (width, height):
-        return picture.crop((left, top, left + size, top + size))
     if width * height > MAX_PIXELS:                        # thin as a thread: resize what is kept
         return picture.resize((size, size), Image.Resampling.BICUBIC,
                               box=kept_box(picture.size, size))
@@ -955,11 +886,12 @@ class CLIP(nn.Module):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """int64 (B, L) from the tokenizer -> unit-norm float32 (B, E)."""
-        # Attention is causal: nothing behind the first end token can change it: it is cut away.
-        tokens = tokens[:, : int(tokens.argmax(-1).max()) + 1]
+        # The end token has the largest id. Attention is causal: nothing behind it can change it.
+        end = tokens.argmax(-1)                                          # (B,)
+        tokens = tokens[:, : int(end.max()) + 1]
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, D)
         x = self.ln_final(self.transformer(x))
-        x = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # (B, D): the end token
+        x = x[torch.arange(len(x), device=x.device), end]  # (B, D)
         return F.normalize((x @ self.text_projection).float(), dim=-1)   # (B, E)
 
     @torch.no_grad()
@@ -994,11 +926,11 @@ class CLIP(nn.Module):
     def describe(self) -> str:
         """The build in words, for manifests and messages."""
         c = self.config
-        tower = f"ViT {c.image_size}/{c.patch_size}, {c.vision_layers} x {c.vision_width}"
-        if isinstance(c.vision_layers, tuple):
-            blocks = ",".join(map(str, c.vision_layers))
-            tower = f"ResNet {c.image_size}, {blocks} x {c.vision_width}"
-        return f"CLIP {tower} and {c.text_layers} x {c.text_width}, {c.activation}"
+        tower = (f"ResNet {c.image_size}, {','.join(map(str, c.vision_layers))}"
+                 if isinstance(c.vision_layers, tuple) else
+                 f"ViT {c.image_size}/{c.patch_size}, {c.vision_layers}")
+        return (f"CLIP {tower} x {c.vision_width} and {c.text_layers} x {c.text_width}, "
+                f"{c.activation}")
 
     def fingerprint(self) -> str:
         """16 hex digits that tell two CLIPs apart, the same for float32 and float16 files.
@@ -1047,6 +979,7 @@ FROM_HUGGING_FACE = (
     ("text_projection.weight", "text_projection"),
     (".self_attn.", ".attn."), (".layer_norm1.", ".ln_1."), (".layer_norm2.", ".ln_2."),
     (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."))
+TEXT_TOWER = re.compile(r"(.*?)(text_model\.embeddings\.|text\.|)token_embedding.weight")
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}      # OpenCLIP's H, g, bigG image towers; else 64
 
@@ -1054,27 +987,21 @@ HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}      # OpenCLIP's H, g, bigG image
 def to_openai_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Any of the three layouts -> OpenAI's names, wrappers' prefixes stripped."""
     # "module.", "model." and the like: whatever stands in front of the text tower.
-    for inner in ("text_model.embeddings.token_embedding.weight", "text.token_embedding.weight",
-                  "token_embedding.weight"):
-        prefixes = [name.removesuffix(inner) for name in tensors if name.endswith(inner)]
-        if prefixes:
-            break
-    else:
-        raise ValueError("it has no token_embedding: no CLIP in OpenAI's, OpenCLIP's or Hugging "
-                         "Face's layout")
-    tensors = {name.removeprefix(prefixes[0]): t for name, t in tensors.items()
-               if name.startswith(prefixes[0])}
-    tensors = {name: t for name, t in tensors.items() if name.split(".")[-1] not in NOT_WEIGHTS}
-    if not inner.startswith("text_model."):
-        return {name.removeprefix("text."): t for name, t in tensors.items()}
+    found = [match.groups() for match in map(TEXT_TOWER.fullmatch, tensors) if match]
+    check(found, "it has no token_embedding: no CLIP in OpenAI's, OpenCLIP's or Hugging Face's "
+                 "layout")
+    wrapper, text_tower = found[0]
+    tensors = {name.removeprefix(wrapper).removeprefix("text."): t for name, t in tensors.items()
+               if name.startswith(wrapper) and name.split(".")[-1] not in NOT_WEIGHTS}
+    if text_tower != "text_model.embeddings.":
+        return tensors
     renamed = {}
     for name, t in tensors.items():
         for theirs, ours in FROM_HUGGING_FACE:
             name = name.replace(theirs, ours)
         renamed[name] = t.T if name in ("visual.proj", "text_projection") else t
     for name in [name for name in renamed if ".attn.q_proj." in name]:
-        parts = [renamed.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj",
-                                                                       "v_proj")]
+        parts = [renamed.pop(name.replace("q_proj", f"{part}_proj")) for part in "qkv"]
         renamed[name.replace("q_proj.", "in_proj_")] = torch.cat(parts)
     return renamed
 
@@ -1094,7 +1021,7 @@ def sizes_from_shapes(tensors: dict[str, Tensor], activation: str, heads: dict[s
             "context_length": shape("positional_embedding")[0],
             "vocab_size": shape("token_embedding.weight")[0], "text_width": text_width,
             "text_layers": count(r"transformer\.resblocks\.(\d+)\."),
-            "text_heads": heads.get("text_heads", text_width // 64),
+            "text_heads": text_width // 64,
             "text_hidden": shape("transformer.resblocks.0.mlp.c_fc.bias")[0],
             "activation": activation}
     if "visual.proj" in tensors:
@@ -1110,9 +1037,7 @@ def sizes_from_shapes(tensors: dict[str, Tensor], activation: str, heads: dict[s
         vision = {"image_size": 32 * side, "patch_size": 32, "vision_width": width,
                   "vision_layers": tuple(count(rf"visual\.layer{i}\.(\d+)\.") for i in range(1, 5)),
                   "vision_heads": width // 2, "vision_hidden": 0}
-    if "vision_heads" in heads:
-        vision["vision_heads"] = heads["vision_heads"]
-    return ClipConfig(**text, **vision)
+    return ClipConfig(**(text | vision | heads))
 
 
 def read_json(path: Path) -> dict:
@@ -1136,8 +1061,11 @@ def config_beside(folder: Path, is_own: bool) -> tuple[str | None, dict[str, int
             found = read_json(folder / "open_clip_config.json")
             model = found["model_cfg"]
             vision, text = model["vision_cfg"], model["text_cfg"]
-            odd = {"timm_model_name", "hf_model_name"} & (set(vision) | set(text))
-            check(not odd, f"{', '.join(odd)}: towers of other projects are not built here")
+            odd = {"timm_model_name", "hf_model_name", "norm_kwargs", "act_kwargs"} & (
+                set(vision) | set(text))
+            check(not odd and vision.get("pool_type", "tok") == "tok",
+                  f"{', '.join(odd) or 'its pooling of pictures'}: towers of other projects are "
+                  "not built here")
             check(not text.get("no_causal_mask") and text.get("pool_type", "argmax") == "argmax",
                   "its text tower looks ahead or is pooled elsewhere than at the end token")
             pixels = found.get("preprocess_cfg", {})
@@ -1191,26 +1119,18 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     return {name: shards[shard][name] for name, shard in where.items()}
 
 
-def load_foreign(path: Path, activation: str | None) -> CLIP:
+def load_foreign(path: Path, tensors: dict[str, Tensor], activation: str | None) -> CLIP:
     """A CLIP from weights that this project did not write, without its tokenizer."""
-    if path.is_dir():
-        tensors, is_torchscript, folder = weights_in(path), False, path
-    else:
-        (tensors, is_torchscript), folder = read_tensors(path), path.parent
-    told, heads = config_beside(folder, is_own=path.is_dir())
+    told, heads = config_beside(path if path.is_dir() else path.parent, is_own=path.is_dir())
     try:
-        tensors = to_openai_names(tensors)
-        if activation is None:
-            # Only OpenAI published archives, and all of them use QuickGELU.
-            activation = "quick_gelu" if is_torchscript else told
+        tensors, activation = to_openai_names(tensors), activation or told
         if activation is None:
             is_half = tensors["token_embedding.weight"].dtype == torch.float16
-            activation = "quick_gelu" if is_half else "gelu"
-            warnings.warn(
-                f"nothing beside {path} says which activation it wants: guessed {activation}, as "
-                f"{'OpenAI' if is_half else 'most of OpenCLIP'}'s "
-                f"{'float16' if is_half else 'float32'} weights do; say activation=... if you know",
-                stacklevel=3)
+            activation, whose = (("quick_gelu", "OpenAI's float16") if is_half else
+                                 ("gelu", "most of OpenCLIP's float32"))
+            warnings.warn(f"nothing beside {path} says which activation it wants: guessed "
+                          f"{activation}, as {whose} weights do; say activation=... if you know",
+                          stacklevel=3)
         config = sizes_from_shapes(tensors, activation, heads)
         with torch.device("meta"):
             model = CLIP(config)
@@ -1254,42 +1174,27 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
     Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no weights file at {path}")
-    if activation not in (None, *ACTIVATIONS):
-        raise ValueError(f"activation is {activation!r}, wanted {' or '.join(ACTIVATIONS)}")
-    if is_ours(path):
-        if tokenizer or activation:
-            raise ValueError(f"{path} carries its own vocabulary and names its activation")
+    check(activation in (None, *ACTIVATIONS),
+          f"activation is {activation!r}, wanted {' or '.join(ACTIVATIONS)}")
+    tensors, metadata = (weights_in(path), {}) if os.path.isdir(path) else read_tensors(path)
+    if metadata.get("format") == FORMAT:
+        check(not (tokenizer or activation),
+              f"{path} carries its own vocabulary and names its activation")
         model, metadata = load_model(path, {"CLIP": (CLIP, ClipConfig)})
         lines = metadata.get("merges", "").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line]
-        n_words = 514 + len(merges)
-        if n_words != model.config.vocab_size or any(len(pair) != 2 for pair in merges):
-            raise ValueError(f"{path} has {len(merges)} merges for {model.config.vocab_size} ids")
+        check(514 + len(merges) == model.config.vocab_size and all(len(p) == 2 for p in merges),
+              f"{path} has {len(merges)} merges for {model.config.vocab_size} ids")
         model.tokenizer = Tokenizer(merges, model.config.context_length)
     else:
-        model = load_foreign(path, activation)
+        if metadata.get("format") == "TorchScript":    # OpenAI's; all of them use QuickGELU
+            activation = activation or "quick_gelu"
+        model = load_foreign(path, tensors, activation)
         where = Path(tokenizer) if tokenizer else None
         if where is None and model.config.vocab_size == PUBLISHED_SIZE:
             where = find_vocabulary(path if path.is_dir() else path.parent)
         if where is not None:
             model.tokenizer = read_vocabulary(where, model.config.context_length)
-            if model.config.vocab_size != PUBLISHED_SIZE:
-                raise ValueError(f"{where} has {PUBLISHED_SIZE} tokens, {path} wants "
-                                 f"{model.config.vocab_size}")
+            check(model.config.vocab_size == PUBLISHED_SIZE, f"{where} has {PUBLISHED_SIZE} "
+                  f"tokens, {path} wants {model.config.vocab_size}")
     return model.eval().requires_grad_(False).to(dtype)
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a file says that this project wrote it. Damaged files are left to their reader."""
-    if path.is_dir() or path.stat().st_size < 8:
-        return not path.is_dir()
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02"):
-        return False
-    try:
-        return read_header(path)[0].get("__metadata__", {}).get("format") == FORMAT
-    except (ValueError, RecursionError, struct.error, AttributeError):
-        return True

@@ -44,6 +44,31 @@ def test_file_layout_is_the_published_one(tmp_path):
     assert np.frombuffer(raw[8 + n :], "<f4").tolist() == [1.0, -2.0]
 
 
+@pytest.mark.parametrize("first", [b"\x80\x02", b"PK"])
+def test_a_header_as_long_as_a_pickles_or_an_archives_first_bytes_is_no_such_file(tmp_path, first):
+    """A file begins with its header's length, which can read like another format's name."""
+    path, clip = tmp_path / "clip.safetensors", tiny_clip()
+    clip_model.save(path, clip, {"command": ""})
+    length = int.from_bytes(path.read_bytes()[:8], "little")
+    wanted = int.from_bytes(first, "little")
+    more = (wanted - length) % 65536
+    clip_model.save(path, clip, {"command": "x" * more})
+    assert path.read_bytes()[:2] == first
+    again = clip_model.load(path)
+    assert again.fingerprint() == clip.fingerprint() and again.tokenizer is not None
+
+
+def test_a_foreign_digest_is_no_digest_of_ours(tmp_path):
+    path = tmp_path / "w.safetensors"
+    clip_model.write_weights(path, {"a": torch.ones(2)}, {})
+    raw = path.read_bytes()
+    header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
+    header["__metadata__"] = {"digest": "sha256:00"}
+    head = json.dumps(header).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + raw[-8:])
+    assert clip_model.read_weights(path)[1] == {"digest": "sha256:00"}
+
+
 def test_every_truncation_is_refused_with_one_sentence(tmp_path):
     write_weights(tmp_path / "w.safetensors", {"x": torch.randn(9), "y": torch.randn(2, 2)}, {})
     raw = (tmp_path / "w.safetensors").read_bytes()

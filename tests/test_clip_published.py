@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 import clip_model
-from clip_model import read_archive, read_tensors, write_weights
+from clip_model import read_tensors, write_weights
 
 TOLERANCE = 1e-5
 
@@ -251,6 +251,16 @@ def test_openclips_config_beside_the_weights_is_heeded(tmp_path):
             clip_model.load(tmp_path)
 
 
+def test_towers_of_another_make_are_refused_by_name(tmp_path):
+    write_weights(tmp_path / "open_clip_model.safetensors", openai_model("vit").state_dict(), {})
+    for name, value in (("pool_type", "avg"), ("norm_kwargs", {"eps": 1e-6}), ("act_kwargs", {})):
+        config = {"embed_dim": 24, "vision_cfg": {"layers": 2, "width": 128, name: value},
+                  "text_cfg": {"heads": 2}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        with pytest.raises(ValueError, match="pooling" if name == "pool_type" else name):
+            clip_model.load(tmp_path)
+
+
 def test_a_config_of_something_else_does_not_matter_to_a_single_file(tmp_path):
     write_weights(tmp_path / "w.safetensors", openai_model("vit").state_dict(), {})
     (tmp_path / "config.json").write_text('{"learning_rate": 1}')
@@ -419,7 +429,7 @@ def test_tensors_can_not_reach_beyond_their_storage(tmp_path):
             for entry, content in parts.items():
                 archive.writestr(entry, content)
         with pytest.raises(ValueError, match="storage"):
-            read_archive(tmp_path / "w.pt")
+            read_tensors(tmp_path / "w.pt")
 
 
 def write_archive(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED,
@@ -443,7 +453,9 @@ def test_crafted_archives_are_refused_in_time(tmp_path):
             ("names", b"\x80\x02}N\x85Ns.", {}),
             ("deeply", b"\x80\x02" + doubling + b".", {}),
             ("tuple", b"\x80\x02N" + b"\x85q\x00h\x00\x86" * 30 + b")R.", {}),
-            ("odd size", b"\x80\x02}.", {"byteorder": b"little" + b" " * 2**20})):
+            ("argument", b"\x80\x02ccollections\nOrderedDict\n]N" + b"\x85" * 400_000
+             + b"N\x86a\x85R.", {}),                           # a key whose hash recurses in C
+            ("compressed", b"\x80\x02}.", {"byteorder": b"little" + b" " * 2**20})):
         write_archive(path, program, zipfile.ZIP_DEFLATED, **entries)
         start = time.monotonic()
         with pytest.raises(ValueError, match=name) as error:
