@@ -23,6 +23,7 @@ block; C inverted lists, R of them looked into a query, W rows in the longest.
     python index.py build --embeddings FOLDER_OF_NPY --out DIR --ivf auto
     python index.py search weights/stickers/index "a red heart" --out neighbours.png
     python index.py recall DIR --nprobe 4 16 64
+    python index.py neighbors DIR --k 10
     python index.py info weights/stickers/index
 """
 from __future__ import annotations
@@ -36,12 +37,14 @@ import os
 import re
 import sys
 import time
+import timeit
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -51,14 +54,15 @@ from torch import Tensor
 
 import clip_model
 
+SHIPPED = Path(__file__).parent / "weights" / "stickers"
 FORMAT = 1
 RESIDENT_BYTES = 4 * 2**30       # an index whose low-precision rows need no more stays in memory
 BLOCK_BYTES = 256 * 2**20        # else this many bytes of rows at a time; also the bound of tables
 PIECE_BYTES = 16 * 2**20         # of rows that are looked at again; small tables are reused faster
 SCAN_BYTES = 4 * 2**20           # of scores at a time: they must fit the processor's cache
 GROUP = 8                        # rows whose best score stands for all of them
+TABLE_NPROBE = 64                # inverted lists looked into for the neighbour table
 LISTED = 128                     # groups that are looked into at first
-Locate = Callable[[Tensor, Tensor], Tensor]      # see `refine`
 
 
 # ---------------------------------------------------------------- rows on disk
@@ -92,42 +96,43 @@ class Rows:
         for i, (first, last) in enumerate(zip(self.starts, self.starts[1:])):
             low, high = max(first, start), min(last, start + len(out))
             if low < high:
-                with open(self.files[i], "rb", buffering=0) as file:
+                with open(self.files[i], "rb") as file:
                     file.seek(self.offsets[i] + int(low - first) * 2 * self.shape[1])
-                    view = memoryview(out[low - start:high - start]).cast("B")
-                    while len(view):
-                        view = view[self.or_cut_off(file.readinto(view), i):]
+                    fill(out[low - start:high - start], file)
         return out
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         """Any rows (n,), in that order: float16 (n, E)."""
-        out, size = np.empty((len(ids), self.shape[1]), np.float16), 2 * self.shape[1]
-        view = memoryview(out).cast("B") if len(ids) else b""
+        if len(ids) and (np.diff(ids) == 1).all():
+            return self.read(int(ids[0]), int(ids[-1]) + 1)
+        out = np.empty((len(ids), self.shape[1]), np.float16)
         which = np.searchsorted(self.starts, ids, side="right") - 1        # the file of each
         for i in np.unique(which):
             mine = np.flatnonzero(which == i)
-            places = self.offsets[i] + (ids[mine] - self.starts[i]) * size
+            places = self.offsets[i] + (ids[mine] - self.starts[i]) * 2 * self.shape[1]
             with open(self.files[i], "rb", buffering=0) as file:
-                for j, place in zip((mine * size).tolist(), places.tolist()):
+                for j, place in zip(mine.tolist(), places.tolist()):
                     file.seek(place)
-                    if file.readinto(view[j:j + size]) != size:
-                        self.or_cut_off(0, i)
+                    fill(out[j], file)
         return out
 
-    def or_cut_off(self, n: int, i: int) -> int:
-        if not n:
-            raise ValueError(f"{self.files[i]} was cut off while it was read")
-        return n
-
-    def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
-        if isinstance(key, slice) and key.step in (None, 1):
+    def __getitem__(self, key: np.ndarray | int | slice) -> np.ndarray:
+        """Row ids of any shape, 0 … N−1, or a slice without a step → float16 (…, E)."""
+        if isinstance(key, slice):
             start, stop, _ = key.indices(len(self))
             return self.read(start, max(start, stop))
-        ids = np.arange(len(self))[key]                                    # as numpy: -1, masks
+        ids = np.asarray(key)
+        if ids.dtype.kind not in "iu" or (ids < 0).any():
+            raise IndexError("wanted row ids from 0, or a slice")
         return self.take(ids.reshape(-1)).reshape(*ids.shape, self.shape[1])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
         return self.read(0, len(self)).astype(dtype or np.float16, copy=False)
+
+
+def fill(rows: np.ndarray, file: BinaryIO) -> None:
+    if file.readinto(rows) != rows.nbytes:
+        raise ValueError(f"{file.name} was cut off while it was read")
 
 
 # ---------------------------------------------------------------- exact search by a cheap scan
@@ -137,9 +142,9 @@ class Rows:
 # bounded: so they can't tell the best row, but which rows *can* be among the best. Three steps:
 #
 #     scan      low-precision scores of every row; of each group of 8 rows keep the best, and list
-#               the 128 best groups
-#     re-rank   the k best rows lie in at most k groups: the k-th best row of the first k groups is
-#               a floor. Score the rows of all listed groups that can reach it, the best exactly:
+#               the 128 best groups (twice k, if that is more)
+#     re-rank   the k best groups hold k rows at least that reach what the k-th of them must: that
+#               is a floor. Score the rows of all listed groups that can reach it, the best exactly:
 #               float16 rows, in float64
 #     certify   a group that is not listed holds no score above its best + the bound; where that is
 #               below the k-th exact score, the answer is exact
@@ -147,23 +152,19 @@ class Rows:
 # Where the certificate fails (more rows too alike for bfloat16), all groups that can still hold one
 # of the k best are re-ranked, however many. So the answer is exact, and only the time varies.
 
-@functools.lru_cache
+@functools.cache
 def scan_dtype(device: torch.device) -> torch.dtype:
     """float16 on a GPU; on a CPU the faster one of bfloat16 and float32 here, tried for some
     milliseconds. Exact results do not depend on it, only their speed; which inverted lists are made
     and looked into can."""
     if device.type == "cuda":
         return torch.float16
-    seconds = {}
-    for dtype in (torch.bfloat16, torch.float32):
+
+    def seconds(dtype: torch.dtype) -> float:
         a, b = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 256, dtype=dtype)
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            torch.mm(a, b)
-            times.append(time.perf_counter() - start)
-        seconds[dtype] = min(times)
-    return min(seconds, key=seconds.get)
+        return min(timeit.repeat(lambda: torch.mm(a, b), number=1, repeat=4))
+
+    return min((torch.bfloat16, torch.float32), key=seconds)
 
 
 class Block:
@@ -179,22 +180,18 @@ class Block:
         self.low = torch.zeros(len(self.ids), E, device=device,
                                dtype=torch.float16 if self.exact else dtype)
         self.lost = torch.zeros(len(self.ids), device=device)              # ‖r − low(r)‖ of each
-        self.norm = 0.0                                                    # the largest ‖r‖
-        wanted, order = ids.cpu().sort()                                   # as the files have them
-        wanted, order = wanted[wanted >= 0], order[wanted >= 0]
-        in_a_row = len(wanted) > 0 and int(wanted[-1] - wanted[0]) == len(wanted) - 1
+        norms = torch.zeros_like(self.lost)                                # ‖r‖
+        wanted, order = ids.sort()                                         # as the files have them
         step = max(1, BLOCK_BYTES // (32 * E))
         for part, places in zip(wanted.split(step), order.split(step)):
-            found = (rows.read(int(part[0]), int(part[-1]) + 1) if in_a_row
-                     else rows.take(part.numpy()))
-            found = torch.from_numpy(found).to(device).float()
+            found = torch.from_numpy(rows.take(part.numpy())).to(device).float()
             low = found.to(self.low.dtype)
             self.low[places.to(device)] = low
-            self.norm = max(self.norm, found.norm(dim=1).max().item())
+            norms[places.to(device)] = found.norm(dim=1)
             self.lost[places.to(device)] = (found - low.float()).norm(dim=1)
-            if not math.isfinite(found.sum().item()):
-                raise ValueError("the index has rows that are not finite")
-        self.rounding = self.lost.max().item()                             # the largest of them
+        self.norm, self.rounding = norms.max().item(), self.lost.max().item()   # the largest ones
+        if not math.isfinite(self.norm):
+            raise ValueError("the index has rows that are not finite")
 
     def stored(self, places: Tensor) -> Tensor:
         """The float16 rows at places (m,) that are not empty, as stored: (m, E)."""
@@ -204,7 +201,7 @@ class Block:
 
 
 def error_bound(queries: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
-    """How far a low-precision score may lie below the true one, but for its output's own rounding:
+    """How far a low-precision score may lie from the true one, but for its output's own rounding:
     (Q,), float32.
 
     With q̂, r̂ the rounded vectors, q·r − q̂·r̂ = (q − q̂)·r + q̂·(r − r̂), so by Cauchy and Schwarz
@@ -224,10 +221,15 @@ def error_bound(queries: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
 
 
 def at_most(scores: Tensor, bound: Tensor) -> Tensor:
-    """The true score of what scored `scores` (Q, …) ≥ 0 in low precision is at most this. The
+    """The true score of what scored `scores` (Q, c) ≥ 0 in low precision is at most this. The
     output was rounded as well, by half a unit in its last place: at most 2⁻⁸ of a bfloat16."""
-    half_unit = torch.finfo(scores.dtype).eps / 2
-    return scores.float() * (1 + half_unit) + bound.view(-1, *[1] * (scores.ndim - 1))
+    return scores.float() * (1 + torch.finfo(scores.dtype).eps / 2) + bound[:, None]
+
+
+def at_least(scores: Tensor, bound: Tensor) -> Tensor:
+    """And at least this (Q, c); where it scored 0, which may stand for less, −inf."""
+    low = scores.float() * (1 - torch.finfo(scores.dtype).eps / 2) - bound[:, None]
+    return torch.where(scores > 0, low, -torch.inf)
 
 
 def integer_of(dtype: torch.dtype) -> torch.dtype:
@@ -258,19 +260,20 @@ def group_maxima(queries: Tensor, block: Block, dtype: torch.dtype) -> Tensor:
 def search_block(queries: Tensor, block: Block, k: int, dtype: torch.dtype
                  ) -> tuple[Tensor, Tensor, Tensor]:
     """The k best rows of a block for queries (Q, E): see `refine`."""
-    maxima = group_maxima(queries, block, dtype)                           # (Q, G)
-    return refine(queries, block, maxima, lambda _, groups: groups * GROUP, GROUP, k)
+    in_group = torch.arange(GROUP, device=queries.device)
+    return refine(queries, block, group_maxima(queries, block, dtype),
+                  lambda _, groups: (groups[:, :, None] * GROUP + in_group).flatten(1), k)
 
 
-def refine(queries: Tensor, block: Block, maxima: Tensor, locate: Locate, size: int, k: int,
-           caution: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+def refine(queries: Tensor, block: Block, maxima: Tensor,
+           locate: Callable[[Tensor, Tensor], Tensor], k: int, caution: float = 1.0
+           ) -> tuple[Tensor, Tensor, Tensor]:
     """From the best low-precision scores of groups (Q, G) to the k best rows in them: exact scores
     float64, −inf where there are fewer than k, row ids int64 (Q, k), and for which queries the
     listed groups were certified (Q,).
 
-    locate: the numbers of some queries (m,) and columns of their tables (m, c) → where in the block
-    the groups' `size` rows begin (m, c). caution: what share of the error bounds is believed; exact
-    with 1.
+    locate: the numbers of some queries (m,) and columns of their tables (m, c) → the places of all
+    rows of these groups (m, c'). caution: what share of the error bounds is believed; exact with 1.
     """
     bound = caution * error_bound(queries, block, maxima.dtype)            # (Q,)
     G = maxima.shape[1]
@@ -279,34 +282,21 @@ def refine(queries: Tensor, block: Block, maxima: Tensor, locate: Locate, size: 
     highest = at_most(best.view(maxima.dtype), bound)                      # (Q, listed + 1)
     scores = torch.empty(len(queries), k, dtype=torch.float64, device=queries.device)
     ids = torch.empty_like(scores, dtype=torch.int64)
-    floor = torch.empty(len(queries), device=queries.device)
-    for which in pieces(len(queries), min(k, G) * size * queries.shape[1], queries.device):
-        places = rows_of(locate(which, groups[which, :k]), size)
-        floor[which] = reached(queries[which], block, places, k, caution)
-    count = (highest[:, :listed] >= floor[:, None]).sum(1).clamp(min=1)    # they come in order
+    floor = at_least(best.view(maxima.dtype)[:, k - 1:k], bound) if k <= G else -torch.inf
+    count = (highest[:, :listed] >= floor).sum(1)                          # they come in order
     for some in count.argsort().split(64):                                 # little padding so
-        n = int(count[some].max())
-        for part in pieces(len(some), n * size * queries.shape[1], queries.device):
-            which = some[part]
-            places = rows_of(locate(which, groups[which, :n]), size)
-            scores[which], ids[which] = rerank(queries[which], block, places, k, caution)
+        places = locate(some, groups[some, :int(count[some].max())])       # (m, c)
+        step = max(1, PIECE_BYTES // (4 * places.shape[1] * queries.shape[1]))
+        for which, where in zip(some.split(step), places.split(step)):
+            scores[which], ids[which] = rerank(queries[which], block, where, k, caution)
     worst = scores[:, -1]                                                  # the k-th exact score
     sure = highest[:, -1] < worst if G > listed else torch.ones_like(worst, dtype=torch.bool)
-    for i in (~sure).nonzero()[:, 0]:
-        may_hold = at_most(maxima[i, None], bound[i, None]) >= worst[i]    # (1, G)
-        places = rows_of(locate(i[None], may_hold.nonzero()[None, :, 1]), size)
-        scores[i], ids[i] = best_of_many(queries[i], block, places[0], k)
+    for i in (~sure).nonzero():                                            # (1,): one query
+        may_hold = (at_most(maxima[i], bound[i]) >= worst[i]).nonzero()[None, :, 1]
+        parts = locate(i, may_hold).split(max(k, BLOCK_BYTES // (16 * queries.shape[1])), dim=1)
+        found = zip(*[rerank(queries[i], block, part, k) for part in parts])
+        scores[i], ids[i] = in_order(*(torch.cat(part, dim=1) for part in found), k)
     return scores, ids, sure
-
-
-def pieces(n: int, entries: int, device: torch.device) -> Sequence[Tensor]:
-    """0 … n−1 in parts that small tables of `entries` numbers each can be made for."""
-    return torch.arange(n, device=device).split(max(1, PIECE_BYTES // (4 * entries)))
-
-
-def rows_of(first: Tensor, size: int) -> Tensor:
-    """Where groups begin (m, c) → the places of their rows (m, c·size)."""
-    return (first[:, :, None] + torch.arange(size, device=first.device)).flatten(1)
 
 
 def score_again(queries: Tensor, block: Block, places: Tensor) -> tuple[Tensor, Tensor]:
@@ -318,14 +308,6 @@ def score_again(queries: Tensor, block: Block, places: Tensor) -> tuple[Tensor, 
     sums = queries.shape[1] * 2.0 ** -22 * (block.norm + block.rounding)
     loose = queries.norm(dim=1, keepdim=True) * (block.lost[places] + sums) + 1e-7
     return again.masked_fill(block.ids[places] < 0, -torch.inf), loose
-
-
-def reached(queries: Tensor, block: Block, places: Tensor, k: int, caution: float) -> Tensor:
-    """What the k-th best of some places (Q, c) reaches at least: (Q,), −inf for fewer than k."""
-    if places.shape[1] < k:
-        return torch.full_like(queries[:, 0], -torch.inf)
-    again, loose = score_again(queries, block, places)
-    return (again - caution * loose).topk(k, dim=1).values[:, -1]
 
 
 def rerank(queries: Tensor, block: Block, places: Tensor, k: int, caution: float = 1.0
@@ -340,20 +322,10 @@ def rerank(queries: Tensor, block: Block, places: Tensor, k: int, caution: float
     query, column = can.nonzero().unbind(1)
     chosen = places[query, column]                                         # (m,)
     exact = (block.stored(chosen).double() * queries[query].double()).sum(-1)
-    if not torch.isfinite(exact).all():
-        raise ValueError("the index has rows that are not finite")
     scores = torch.full(places.shape, -torch.inf, dtype=torch.float64, device=queries.device)
     scores[query, column] = exact
     ids = torch.where(block.ids[places] < 0, torch.iinfo(torch.int64).max, block.ids[places])
     return in_order(scores, ids, k)
-
-
-def best_of_many(query: Tensor, block: Block, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of any number of places (m,) for one query (E,): scores and row ids (k,)."""
-    found = [rerank(query[None], block, part[None], k)
-             for part in places.split(max(k, BLOCK_BYTES // (16 * len(query))))]
-    scores, ids = (torch.cat(part, dim=1) for part in zip(*found))
-    return tuple(part[0] for part in in_order(scores, ids, k))
 
 
 def in_order(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -440,67 +412,29 @@ def make_lists(rows: Rows, n_lists: int, device: torch.device, sample: int = 64)
     return Lists(centroids.cpu(), lists.argsort(stable=True), offsets)
 
 
-@dataclass
-class Layout:
-    """Where lists lie in a block: in runs of lists of about one size, padded to the same length, so
-    that a run of rows is a batch of matrices."""
-    ids: Tensor                  # int64 (P,), −1 for padding: what `Block` wants
-    first: Tensor                # int64 (C,), where each list begins
-    rank: Tensor                 # int64 (C,), its position in memory, shortest list first
-    runs: list[tuple[int, int]]  # lists in a run, and rows in each
-
-
-def lay_out(lists: Sequence[Tensor], run: int = 32) -> Layout:
-    """Row ids list by list → the layout, `run` lists to a run."""
-    sizes = torch.tensor([len(part) for part in lists])
-    order = sizes.argsort(stable=True).tolist()
-    runs, ids, first, place = [], [], torch.zeros(len(lists), dtype=torch.int64), 0
-    for start in range(0, len(order), run):
-        members = order[start:start + run]
-        length = max(1, -(-len(lists[members[-1]]) // 32) * 32)            # few different lengths
-        runs.append((len(members), length))
-        for member in members:
-            ids.append(F.pad(lists[member], (0, length - len(lists[member])), value=-1))
-            first[member] = place
-            place += length
-    return Layout(torch.cat(ids), first, torch.tensor(order).argsort(), runs)
-
-
-def list_scores(queries: Tensor, block: Block, layout: Layout, probes: Tensor, dtype: torch.dtype
+def list_scores(queries: Tensor, block: Block, first: Tensor, probes: Tensor, dtype: torch.dtype
                 ) -> Tensor:
     """Low-precision scores, at least 0, of every row of each query's lists: (Q, R·W) in `dtype`, W
-    the longest list's padded length. probes: (Q, R) lists.
+    the longest list. first: (C+1,), where in the block each list begins; probes: (Q, R) lists.
 
     The pairs (query, list) are sorted by list, so that a list is multiplied once with all queries
-    that look into it, and a run of lists is one batched product.
+    that look into it: with up to 7 and 63 rows too many, for products of few different shapes.
     """
-    (Q, R), W = probes.shape, max(length for _, length in layout.runs)
-    rank = layout.rank.to(probes.device)[probes].flatten()                 # (Q·R,)
-    by_list = rank.argsort(stable=True)
-    lists = rank[by_list]                                                  # sorted
-    n_pairs = lists.bincount(minlength=len(layout.first))
-    begins = n_pairs.cumsum(0) - n_pairs                                   # of each list's pairs
-    slot = torch.arange(Q * R, device=lists.device) - begins[lists]        # of a pair in its list
-    low = queries.to(dtype)
-    table = torch.zeros(Q * R, W, dtype=integer_of(dtype), device=queries.device)
-    done = member = place = 0
-    for count, length in layout.runs:
-        in_list = n_pairs[member:member + count]
-        pairs = int(in_list.sum())
-        if pairs:
-            which = lists[done:done + pairs] - member                      # list in the run
-            seat = slot[done:done + pairs]
-            seats = -(-int(in_list.max()) // 8) * 8                        # few different shapes
-            seated = torch.zeros(count, seats, low.shape[1], dtype=dtype, device=low.device)
-            seated[which, seat] = low[by_list[done:done + pairs] // R]
-            rows = block.low[place:place + count * length].view(count, length, -1).to(dtype)
-            scores = torch.bmm(seated, rows.mT).view(integer_of(dtype))    # as in `group_maxima`
-            table[by_list[done:done + pairs], :length] = scores[which, seat].clamp_(min=0)
-        done, member, place = done + pairs, member + count, place + count * length
+    (Q, R), W, first = probes.shape, max(1, int(first.diff().max())), first.tolist()
+    lists, by_list = probes.flatten().sort(stable=True)                    # (Q·R,)
+    low = queries.to(dtype)[by_list // R]                                  # (Q·R, E)
+    table, pair = torch.zeros(Q * R, W, dtype=dtype, device=queries.device), 0
+    for c, n in zip(*(part.tolist() for part in lists.unique_consecutive(return_counts=True))):
+        size = first[c + 1] - first[c]
+        rows = block.low[first[c]:first[c] + -(-size // 64) * 64].to(dtype)
+        wide = 1 if n == 1 else -(-n // 8) * 8
+        table[pair:pair + n, :size] = (low[pair:pair + wide] @ rows.T)[:n, :size]
+        pair += n
+    table = table[by_list.argsort()].view(integer_of(dtype)).clamp_(min=0)  # as in `group_maxima`
     return table.view(dtype).view(Q, R * W)
 
 
-def search_lists(queries: Tensor, block: Block, layout: Layout, probes: Tensor, k: int,
+def search_lists(queries: Tensor, block: Block, first: Tensor, probes: Tensor, k: int,
                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The k best rows of each query's lists, probes (Q, R): scores float64, −inf where its lists
     hold fewer, and row ids (Q, k).
@@ -509,18 +443,16 @@ def search_lists(queries: Tensor, block: Block, layout: Layout, probes: Tensor, 
     add up E roundings as if all went the same way. Independent ones add up to about 1/√E of that;
     eight times as much is believed here.
     """
-    W = max(length for _, length in layout.runs)
-    first = layout.first.to(queries.device)
-    length = torch.tensor([length for count, length in layout.runs for _ in range(count)],
-                          device=queries.device)[layout.rank.to(queries.device)]     # (C,)
+    W, begin = max(1, int(first.diff().max())), first.to(queries.device)
+    size = begin.diff()                                                    # (C,)
 
     def locate(which: Tensor, columns: Tensor) -> Tensor:
         in_list, row = probes[which].gather(1, columns // W), columns % W
-        return torch.where(row < length[in_list], first[in_list] + row, len(block.ids) - 1)
+        return torch.where(row < size[in_list], begin[in_list] + row, len(block.ids) - 1)
 
-    scores = list_scores(queries, block, layout, probes, dtype)            # (Q, R·W)
+    scores = list_scores(queries, block, first, probes, dtype)             # (Q, R·W)
     caution = min(1.0, 8 / math.sqrt(queries.shape[1]))
-    return refine(queries, block, scores, locate, 1, k, caution)[:2]
+    return refine(queries, block, scores, locate, k, caution)[:2]
 
 
 # ---------------------------------------------------------------- the index on disk
@@ -533,7 +465,6 @@ class Index:
     paths: Sequence              # N names, relative to `root`; row numbers where there are none
     manifest: dict
     lists: Lists | None = None   # inverted lists, where they were built
-    layout: Layout | None = field(default=None, repr=False)
     resident: dict[torch.device, Block] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -567,18 +498,17 @@ class Index:
             raise ValueError(f"k is {k}, wanted 0 or more")
         if nprobe is not None and nprobe < 1:
             raise ValueError(f"nprobe is {nprobe}, wanted 1 or more")
+        queries = F.normalize(queries.float(), dim=-1)
         if not torch.isfinite(queries).all():
             raise ValueError("a query embedding is not finite")
-        queries = F.normalize(queries.float(), dim=-1)
-        if exclude is None:
-            scores, ids, _ = self.nearest(queries, min(k, N), nprobe)
-            return scores.float(), ids
-        # The own row is dropped by its id, never by its rank: a duplicate may rank before it.
-        scores, ids, _ = self.nearest(queries, min(k + 1, N), nprobe)
-        is_own = ids == exclude.to(ids.device)[:, None]                           # (Q, k+1)
-        is_own[~is_own.any(1), -1:] = True               # own row not found: drop the last one
-        keep = (len(ids), max(0, ids.shape[1] - 1))
-        return scores[~is_own].view(keep).float(), ids[~is_own].view(keep)
+        scores, ids, _ = self.nearest(queries, min(k + (exclude is not None), N), nprobe)
+        if exclude is not None:
+            # The own row is dropped by its id, never by its rank: a duplicate may rank before it.
+            is_own = ids == exclude.to(ids.device)[:, None]                       # (Q, k+1)
+            is_own[~is_own.any(1), -1:] = True           # own row not found: drop the last one
+            keep = (len(ids), max(0, ids.shape[1] - 1))
+            scores, ids = scores[~is_own].view(keep), ids[~is_own].view(keep)
+        return scores.float(), ids
 
     def nearest(self, queries: Tensor, k: int, nprobe: int | None = None
                 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -616,13 +546,13 @@ class Index:
         for part in queries.split(max(1, BLOCK_BYTES // (2 * nprobe * at_once))):
             probes = (part.to(dtype) @ centroids.T).topk(nprobe, dim=1).indices        # (q, R)
             if fits:
-                block = next(self.blocks(device, dtype))                   # it makes the layout
-                layout = self.layout
+                block, first = next(self.blocks(device, dtype)), lists.offsets
             else:
                 wanted, probes = probes.unique(return_inverse=True)
-                layout = lay_out([spans[i] for i in wanted.tolist()])
-                block = Block(self.rows, device, dtype, layout.ids)
-            found.append(search_lists(part, block, layout, probes, k, dtype))
+                ids = [spans[i] for i in wanted.tolist()]
+                first = F.pad(sizes[wanted.cpu()].cumsum(0), (1, 0))
+                block = Block(self.rows, device, dtype, torch.cat(ids))
+            found.append(search_lists(part, block, first, probes, k, dtype))
         scores, ids = (torch.cat(parts) for parts in zip(*found))
         few = (scores[:, -1] == -torch.inf).nonzero()[:, 0]      # lists with fewer than k rows
         if len(few):
@@ -637,10 +567,7 @@ class Index:
         passing ones."""
         if self.fits():
             if device not in self.resident:
-                if self.lists is not None and self.layout is None:
-                    sizes = self.lists.offsets.diff().tolist()
-                    self.layout = lay_out(self.lists.order.split(sizes))
-                ids = torch.arange(len(self)) if self.layout is None else self.layout.ids
+                ids = self.lists.order if self.lists else torch.arange(len(self))
                 self.resident[device] = Block(self.rows, device, dtype, ids)
             yield self.resident[device]
             return
@@ -660,14 +587,10 @@ def open_index(folder: str | os.PathLike) -> Index:
                                 "makes one")
     try:
         manifest = json.loads(manifest_path.read_text("utf-8"))
-        N, E, root = manifest["rows"], manifest["dim"], manifest.get("root", ".")
+        N, E, _ = manifest["rows"], manifest["dim"], Path(manifest.get("root", "."))
         files = manifest.get("files", [{"file": "embeddings.npy", "rows": N}])
-        if not (type(N) is int and type(E) is int and isinstance(root, str)):
-            raise ValueError("an odd manifest")
         rows = Rows([folder / entry["file"] for entry in files])
         counts = [entry["rows"] for entry in files]
-        if not all(type(count) is int for count in counts):
-            raise ValueError("an odd manifest")
         paths = range(N)
         if manifest.get("paths", True):
             paths = (folder / "paths.txt").read_bytes().decode("utf-8").split("\n")[:-1]
@@ -678,8 +601,7 @@ def open_index(folder: str | os.PathLike) -> Index:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"the index at {folder} has format {manifest.get('format')}, "
                          f"this version reads {FORMAT}")
-    if rows.shape != (N, E) or rows.starts.tolist() != [0, *np.cumsum(counts)] or (
-            len(paths) != N or N == 0):
+    if rows.shape != (N, E) or np.diff(rows.starts).tolist() != counts or len(paths) != N or N == 0:
         raise ValueError(f"the index at {folder} is damaged: its manifest says {N} x {E} in "
                          f"{len(counts)} files, they hold {rows.shape}, and {len(paths)} paths")
     return Index(folder, rows, paths, manifest, lists)
@@ -701,20 +623,20 @@ def read_lists(folder: Path, N: int, E: int) -> Lists:
 
 
 def write_index(out: str | os.PathLike, embeddings: Tensor, paths: list[str], encoder: str,
-                encoder_hash: str, root: str | os.PathLike, n_lists: int = 0,
+                encoder_hash: str, root: str | os.PathLike, n_lists: int | None = 0,
                 device: torch.device | str = "cpu") -> Index:
     """Write rows (N, E), normalised here, as a new index in the folder `out`, and open it.
 
     An older manifest there goes first and the new one comes last: a build that is killed leaves no
-    index that opens. n_lists: also build so many inverted lists. Raises ValueError for no rows,
-    rows that are not finite, or all-zero rows.
+    index that opens. n_lists: also build so many inverted lists, None for `default_lists`. Raises
+    ValueError for no rows, rows that are zero or not finite, or more lists than rows.
     """
     rows = torch.as_tensor(embeddings).float()
     if rows.ndim != 2 or len(rows) == 0 or len(rows) != len(paths):
         raise ValueError(f"an index wants one row a picture and at least one; got "
                          f"{tuple(rows.shape)} for {len(paths)} pictures")
     check_rows(rows)
-    check_lists(n_lists, len(rows))
+    n_lists = how_many_lists(n_lists, len(rows))
     out = start_afresh(out)
     save_array(out / "embeddings.npy", F.normalize(rows, dim=1).half().numpy())
     (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
@@ -724,18 +646,21 @@ def write_index(out: str | os.PathLike, embeddings: Tensor, paths: list[str], en
 
 def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str = "unknown",
                 encoder_hash: str = "", dim: int | None = None,
-                n_lists: Callable[[int], int] = default_lists,
-                device: torch.device | str = "cpu") -> Index:
+                n_lists: int | None = None, device: torch.device | str = "cpu") -> Index:
     """Make an index of embeddings that are there already: one .npy file, or a folder of them in the
     order of the numbers in their names, as clip-retrieval writes them (img_emb_0.npy, …).
 
     Unit-norm float16 files stay where they are, and the manifest names them; others are copied,
     normalised, one at a time. A paths.txt beside them, in UTF-8, names the rows, a line each;
-    without one row numbers stand for names. n_lists: N → how many inverted lists. Raises ValueError
-    for other shapes or numbers of names, for rows that are zero or not finite, and where the copies
-    would overwrite the source; an older index in `out` is still whole then.
+    without one row numbers stand for names. A manifest beside them tells the encoder, where none is
+    given, and where the pictures are. n_lists: None for `default_lists`. Raises FileNotFoundError,
+    or ValueError for other shapes or numbers of names, for rows that are zero or not finite, and
+    where the copies would stand beside the source; an older index in `out` is still whole then.
     """
     out, source = Path(out), Path(source)
+    made = open_index(source).manifest if (source / "manifest.json").is_file() else {}
+    if encoder == "unknown":
+        encoder, encoder_hash = made.get("encoder", encoder), made.get("encoder_hash", encoder_hash)
     sources = [source] if source.is_file() else sorted(
         source.glob("*.npy"), key=lambda p: ([*map(int, re.findall(r"\d+", p.stem))], p.name))
     own = {"neighbors", "tokens", "centroids", "lists", "offsets"}
@@ -753,26 +678,25 @@ def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str 
     are_fine = [is_unit_float16(path, array) for path, array in zip(sources, arrays)]
     targets = [path if fine else out / f"embeddings-{i}.npy"
                for i, (path, fine) in enumerate(zip(sources, are_fine))]
-    for path, target in zip(sources, targets):
-        if path is not target and target.resolve() in {s.resolve() for s in sources}:
-            raise ValueError(f"{target} would be overwritten; write the index to another folder")
-    names = [place / "paths.txt" for place in (sources[0].parent, source.parent)
-             if (place / "paths.txt").is_file()]
+    if not all(are_fine) and sources[0].parent.resolve() == out.resolve():
+        raise ValueError(f"{source} is to be copied as float16 of unit norm: another --out, please")
+    beside = [folder / "paths.txt" for folder in (sources[0].parent, source.parent)]
+    names = next((path for path in beside if path.is_file()), None)
     try:
-        paths = names[0].read_text("utf-8").removesuffix("\n").split("\n") if names else []
+        paths = names.read_text("utf-8").removesuffix("\n").split("\n") if names else []
     except ValueError:
-        raise ValueError(f"{names[0]} is not in UTF-8") from None
+        raise ValueError(f"{names} is not in UTF-8") from None
     if names and len(paths) != N:
-        raise ValueError(f"{names[0]} has {len(paths)} lines for {N} rows")
-    wanted = n_lists(N)
-    check_lists(wanted, N)
+        raise ValueError(f"{names} has {len(paths)} lines for {N} rows")
+    n_lists = how_many_lists(n_lists, N)
     out = start_afresh(out)
     for array, target, fine in zip(arrays, targets, are_fine):
         if not fine:
             copy_normalised(array, target)
     if paths:
         (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
-    return finish(out, targets, bool(paths), encoder, encoder_hash, wanted, device=device)
+    root = Path(os.path.relpath(source / made["root"], out)).as_posix() if made else "."
+    return finish(out, targets, bool(paths), encoder, encoder_hash, n_lists, root, device)
 
 
 def open_matrix(path: Path) -> np.ndarray:
@@ -806,8 +730,8 @@ def is_unit_float16(path: Path, array: np.ndarray) -> bool:
 
 def check_rows(rows: Tensor, where: str = "") -> None:
     """Raise ValueError for rows (n, E) without a direction, or too long to tell it."""
-    norms = rows.norm(dim=1)
-    if not torch.isfinite(rows).all() or not torch.isfinite(norms).all() or (norms == 0).any():
+    norms = rows.norm(dim=1)                             # not finite where a number in it is not
+    if not (norms.isfinite() & (norms > 0)).all():
         raise ValueError(f"an embedding{where} is zero or not finite")
 
 
@@ -833,10 +757,11 @@ def start_afresh(out: str | os.PathLike) -> Path:
     return out
 
 
-def check_lists(n_lists: int, n: int) -> None:
-    """Raise ValueError for more inverted lists than rows."""
-    if n_lists > n:
+def how_many_lists(n_lists: int | None, n: int) -> int:
+    """`default_lists` for None. Raises ValueError for more inverted lists than rows."""
+    if n_lists is not None and n_lists > n:
         raise ValueError(f"{n_lists} lists for {n} rows: wanted at most one a row")
+    return default_lists(n) if n_lists is None else n_lists
 
 
 def finish(out: Path, files: list[Path], has_paths: bool, encoder: str, encoder_hash: str,
@@ -845,7 +770,7 @@ def finish(out: Path, files: list[Path], has_paths: bool, encoder: str, encoder_
     rows = Rows(files)
     manifest = {"format": FORMAT, "rows": len(rows), "dim": rows.shape[1], "dtype": "float16",
                 "normalised": True, "encoder": encoder, "encoder_hash": encoder_hash, "root": root}
-    if [path.name for path in files] != ["embeddings.npy"] or files[0].parent != out:
+    if files != [out / "embeddings.npy"]:
         manifest["files"] = [
             {"file": Path(os.path.relpath(path, out)).as_posix(), "rows": int(n)}
             for path, n in zip(files, np.diff(rows.starts))]
@@ -874,7 +799,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
     """Raise ValueError, naming both, where the index was made by another encoder than this one.
     An unknown encoder of the right dimension passes with a warning."""
-    made_by, E = index.manifest.get("encoder", "unknown"), index.embeddings.shape[1]
+    made_by, E = index.manifest.get("encoder", "unknown"), index.rows.shape[1]
     if E != dim or index.manifest.get("encoder_hash") not in (fingerprint, None, ""):
         raise ValueError(
             f"the index at {index.folder} was made by encoder {made_by} "
@@ -887,70 +812,65 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
 
 # ---------------------------------------------------------------- the neighbour table for training
 
-def neighbor_table(index: Index, k: int, nprobe: int = 64, below: float | None = None,
+def neighbor_table(index: Index, k: int, below: float | None = None,
                    device: torch.device | str = "cpu") -> np.ndarray:
     """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by id.
 
     Read from neighbors-<k>.npy, or computed and written there: N²·E multiplications, or through
-    the index's inverted lists, nprobe of them a row. What was computed is kept on the way, so that
-    a run that was killed goes on where it was. Beside the table neighbors-<k>.key holds the digests
-    of the embeddings and of the table: a damaged table, or one of other embeddings, is computed
-    anew. below: near-duplicates, rows of a score of at least this, come after all others (in
-    neighbors-<k>-below-<below>.npy). device: where the search runs. Raises ValueError for k < 1.
+    the index's inverted lists, TABLE_NPROBE of them a row. Rows found go into a .part file at once,
+    so that a run that was killed goes on where it was. Beside the table neighbors-<k>.key holds the
+    digests of the embeddings and of the table: a damaged table, or one of other embeddings, is
+    computed anew. below: near-duplicates, rows of a score of at least this, come after all others
+    (in neighbors-<k>-below-<below>.npy). device: where the search runs. Raises ValueError for
+    k < 1.
     """
     if k < 1:
         raise ValueError(f"k is {k}, wanted 1 or more")
+    N, width = len(index), min(k, len(index) - 1)
     name = f"neighbors-{k}" if below is None else f"neighbors-{k}-below-{below!r}"
-    N, path, key_path = len(index), index.folder / f"{name}.npy", index.folder / f"{name}.key"
-    digest = rows_digest(index.rows) + (f" nprobe {nprobe}" if index.lists else "")
-    if path.is_file() and key_path.is_file():
-        table_digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if key_path.read_text("utf-8") == f"{digest} {table_digest}\n":
-            return np.load(path, allow_pickle=False)
-    width = min(k, N - 1)
-    part, state = path.with_name(f"{name}.part"), path.with_name(f"{name}.state")
-    done = 0
-    if part.is_file() and state.is_file() and state.read_text("utf-8").startswith(digest + "\n"):
-        done = int(state.read_text("utf-8").split("\n")[1])
-    table = np.memmap(part, np.int32, "r+" if done else "w+", shape=(N, width)) if width else (
-        np.empty((N, 0), np.int32))
-    start, first = time.time(), done
-    while done < N:
-        own = torch.arange(done, min(done + 1024, N))
-        queries = torch.from_numpy(index.rows.read(done, done + 1024)).to(device).float()
-        found = own_neighbors(index, queries, own, width, nprobe, below)
-        table[done:done + 1024] = found.cpu().numpy()
-        done += len(own)
-        if done % (64 * 1024) == 0 and done < N:
-            table.flush()
-            state.write_text(f"{digest}\n{done}\n", encoding="utf-8")
-        if sys.stderr.isatty():
-            left = (time.time() - start) / (done - first) * (N - done)
-            print(f"\rneighbours of {done:,}/{N:,} rows, {left:.0f} s left ",
-                  end="\n" if done == N else "", file=sys.stderr)
-    table = np.array(table)
+    digest = rows_digest(index.rows) + (f" nprobe {TABLE_NPROBE}" if index.lists else "")
+    path, key_path = index.folder / f"{name}.npy", index.folder / f"{name}.key"
+    part = index.folder / f"{name}-{hashlib.sha256(digest.encode()).hexdigest()[:16]}.part"
+
+    def key() -> str:
+        return f"{digest} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+
+    if path.is_file() and key_path.is_file() and key_path.read_text("utf-8") == key():
+        return np.load(path, allow_pickle=False)
+    with open(part, "ab") as file:
+        first = done = file.tell() // (4 * width) if width else N          # whole rows
+        file.truncate(4 * width * done)
+        start = time.time()
+        while done < N:
+            own = torch.arange(done, min(done + 1024, N))
+            queries = torch.from_numpy(index.rows.read(done, done + 1024)).to(device).float()
+            found = own_neighbors(index, queries, own, width, below)
+            file.write(found.int().cpu().numpy())
+            file.flush()
+            done += len(own)
+            if sys.stderr.isatty():
+                left = (time.time() - start) / (done - first) * (N - done)
+                print(f"\rneighbours of {done:,}/{N:,} rows, {left:.0f} s left ",
+                      end="\n" if done == N else "", file=sys.stderr)
+    table = np.fromfile(part, np.int32).reshape(N, width)
     save_array(path, table)
-    table_digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    key_path.write_text(f"{digest} {table_digest}\n", encoding="utf-8")
-    for helper in (part, state):
-        helper.unlink(missing_ok=True)
+    key_path.write_text(key(), encoding="utf-8")
+    part.unlink()
     return table
 
 
-def own_neighbors(index: Index, queries: Tensor, own: Tensor, k: int, nprobe: int,
-                  below: float | None) -> Tensor:
+def own_neighbors(index: Index, queries: Tensor, own: Tensor, k: int, below: float | None
+                  ) -> Tensor:
     """int64 (Q, k): the neighbours of rows `own` (Q,) without themselves, near-duplicates last."""
-    wide, N = k if below is None else 2 * k, len(index)
+    wide, most = k if below is None else 2 * k, len(index) - 1
     while True:
-        wide = min(wide, N - 1)
-        scores, ids = index.search(queries, wide, exclude=own,
-                                   nprobe=nprobe if index.lists else None)
+        wide = min(wide, most)
+        scores, ids = index.search(queries, wide, exclude=own, nprobe=TABLE_NPROBE)
         if below is None:
             return ids
         too_near = scores >= below
-        if wide == N - 1 or ((~too_near).sum(1) >= k).all():
-            order = too_near.to(torch.int8).argsort(dim=1, stable=True)
-            return ids.gather(1, order)[:, :k]
+        if wide == most or ((~too_near).sum(1) >= k).all():
+            return ids.gather(1, too_near.to(torch.int8).argsort(dim=1, stable=True))[:, :k]
         wide *= 4
 
 
@@ -996,11 +916,6 @@ def list_images(folder: str | os.PathLike) -> list[str]:
                   if path.suffix.lower() in clip_model.IMAGE_SUFFIXES and path.is_file())
 
 
-def is_listable(name: str) -> bool:
-    """Whether paths.txt can hold a file name: UTF-8, on one line."""
-    return "\n" not in name and not any("\ud800" <= letter <= "\udfff" for letter in name)
-
-
 def embed_folder(clip: clip_model.CLIP, folder: str | os.PathLike, batch_size: int = 256,
                  bf16: bool = False) -> tuple[Tensor, list[str], list[str]]:
     """Embed all pictures below a folder: unit-norm float32 (N, E), their relative names, and one
@@ -1014,7 +929,7 @@ def embed_folder(clip: clip_model.CLIP, folder: str | os.PathLike, batch_size: i
 
     def read(name: str) -> Image.Image | str:
         try:
-            if not is_listable(name):
+            if "\n" in name or name.encode("utf-8", "replace").decode() != name:
                 raise ValueError(f"{name!r} is no file name for a list of lines in UTF-8")
             picture = clip_model.read_image(Path(folder) / name)
             return clip_model.fit_square(picture, clip.config.image_size)
@@ -1055,16 +970,11 @@ def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
 
 # ---------------------------------------------------------------- the command
 
-def wanted_lists(text: str, n: int) -> int:
-    """--ivf's value for N rows. Raises ValueError where it is none."""
-    if text == "none":
-        return 0
-    if text == "auto":
-        lists = default_lists(n)
-        print(f"{lists} inverted lists" if lists else
-              f"no inverted lists: exact search is as quick for {n:,} rows")
-        return lists
-    if not text.isdigit() or int(text) < 1:
+def wanted_lists(text: str) -> int | None:
+    """--ivf's value: how many, None for auto. Raises ValueError where it is none."""
+    if text in ("auto", "none"):
+        return None if text == "auto" else 0
+    if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--ivf is {text!r}, wanted auto, none or a number of lists")
     return int(text)
 
@@ -1076,40 +986,32 @@ def build(args: argparse.Namespace) -> None:
         raise ValueError("wanted one of a folder of pictures and --embeddings")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out} is a file, wanted a folder to write")
-    wanted_lists(args.ivf, 0) if args.ivf != "auto" else None              # refuse it early
-    device = clip_model.pick_device(args.device)
-    if args.embeddings:
-        encoder = {}
-        if args.clip:
-            clip = clip_model.load(args.clip)
-            encoder = {"encoder": clip.describe(), "encoder_hash": clip.fingerprint(),
-                       "dim": clip.config.embed_dim}
-        index = index_files(args.out, args.embeddings, **encoder,
-                            n_lists=functools.partial(wanted_lists, args.ivf), device=device)
-        print(f"{len(index):,} rows of {index.rows.shape[1]} dimensions in {args.out}, "
-              f"{time.time() - start:.0f} s")
-        return
-    path = args.clip or Path(__file__).parent / "weights" / "stickers" / "clip.safetensors"
-    clip = clip_model.load(path).to(device)
-    print(f"{args.images} through {path} ({clip.describe()}, {clip.fingerprint()}, "
-          f"{clip.config.embed_dim} dimensions)")
-    embeddings, names, bad = embed_folder(clip, args.images, bf16=args.bf16)
-    for sentence in bad:
-        print(f"skipped: {sentence}", file=sys.stderr)
-    if not names:
-        raise ValueError(f"no readable picture below {args.images}")
-    index = write_index(args.out, embeddings, names, clip.describe(), clip.fingerprint(),
-                        args.images, wanted_lists(args.ivf, len(names)), device)
-    print(f"{len(index)} rows of {index.rows.shape[1]} dimensions in {args.out}, "
-          f"{len(bad)} files skipped, {time.time() - start:.0f} s")
+    n_lists, device = wanted_lists(args.ivf), clip_model.pick_device(args.device)
+    path = args.clip or (SHIPPED / "clip.safetensors" if args.images else None)
+    clip, bad = path and clip_model.load(path).to(device), []
+    if clip:
+        print(f"CLIP {path} ({clip.describe()}, {clip.fingerprint()}, {clip.config.embed_dim} "
+              "dimensions)")
+    if args.images:
+        embeddings, names, bad = embed_folder(clip, args.images, bf16=args.bf16)
+        for sentence in bad:
+            print(f"skipped: {sentence}", file=sys.stderr)
+        if not names:
+            raise ValueError(f"no readable picture below {args.images}")
+        index = write_index(args.out, embeddings, names, clip.describe(), clip.fingerprint(),
+                            args.images, n_lists, device)
+    else:
+        encoder = (clip.describe(), clip.fingerprint(), clip.config.embed_dim) if clip else ()
+        index = index_files(args.out, args.embeddings, *encoder, n_lists=n_lists, device=device)
+    print(f"{len(index):,} rows of {index.rows.shape[1]} dimensions in {args.out}, "
+          f"{index.manifest.get('lists', 'no')} inverted lists, {len(bad)} files skipped, "
+          f"{time.time() - start:.0f} s")
 
 
 def search(args: argparse.Namespace) -> None:
     """Print the nearest rows of a text or a picture, one a line, and draw them on request."""
     index, clip = open_index(args.index), clip_model.load(args.clip)
     check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
-    if args.k < 0:
-        raise ValueError(f"k is {args.k}, wanted 0 or more")
     if args.out and not os.path.isdir(args.out.parent):
         raise ValueError(f"no folder {args.out.parent} to write {args.out.name} into")
     if not args.query.strip():
@@ -1134,7 +1036,7 @@ def search(args: argparse.Namespace) -> None:
 def make_table(args: argparse.Namespace) -> None:
     """Compute the neighbour table, or go on with it."""
     start = time.time()
-    table = neighbor_table(open_index(args.index), args.k, args.nprobe, args.below,
+    table = neighbor_table(open_index(args.index), args.k, args.below,
                            clip_model.pick_device(args.device))
     print(f"neighbours {table.shape} in {args.index}, {time.time() - start:.0f} s")
 
@@ -1144,14 +1046,14 @@ def show_recall(args: argparse.Namespace) -> None:
     index = open_index(args.index)
     if args.k < 1 or min(args.nprobe) < 1:
         raise ValueError(f"k is {args.k}, nprobe {args.nprobe}: wanted 1 or more")
-    print(f"nprobe\trecall@{args.k}\trows scanned\tms a query\tms exact")
-    for nprobe in args.nprobe:
+    for i, nprobe in enumerate(args.nprobe):
         hits, scanned, seconds, exact = recall(index, args.k, nprobe)
+        if i == 0:
+            print(f"nprobe\trecall@{args.k}\trows scanned\tms a query\tms exact")
         print(f"{nprobe}\t{hits:.4f}\t{scanned:.2%}\t{1e3 * seconds:.3f}\t{1e3 * exact:.3f}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    shipped = Path(__file__).parent / "weights" / "stickers"
     parser = argparse.ArgumentParser(description="Build and search an index of image embeddings.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -1173,7 +1075,7 @@ def main(argv: list[str] | None = None) -> int:
     sub = commands.add_parser("search", help="show the nearest neighbours of a text or a picture")
     sub.add_argument("index", type=Path)
     sub.add_argument("query", metavar="TEXT_OR_IMAGE", help="an existing file is a picture")
-    sub.add_argument("--clip", type=Path, default=shipped / "clip.safetensors")
+    sub.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     sub.add_argument("--k", type=int, default=10, help="number of neighbours (default 10)")
     sub.add_argument("--nprobe", type=int, help="inverted lists to look into (default: exact)")
     sub.add_argument("--out", type=Path, help="also draw the neighbours into this PNG")
@@ -1185,12 +1087,10 @@ def main(argv: list[str] | None = None) -> int:
     sub.add_argument("--nprobe", type=int, nargs="+", default=[1, 4, 16, 64])
     sub.set_defaults(run=show_recall)
 
-    sub = commands.add_parser("neighbors", help="make the neighbour table that training "
-                                  "reads (that of the default --nprobe, without --below)")
+    sub = commands.add_parser("neighbors", help="make the neighbour table that training reads "
+                                  "(without --below)")
     sub.add_argument("index", type=Path)
     sub.add_argument("--k", type=int, default=10)
-    sub.add_argument("--nprobe", type=int, default=64, help="inverted lists to look into, where "
-                     "there are any (default 64)")
     sub.add_argument("--below", type=float, help="scores from which rows count as near-duplicates "
                      "and come after all others")
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

@@ -46,7 +46,7 @@ def mixture(n: int, dim: int, centres: int, seed: int) -> torch.Tensor:
 
 def make_index(folder: Path, name: str, rows: torch.Tensor, lists: int = 0) -> retrieval.Index:
     np.save(folder / f"{name}.npy", rows.numpy())
-    return retrieval.index_files(folder / name, folder / f"{name}.npy", n_lists=lambda n: lists)
+    return retrieval.index_files(folder / name, folder / f"{name}.npy", n_lists=lists)
 
 
 def in_turn(contestants: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -246,7 +246,7 @@ def measure_alone(what: str, folder: Path, args: argparse.Namespace) -> dict:
     """A child's part: a dictionary for its parent."""
     start = time.perf_counter()
     if what == "build":
-        retrieval.index_files(folder.parent / "large", folder, n_lists=lambda n: 0)
+        retrieval.index_files(folder.parent / "large", folder, n_lists=0)
         return {"seconds": time.perf_counter() - start, "peak": peak()}
     queries = unit(mixture(1024, args.dim, args.centres, seed=2).float())
     index = retrieval.open_index(folder)

@@ -148,9 +148,18 @@ def test_no_score_lies_above_its_groups_bound(tmp_path, dtype):
     exact = queries.double() @ torch.from_numpy(index.rows.read(0, 512)).double().T
     best = exact.view(len(queries), -1, retrieval.GROUP).amax(2)
     assert (best <= bound[:, :-1]).all()
+    assert (best >= retrieval.at_least(
+        maxima, retrieval.error_bound(queries, block, dtype))[:, :-1]).all()
     if dtype == torch.bfloat16:  # and the scan alone would be wrong: the bound is needed
         assert (best > maxima[:, :-1].double()).any()
         assert (bound - maxima.float()).max() < 0.02
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e300])
+def test_a_query_that_is_not_finite_is_refused(tmp_path, bad):
+    index = make(tmp_path, np.eye(8))
+    with pytest.raises(ValueError, match="query embedding is not finite"):
+        index.search(torch.full((1, 8), bad, dtype=torch.float64), 2)      # 1e300: in float32
 
 
 def test_equal_rows_come_in_the_order_of_their_ids(tmp_path, device):
@@ -296,15 +305,14 @@ def test_all_lists_probed_is_exact_and_few_are_nearly(tmp_path, device, scan_dty
     assert ids.shape == (100, 5) and (ids != own[:, None]).all()
 
 
-def test_only_rows_of_the_probed_lists_come_back(tmp_path, device, scan_dtype, monkeypatch):
-    """Lists of 1 to 700 rows, in runs padded to one length; scores of both signs: neither padding
-    nor the next list's rows may slip in."""
+def test_only_rows_of_the_probed_lists_come_back(tmp_path, device, scan_dtype):
+    """Lists of 1 to 700 rows in tables of one width; scores of both signs: neither padding nor the
+    next list's rows may slip in."""
     rng = np.random.default_rng(0)
     sizes = [1, 1, 2, 3, 60, 700, 5, 1, 33]
     means = np.linalg.qr(rng.normal(size=(16, 16)))[0][:len(sizes)]
     rows = np.concatenate([m + 0.05 * rng.normal(size=(n, 16)) for m, n in zip(means, sizes)])
-    index, lay_out = make(tmp_path, rows), retrieval.lay_out
-    monkeypatch.setattr(retrieval, "lay_out", lambda lists: lay_out(lists, run=2))
+    index = make(tmp_path, rows)
     index.lists = retrieval.Lists(torch.from_numpy(means).float(), torch.arange(len(rows)),
                                   torch.tensor([0, *np.cumsum(sizes)]))
     of_list = np.repeat(np.arange(len(sizes)), sizes)
@@ -323,8 +331,8 @@ def test_only_rows_of_the_probed_lists_come_back(tmp_path, device, scan_dtype, m
                 == exact_order[:, :4]).all()
         block = index.resident[device]
         probes = torch.from_numpy(probes).to(device)
-        low = retrieval.list_scores(unit.to(device), block, index.layout, probes, scan_dtype)
-        assert low.shape == (9, 9 * 704) and low.min() == 0 and (low.max() > 0.5) == (sign == 1)
+        low = retrieval.list_scores(unit.to(device), block, index.lists.offsets, probes, scan_dtype)
+        assert low.shape == (9, 9 * 700) and low.min() == 0 and (low.max() > 0.5) == (sign == 1)
 
 
 def test_lists_that_hold_too_few_rows_are_made_up_for(tmp_path, device):
@@ -334,6 +342,16 @@ def test_lists_that_hold_too_few_rows_are_made_up_for(tmp_path, device):
         scores, ids = index.search(queries, k, nprobe=1)
         assert ids.shape == (20, min(k, 300)) and ids.min() >= 0 and torch.isfinite(scores).all()
         assert all(len(set(row)) == len(row) for row in ids.tolist())
+
+
+def test_empty_lists_are_looked_into_without_harm(tmp_path, device, monkeypatch):
+    rows = np.repeat(unit(np.random.default_rng(0).normal(size=(3, 8))), 20, axis=0)
+    index = with_lists(tmp_path, rows, 10)  # 60 rows, three of them different
+    assert (index.lists.offsets.diff() == 0).any()
+    for resident in (2**30, 0):
+        monkeypatch.setattr(retrieval, "RESIDENT_BYTES", resident)
+        scores, ids = index.search(index.lists.centroids.to(device), 3, nprobe=1)
+        assert scores.shape == (10, 3) and torch.isfinite(scores).all() and ids.max() < 60
 
 
 def test_lists_of_an_index_larger_than_memory_give_the_same(tmp_path, device, monkeypatch):
@@ -462,14 +480,29 @@ def test_other_embeddings_are_copied_normalised_and_never_overwritten(tmp_path):
     longer = retrieval.index_files(tmp_path / "idx2", tmp_path / "long.npy")
     norms = np.linalg.norm(np.array(longer.embeddings, np.float32), axis=1)
     assert np.allclose(norms, 1, atol=1e-3)
-    index = retrieval.index_files(source, source)  # into the same folder
-    assert {name: (source / name).read_bytes() for name in before} == before
-    with pytest.raises(ValueError, match="overwritten|30 rows|holds"):
+    with pytest.raises(ValueError, match="another --out"):  # a second time it would be a source
+        retrieval.index_files(source, source)
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    with pytest.raises(ValueError, match="30 rows"):
         retrieval.index_files(tmp_path / "idx", tmp_path / "idx", dim=9)
     np.save(tmp_path / "embeddings-0.npy", rows)
-    with pytest.raises(ValueError, match="overwritten"):
+    with pytest.raises(ValueError, match="another --out"):
         retrieval.index_files(tmp_path, tmp_path / "embeddings-0.npy")
     assert (np.load(tmp_path / "embeddings-0.npy") == rows).all()
+
+
+def test_lists_can_be_added_to_an_index(tmp_path):
+    """It keeps its encoder and finds its pictures, in the same folder or another."""
+    write_pictures(tmp_path / "pics", 5)
+    names = retrieval.list_images(tmp_path / "pics")
+    index = retrieval.write_index(tmp_path / "idx", torch.eye(5), names, "a clip", "beef",
+                                  tmp_path / "pics")
+    assert index.lists is None
+    for out in (tmp_path / "deeper" / "other", tmp_path / "idx"):
+        again = retrieval.index_files(out, tmp_path / "idx", n_lists=2)
+        assert len(again.lists.centroids) == 2 and again.paths == names
+        assert (again.manifest["encoder"], again.manifest["encoder_hash"]) == ("a clip", "beef")
+        assert None not in retrieval.neighbor_pictures(again, [0, 4])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
@@ -529,14 +562,16 @@ def test_shards_come_in_the_order_of_all_their_numbers(tmp_path):
     assert (np.array(index.embeddings) == rows).all()
 
 
-def test_rows_are_picked_as_numpy_picks_them(tmp_path):
+def test_rows_are_picked_as_numpy_picks_them_or_not_at_all(tmp_path):
     rows = unit(np.random.default_rng(0).normal(size=(30, 8))).astype(np.float16)
     write_shards(tmp_path / "s", rows, [10, 20])
     found = retrieval.index_files(tmp_path / "idx", tmp_path / "s").embeddings
-    mask = np.arange(30) % 7 == 3
-    for key in (mask, -1, 4, slice(5, 3), slice(25, 40), slice(None, None, -9), [3, -2],
+    for key in (4, slice(5, 3), slice(25, 40), slice(-3, None), [3, 28], [8, 9, 10, 11],
                 np.array([[1, 12], [29, 0]])):
         assert np.array_equal(found[key], rows[key])
+    for key in (np.arange(30) % 7 == 3, -1, [3, -2]):
+        with pytest.raises(IndexError, match="row ids"):
+            found[key]
 
 
 def test_a_cut_or_missing_shard_does_not_open(tmp_path):
@@ -587,9 +622,9 @@ def test_the_table_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     index = make(tmp_path, rows)
     seen = []
 
-    def fake(index, queries, own, k, nprobe, below):
+    def fake(index, queries, own, k, below):
         seen.append(own[0].item())
-        if len(seen) == 130:  # past the second state written, at row 131,072
+        if len(seen) == 130:  # at row 132,096
             raise KeyboardInterrupt
         return (own[:, None] + torch.arange(1, k + 1)) % len(index)
 
@@ -597,9 +632,11 @@ def test_the_table_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         retrieval.neighbor_table(index, 3)
     assert not (index.folder / "neighbors-3.npy").exists()
+    part, = index.folder.glob("neighbors-3-*.part")
+    part.write_bytes(part.read_bytes() + b"half")  # of a row
     seen[:] = [0] * 200
     table = retrieval.neighbor_table(index, 3)
-    assert seen[200] == 131_072 and len(seen) == 200 + 64
+    assert seen[200] == 129 * 1024 and len(seen) == 200 + 63
     wanted = (np.arange(len(rows))[:, None] + np.arange(1, 4)) % len(rows)
     assert (table == wanted).all()
     assert sorted(p.name for p in index.folder.glob("neighbors-*")) == [
@@ -622,7 +659,7 @@ def test_near_duplicates_come_last_where_a_threshold_is_set(tmp_path):
 def test_the_table_is_searched_on_the_device_asked_for(tmp_path, monkeypatch):
     devices = []
 
-    def fake(index, queries, own, k, nprobe, below):
+    def fake(index, queries, own, k, below):
         devices.append(queries.device.type)
         return (own[:, None] + torch.arange(1, k + 1)) % len(index)
 
@@ -634,9 +671,12 @@ def test_the_table_is_searched_on_the_device_asked_for(tmp_path, monkeypatch):
 def test_the_table_uses_the_lists(tmp_path, monkeypatch):
     index = with_lists(tmp_path, mixture(2000, 16, 30), 30)
     exact = retrieval.neighbor_table(make(tmp_path, mixture(2000, 16, 30)), 10)
-    assert (retrieval.neighbor_table(index, 10, nprobe=30) == exact).mean() > 0.999
-    few = retrieval.neighbor_table(index, 10, nprobe=1)  # another nprobe is another table
-    assert (few != exact).any() and (few != np.arange(2000)[:, None]).all()
+    few = {}
+    for nprobe in (30, 1):  # another nprobe is another table
+        monkeypatch.setattr(retrieval, "TABLE_NPROBE", nprobe)
+        few[nprobe] = retrieval.neighbor_table(index, 10)
+    assert (few[30] == exact).mean() > 0.999
+    assert (few[1] != exact).any() and (few[1] != np.arange(2000)[:, None]).all()
 
 
 # ---------------------------------------------------------------- the command
