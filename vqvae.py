@@ -25,14 +25,14 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import check, is_ours, load_model, read_tensors, save_model
+from clip_model import FORMAT, check, load_model, read_tensors, save_model
 
 # ---------------------------------------------------------------- configuration
 
@@ -110,36 +110,45 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
 
 
-class Downsample(nn.Module):
-    """A convolution of stride 2; the picture is padded at the right and below only."""
+def halved(c: int) -> nn.Module:
+    """(B, C, h, w) → (B, C, h/2, w/2); the picture is padded at the right and below only."""
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),
+                                     conv=nn.Conv2d(c, c, 3, stride=2)))
 
-    def __init__(self, c: int) -> None:
+
+def doubled(c: int) -> nn.Module:
+    """(B, C, h, w) → (B, C, 2h, 2w)."""
+    return nn.Sequential(OrderedDict(grow=nn.Upsample(scale_factor=2),
+                                     conv=nn.Conv2d(c, c, 3, padding=1)))
+
+
+class Level(nn.Module):
+    """n blocks, behind each self-attention where the level has it; then `downsample` or `upsample`,
+    which the encoder and the decoder hang in."""
+
+    def __init__(self, c_in: int, c_out: int, n: int, attends: bool, groups: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, stride=2)
+        self.block = nn.ModuleList(ResnetBlock(c_out if j else c_in, c_out, groups)
+                                   for j in range(n))
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(n * attends))
 
-    def forward(self, x: Tensor) -> Tensor:                            # (B, C, h, w)
-        return self.conv(F.pad(x, (0, 1, 0, 1)))                       # (B, C, h/2, w/2)
-
-
-class Upsample(nn.Module):
-    def __init__(self, c: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:                            # (B, C, h, w)
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))   # (B, C, 2h, 2w)
+    def forward(self, x: Tensor) -> Tensor:
+        for j, block in enumerate(self.block):
+            x = block(x)
+            x = self.attn[j](x) if self.attn else x
+        return x
 
 
-def middle(c: int, groups: int) -> nn.Module:
+class Middle(nn.Module):
     """Block, attention, block, at the smallest size."""
-    mid = nn.Module()
-    mid.block_1, mid.attn_1 = ResnetBlock(c, c, groups), AttnBlock(c, groups)
-    mid.block_2 = ResnetBlock(c, c, groups)
-    return mid
 
+    def __init__(self, c: int, groups: int) -> None:
+        super().__init__()
+        self.block_1, self.attn_1 = ResnetBlock(c, c, groups), AttnBlock(c, groups)
+        self.block_2 = ResnetBlock(c, c, groups)
 
-def through_middle(mid: nn.Module, x: Tensor) -> Tensor:
-    return mid.block_2(mid.attn_1(mid.block_1(x)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
 
 
 class Encoder(nn.Module):
@@ -152,28 +161,20 @@ class Encoder(nn.Module):
         self.conv_in = nn.Conv2d(3 * self.unshuffle ** 2, c, 3, padding=1)
         self.down = nn.ModuleList()
         for i, multiplier in enumerate(config.multipliers):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(config.res_blocks):
-                level.block.append(ResnetBlock(c, config.channels * multiplier, groups))
-                c = config.channels * multiplier
-                if i in config.attention:
-                    level.attn.append(AttnBlock(c, groups))
-            if i + 1 < len(config.multipliers):
-                level.downsample = Downsample(c)
+            width, is_last = config.channels * multiplier, i + 1 == len(config.multipliers)
+            level = Level(c, width, config.res_blocks, i in config.attention, groups)
+            level.downsample = nn.Identity() if is_last else halved(width)
             self.down.append(level)
-        self.mid = middle(c, groups)
+            c = width
+        self.mid = Middle(c, groups)
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(F.pixel_unshuffle(x, self.unshuffle))         # (B, C, H/r, W/r)
         for level in self.down:
-            for j, block in enumerate(level.block):
-                x = block(x)
-                x = level.attn[j](x) if level.attn else x
-            x = level.downsample(x) if hasattr(level, "downsample") else x
-        return self.conv_out(F.silu(self.norm_out(through_middle(self.mid, x))))
+            x = level.downsample(level(x))
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
@@ -183,31 +184,22 @@ class Decoder(nn.Module):
         super().__init__()
         groups, c = config.norm_groups, config.channels * config.multipliers[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, c, 3, padding=1)
-        self.mid = middle(c, groups)
+        self.mid = Middle(c, groups)
         levels = []
         for i, multiplier in reversed(list(enumerate(config.multipliers))):
-            level = nn.Module()
-            level.block, level.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(config.res_blocks + 1):
-                level.block.append(ResnetBlock(c, config.channels * multiplier, groups))
-                c = config.channels * multiplier
-                if i in config.attention:
-                    level.attn.append(AttnBlock(c, groups))
-            if i > 0:
-                level.upsample = Upsample(c)
-            levels.append(level)
+            width = config.channels * multiplier
+            levels.append(Level(c, width, config.res_blocks + 1, i in config.attention, groups))
+            levels[-1].upsample = doubled(width) if i > 0 else nn.Identity()
+            c = width
         self.up = nn.ModuleList(reversed(levels))
         self.unshuffle = config.unshuffle
         self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
         self.conv_out = nn.Conv2d(c, 3 * self.unshuffle ** 2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = through_middle(self.mid, self.conv_in(z))
+        x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            for j, block in enumerate(level.block):
-                x = block(x)
-                x = level.attn[j](x) if level.attn else x
-            x = level.upsample(x) if hasattr(level, "upsample") else x
+            x = level.upsample(level(x))
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.unshuffle)
 
 
@@ -255,8 +247,7 @@ class GumbelCodebook(nn.Module):
 
 def perplexity(counts: Tensor) -> float:
     """exp of the entropy of the codes' shares, counts (V,): 1 for one code, V for all alike."""
-    share = counts.double() / counts.sum()
-    return math.exp(-(share * share.clamp(min=1e-300).log()).sum().item())
+    return torch.special.entr(counts.double() / counts.sum()).sum().exp().item()
 
 
 @torch.no_grad()
@@ -345,13 +336,10 @@ def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
 
     Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
-    if is_ours(path):
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") == FORMAT:
         model, metadata = load_model(path, {"VQVAE": (VQVAE, VQVAEConfig)})
         return model.requires_grad_(False), metadata
-    tensors = read_tensors(path)[0]
     try:
         first = "first_stage_model."                                   # in a transformer's file
         if any(name.startswith(first) for name in tensors):
@@ -397,6 +385,4 @@ def sizes_from_shapes(tensors: dict[str, Tensor]) -> VQVAEConfig:
         n_codes=codes[0], gumbel=gumbel)
 
 
-def save(path: str | os.PathLike, model: VQVAE, metadata: dict[str, str]) -> None:
-    """Write float16 weights and config; `metadata` names the command that made them."""
-    save_model(path, model, metadata)
+save = save_model                       # float16 weights, class and config; metadata: the command
