@@ -32,11 +32,9 @@ a warp stays the same from one level of a pyramid to the next. `to_pixels` conve
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import math
-import os
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,25 +42,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import clip_model
 import knn_diffusion
 import sample
 import vqvae
+from clip_model import check
 
 MOTIONS = {"translation": 2, "euclidean": 3, "affine": 6, "homography": 8}       # name -> P
 
 
 # ---------------------------------------------------------------- warps
 
-def grid_of(height: int, width: int) -> tuple[Tensor, Tensor]:
+def grid_of(pictures: Tensor) -> tuple[Tensor, Tensor]:
     """x and y of every pixel's centre, (H·W,) each."""
-    longer = max(height, width)
-    x = (2 * torch.arange(width) + 1 - width) / longer
-    y = (2 * torch.arange(height) + 1 - height) / longer
-    return x.repeat(height), y.repeat_interleave(width)
+    height, width = pictures.shape[-2:]
+    x, y = ((2 * torch.arange(n) + 1 - n) / max(height, width) for n in (width, height))
+    return x.repeat(height).to(pictures), y.repeat_interleave(width).to(pictures)
 
 
 def warp_points(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,24 +68,21 @@ def warp_points(warp: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Ten
     return u / w, v / w, w
 
 
-def look_up(pictures: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """Bilinear values of pictures (B, C, H, W) at points (B, N): (B, C, N); 0 outside."""
+def look_up(pictures: Tensor, u: Tensor, v: Tensor, outside: str = "zeros") -> Tensor:
+    """Bilinear values of pictures (B, C, H, W) at points (B, N): (B, C, N). outside: "zeros", or
+    "border", the nearest pixel of the border."""
     height, width = pictures.shape[-2:]
     longer = max(height, width)
     grid = torch.stack([u * longer / width, v * longer / height], dim=-1)        # (B, N, 2)
-    return F.grid_sample(pictures, grid[:, None], align_corners=False)[:, :, 0]
+    return F.grid_sample(pictures, grid[:, None], padding_mode=outside,
+                         align_corners=False)[:, :, 0]
 
 
 def warp_pictures(pictures: Tensor, warp: Tensor) -> Tensor:
     """Pictures (B, C, H, W) seen through warps (B, 3, 3): pixel p shows the picture at warp(p).
     Outside, the nearest pixel of the border."""
-    height, width = pictures.shape[-2:]
-    x, y = (part.to(pictures) for part in grid_of(height, width))
-    u, v, _ = warp_points(warp.to(pictures), x, y)
-    longer = max(height, width)
-    grid = torch.stack([u * longer / width, v * longer / height], dim=-1)
-    grid = grid.view(-1, height, width, 2)
-    return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+    u, v, _ = warp_points(warp.to(pictures), *grid_of(pictures))
+    return look_up(pictures, u, v, "border").view(pictures.shape)
 
 
 def to_pixels(warp: Tensor, height: int, width: int) -> Tensor:
@@ -183,8 +177,7 @@ def correlation(template: Tensor, image: Tensor, warp: Tensor, mask: Tensor | No
 def scene_of(template: Tensor, image: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     """Template (B, N); image, its gradients and its mask (B, 4, H, W); the grid (N,) twice."""
     inside = torch.ones_like(image) if mask is None else mask.to(image)
-    x, y = (part.to(image) for part in grid_of(*image.shape[-2:]))
-    return template.flatten(1), torch.cat([image, gradients(image), inside], dim=1), x, y
+    return template.flatten(1), torch.cat([image, gradients(image), inside], 1), *grid_of(image)
 
 
 def look_through(scene: tuple[Tensor, ...], warp: Tensor) -> tuple[Tensor, ...]:
@@ -248,10 +241,10 @@ def ecc(template: Tensor, image: Tensor, motion: str = "affine", iterations: int
     template, image: grey, (B, 1, H, W), any range; mask: (B, 1, H, W), 1 where the image counts;
     start: warps (B, 3, 3), identity by default. Coarse to fine over at most `levels` levels, each
     half as large, none below 16 pixels; at each, up to `iterations` steps a pair, until ρ changes
-    by less than eps: then the pair leaves the batch. A pair that nothing improves, or without an
-    edge, keeps its start and counts as not converged, be the start right; one that never settles
-    gets the best warp it came to, and doesn't count as converged either. Raises ValueError for
-    shapes or names that do not fit.
+    by less than eps: then the pair leaves the batch. A pair without an edge, or whose every end is
+    implausible or less alike than its start, keeps the start and counts as not converged; one that
+    never settles gets the best warp it came to, and doesn't count as converged either. Raises
+    ValueError for shapes or names that do not fit.
     """
     if motion not in MOTIONS:
         raise ValueError(f"motion is {motion!r}, wanted {', '.join(MOTIONS)}")
@@ -261,8 +254,7 @@ def ecc(template: Tensor, image: Tensor, motion: str = "affine", iterations: int
     template, image = smoothed(template.float()), smoothed(image.float())
     mask = None if mask is None else mask.float()
     B, device = len(template), template.device
-    identity = torch.eye(3, device=device).repeat(B, 1, 1)
-    begin = identity if start is None else start.to(identity)
+    begin = torch.eye(3, device=device).repeat(B, 1, 1) if start is None else start.to(template)
     warp = begin
     n_levels = max(1, min(levels, min(template.shape[-2:]).bit_length() - 4))
     for level in reversed(range(1, n_levels)):
@@ -272,14 +264,15 @@ def ecc(template: Tensor, image: Tensor, motion: str = "affine", iterations: int
     # Far from the goal the coarse levels help; near it they can lead astray: the finest level
     # goes on from where they ended and from the start, and the better end counts.
     scene = scene_of(template, image, mask)
-    ends = [climb(scene, motion, w, iterations, eps) for w in ([warp, begin] if n_levels > 1 else
-                                                               [begin])]
+    starts = [warp, begin] if n_levels > 1 else [begin]
+    ends = [climb(scene, motion, w, iterations, eps) for w in starts]
+    rho = [masked_rho(*look_through(scene, w)[:2]).where(is_plausible(scene, w), -2.0)
+           for w, _ in ends]                                               # below any correlation
     ends.append((begin, torch.zeros(B, dtype=torch.bool, device=device)))
-    rho = torch.stack([masked_rho(*look_through(scene, w)[:2]).where(is_plausible(scene, w), -1.0)
-                       for w, _ in ends[:-1]] + [masked_rho(*look_through(scene, begin)[:2])])
-    best, pair = rho.nan_to_num(-1.0).argmax(0), torch.arange(B, device=device)
-    return Alignment(torch.stack([w for w, _ in ends])[best, pair], rho[best, pair],
-                     torch.stack([settled for _, settled in ends])[best, pair])
+    rho = torch.stack([*rho, masked_rho(*look_through(scene, begin)[:2])])            # (n, B)
+    warps, settled = (torch.stack(parts) for parts in zip(*ends))          # (n, B, 3, 3), (n, B)
+    best = rho.nan_to_num(-2.0).argmax(0), torch.arange(B, device=device)
+    return Alignment(warps[best], rho[best], settled[best])
 
 
 def climb(scene: tuple[Tensor, ...], motion: str, warp: Tensor, iterations: int, eps: float
@@ -334,8 +327,7 @@ def random_regions(n: int, height: int, width: int, generator: torch.Generator) 
 def region_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     """M, bool (B, 1, H, W): True inside the boxes (B, 4)."""
     left, top, right, bottom = boxes[:, :, None].unbind(1)                       # (B, 1) each
-    column, row = torch.arange(width, device=boxes.device), torch.arange(height,
-                                                                         device=boxes.device)
+    column, row = (torch.arange(n, device=boxes.device) for n in (width, height))
     across, down = (column >= left) & (column < right), (row >= top) & (row < bottom)
     return (down[:, :, None] & across[:, None])[:, None]
 
@@ -426,7 +418,6 @@ def region_crop(box: tuple[int, int, int, int], height: int, width: int
 
 # ---------------------------------------------------------------- text in, edited picture out
 
-@torch.no_grad()
 def edit_picture(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, x: Tensor,
                  query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
                  codec: vqvae.VQVAE | None = None, **options) -> Tensor:
@@ -436,13 +427,10 @@ def edit_picture(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, x: 
     (1, K, E), unit-norm: the condition; or (B, ...), one of each a seed. `options` go to
     `knn_diffusion.sample`, or with a `codec`, for a transformer, to `sample_tokens`.
     """
-    n = len(seeds)
     given = codec.encode(x) if codec else x
-    query, neighbors, given = (part if part is None else part.expand(n, *part.shape[1:])
+    query, neighbors, given = (part if part is None else part.expand(len(seeds), *part.shape[1:])
                                for part in (query, neighbors, given))
-    draw = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
-    *_, found = draw(model, query, neighbors, seeds, picture=given, **options)
-    return codec.decode(found) if codec else found
+    return sample.draw(model, query, neighbors, seeds, codec, picture=given, **options)
 
 
 def change_mask(before: Tensor, after: Tensor) -> Tensor:
@@ -486,7 +474,6 @@ def to_grey(mask: Tensor) -> list[Image.Image]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    shipped = Path(__file__).parent / "weights" / "stickers"
     parser = argparse.ArgumentParser(
         description="Edit a picture from a text, with no mask.",
         epilog="guidance: e(0,0) + s_I·[e(I,0) − e(0,0)] + s_T·[e(I,T) − e(I,0)] at every step, "
@@ -494,19 +481,8 @@ def main(argv: list[str] | None = None) -> int:
                "are the plain model.")
     parser.add_argument("image", type=Path, metavar="IMAGE")
     parser.add_argument("text", nargs="+", metavar="TEXT", help="each makes a row of its own")
-    parser.add_argument("--backbone", choices=["continuous", "discrete"],
-                        help="must fit the weights (default: what they are; continuous)")
-    parser.add_argument("--weights", type=Path, help="of `train.py edit` (default: shipped)")
-    parser.add_argument("--vqvae", type=Path, default=shipped / "vqvae.safetensors",
-                        help="discrete: what makes pictures of tokens")
-    parser.add_argument("--clip", type=Path, default=shipped / "clip.safetensors")
-    parser.add_argument("--index", type=Path, default=shipped / "index")
-    parser.add_argument("--k", type=int, default=10, help="neighbours (default 10)")
-    parser.add_argument("--query", choices=["nearest", "text"], default="nearest",
-                        help="see sample.py")
-    parser.add_argument("--n", type=int, default=4, help="variants a text (default 4)")
-    parser.add_argument("--steps", type=int,
-                        help="sampling steps (default: continuous 20, discrete 25)")
+    sample.shared_flags(parser)
+    parser.set_defaults(sampler=None, condition=None)            # what sample.py asks for
     parser.add_argument("--guidance-text", type=float, default=2.0, metavar="S_T",
                         help="how far towards what the text asks for (default 2; 1: none)")
     parser.add_argument("--guidance-image", type=float, default=1.0, metavar="S_I",
@@ -517,56 +493,33 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--paste", action=argparse.BooleanOptionalAction, default=False,
                         help="put results back at the picture's own resolution, changed places "
                              "only: OUT-000-00.png, ... beside OUT")
-    parser.add_argument("--seed", type=int, default=0, help="variant j uses seed + j")
     parser.add_argument("--out", type=Path, default=Path("edited.png"),
                         help="a row a text: the picture, then each result and where it changed")
-    parser.add_argument("--singles", type=Path, metavar="DIR", help="also every result alone, at "
-                        "the model's own resolution, not pasted")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return sample.finish(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, search, edit, write. Raises ValueError or FileNotFoundError before writing."""
-    begin, shipped = time.time(), Path(__file__).parent / "weights" / "stickers"
     if any(not text.strip() for text in args.text):
         raise ValueError("a text is empty")
     picture = clip_model.read_image(args.image)
-    device = clip_model.pick_device(args.device)
+    check(math.isfinite(args.guidance_text),
+          f"--guidance-text is {args.guidance_text}, wanted a finite number")
+    check(math.isfinite(args.guidance_image),
+          f"--guidance-image is {args.guidance_image}, wanted a finite number")
+    check(0 < args.start <= 1, f"--start is {args.start}, wanted more than 0, at most 1")
     default = "edit-discrete" if args.backbone == "discrete" else "edit"
-    args.weights = args.weights or shipped / f"{default}.safetensors"
-    model, metadata, clip, index = sample.open_all(args.weights, args.clip, args.index)
-    if not model.config.edit:
-        raise ValueError(f"{args.weights} draws pictures; editing wants weights of `train.py edit`")
-    args.sampler, args.guidance = None, args.guidance_text
-    backbone = sample.settle_backbone(args, model)
-    codec = sample.open_codec(args.vqvae, model, metadata) if backbone == "discrete" else None
-    check_numbers(args, model.config.T, backbone)
-    model, clip = model.to(device), clip.to(device)
-    codec = codec.to(device) if codec else None
-    if args.k > len(index):
-        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
-    print(f"{backbone} {args.weights}, {args.image} ({picture.width}x{picture.height}), "
-          f"{args.index} (N = {len(index)}), k = {min(args.k, len(index))}, {args.steps} "
-          f"{args.sampler} steps, guidance {args.guidance_text:g} (text) "
-          f"{args.guidance_image:g} (picture), start {args.start:g}, seed {args.seed}, {device}")
-
+    model, clip, index, codec = sample.prepare(args, default, edits=True)
+    check(args.start == 1 or not codec, "--start goes with continuous weights only")
+    print(f"{args.image} ({picture.width}x{picture.height}), guidance {args.guidance_text:g} "
+          f"(text) {args.guidance_image:g} (picture), start {args.start:g}")
     size = model.config.image_size
     square = clip_model.fit_square(picture, size)
-    x = torch.from_numpy(np.array(square)).to(device).permute(2, 0, 1)[None].float() / 127.5 - 1
+    x = torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    x = x.to(clip.logit_scale.device)
     before = codec.decode(codec.encode(x)) if codec else x     # what the tokens can say of it
     queries = clip.embed_texts(args.text)                                              # (texts, E)
-    condition = sample.condition_on(queries, index, min(args.k, len(index)),
-                                    metadata.get("condition", "both"), args.query)[:2]
+    condition = sample.condition_on(queries, index, args.k, args.condition, args.query)[:2]
     options = {"steps": args.steps, "guidance": args.guidance_text,
                "guidance_picture": args.guidance_image}
     if args.start < 1:
@@ -586,41 +539,16 @@ def run(args: argparse.Namespace) -> None:
         rows.append([square, *(cell for shown, mask in zip(pasted or pictures, masks)
                                for cell in (shown, mask.convert("RGB")))])
     write(args, rows, results)
-    print(f"wrote {args.out}, {time.time() - begin:.1f} s")
-
-
-def check_numbers(args: argparse.Namespace, T: int, backbone: str) -> None:
-    """Raise ValueError with one sentence for a number or a path that can't be used."""
-    args.batch_size, args.dynamic_threshold, args.truncation, args.eta = 1, None, 1.0, 0.0
-    sample.check_numbers(args, T)
-    for name, value in (("--guidance-image", args.guidance_image), ("--start", args.start)):
-        if not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, wanted a finite number")
-    if not 0 < args.start <= 1:
-        raise ValueError(f"--start is {args.start}, wanted more than 0, at most 1")
-    if args.start < 1 and backbone == "discrete":
-        raise ValueError("--start goes with continuous weights only")
-    if args.start * T < args.steps:
-        raise ValueError(f"--start {args.start:g} leaves {round(args.start * T)} of the {T} steps, "
-                         f"--steps asks for {args.steps}")
 
 
 def write(args: argparse.Namespace, rows: list[list[Image.Image]],
           results: list[tuple[list[Image.Image], list[Image.Image]]]) -> None:
     """The grid, the results alone and the pasted ones, as asked for; settings as JSON in each."""
-    settings = {name: getattr(args, name) for name in (
-        "n", "k", "query", "steps", "guidance_text", "guidance_image", "start", "paste")}
-    settings |= {name: str(getattr(args, name)) for name in (
-        "image", "weights", "vqvae", "clip", "index")}
-
-    def chunk(**own: object) -> PngInfo:
-        info = PngInfo()
-        info.add_itxt("parameters", json.dumps({**own, **settings}, ensure_ascii=False))
-        return info
-
+    chunk = functools.partial(sample.text_chunk, args, "n k query steps guidance_text "
+                              "guidance_image start paste image weights vqvae clip index")
     clip_model.grid(rows, 192).save(args.out, pnginfo=chunk(texts=args.text, seed=args.seed))
     if args.singles:
-        os.makedirs(args.singles, exist_ok=True)
+        args.singles.mkdir(exist_ok=True)
     for i, (pictures, pasted) in enumerate(results):
         for j, picture in enumerate(pictures):
             info, name = chunk(text=args.text[i], seed=args.seed + j), f"{i:03d}-{j:02d}.png"

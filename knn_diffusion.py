@@ -21,6 +21,7 @@ that a sampler goes to (in training t − 1); x_0 is the picture.
 """
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import QuickGELU, attention, load_model, save_model
+from clip_model import QuickGELU, attention, check, load_model, save_model
 
 # ---------------------------------------------------------------- configuration
 
@@ -200,8 +201,7 @@ class Condition(nn.Module):
             neighbors = torch.where(drop_neighbors[:, None, None], self.null_neighbor, neighbors)
         query, neighbors = self.scale * query, self.scale * neighbors
         tokens = torch.cat([query[:, None], neighbors], dim=1)             # (B, 1+K, E)
-        types = torch.cat([self.type_embedding[:1],
-                           self.type_embedding[1:].expand(neighbors.shape[1], -1)])
+        types = self.type_embedding[[0] + [1] * neighbors.shape[1]]        # (1+K, D)
         return self.to_width(tokens) + types, query
 
 
@@ -215,16 +215,14 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
     "neighbors" the other way round.
     """
     u = torch.rand(batch, generator=generator)
-    all_of_it, neighbors, query = u < 0.1, (0.1 <= u) & (u < 0.2), (0.2 <= u) & (u < 0.3)
-    everyone = torch.ones(batch, dtype=torch.bool)
-    if condition == "query":
-        return all_of_it, everyone
-    if condition == "neighbors":
-        return everyone, all_of_it
-    return all_of_it | query, all_of_it | neighbors
+    everything, always = u < 0.1, torch.ones(batch, dtype=torch.bool)
+    return {"both": (everything | (0.2 <= u) & (u < 0.3), u < 0.2),
+            "query": (everything, always), "neighbors": (always, everything)}[condition]
 
 
 # ---------------------------------------------------------------- both backbones edit (Sec. 3.3)
+
+NO_EDITOR = "a picture to edit wants weights of `train.py edit`"
 
 def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
                     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -238,24 +236,14 @@ def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "bo
     return drop_query, drop_neighbors, drop_picture & drop_query & drop_neighbors
 
 
-def check_edits(config: UNetConfig | TransformerConfig, picture: Tensor | None) -> None:
-    """Raise ValueError for a picture to edit where the model was not trained to."""
-    if picture is not None and not config.edit:
-        raise ValueError("a picture to edit wants weights of `train.py edit`")
-
-
 def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
     """The same model with a second input, the picture to edit, whose weights are zero: so far it
     gives what the model gave."""
-    wide = type(model)(replace(model.config, edit=True))
-    state = model.state_dict()
-    for name, tensor in wide.state_dict().items():
-        if name not in state:
-            state[name] = torch.zeros_like(tensor)
-        elif state[name].shape != tensor.shape:                            # conv_in's channels
-            more = tensor.shape[1] - state[name].shape[1]
-            state[name] = F.pad(state[name], (0, 0, 0, 0, 0, more))
-    wide.load_state_dict(state)
+    wide, state = type(model)(replace(model.config, edit=True)), model.state_dict()
+    for name, weight in wide.state_dict().items():
+        weight.zero_()
+        if name in state:                                          # conv_in has channels more
+            weight[tuple(map(slice, state[name].shape))] = state[name]
     return wide
 
 
@@ -334,6 +322,14 @@ class AttentionBlock(nn.Module):
         return x + mixed.transpose(1, 2).reshape(B, C, h, w)
 
 
+def query_perceptron(config: UNetConfig | TransformerConfig, places: int) -> nn.Module | None:
+    """Ours: which picture a query means has to be learned by heart. A perceptron does that at next
+    to no cost: its hidden units are the places of a memory. (B, E) → (B, query_map·places)."""
+    return nn.Sequential(
+        nn.Linear(config.embed_dim, config.query_hidden), nn.SiLU(),
+        nn.Linear(config.query_hidden, config.query_map * places)) if config.query_map else None
+
+
 class Level(nn.Module):
     """A residual block and, where wanted, an attention block behind it."""
 
@@ -377,12 +373,7 @@ class UNet(nn.Module):
                 size //= 2
                 self.down.append(Level(config, c, c, size, "down", attend=False))
                 skips.append(c)
-        # Ours: which picture a query means has to be learned by heart. A perceptron does that at
-        # next to no cost: its hidden units are the places of a memory. Convolutions are not.
-        self.query_map = nn.Sequential(
-            nn.Linear(config.embed_dim, config.query_hidden), nn.SiLU(),
-            nn.Linear(config.query_hidden, config.query_map * size * size),
-        ) if config.query_map else None
+        self.query_map = query_perceptron(config, size * size)
         self.map_in = nn.Conv2d(config.query_map, c, 1) if config.query_map else None
         self.middle = nn.ModuleList([Level(config, c, c, size),
                                      Level(config, c, c, size, attend=False)])
@@ -408,7 +399,7 @@ class UNet(nn.Module):
         Returns float32 (B, 3 or 6, H, W).
         """
         config = self.config
-        check_edits(config, picture)
+        check(picture is None or config.edit, NO_EDITOR)
         if config.edit:
             xt = torch.cat([xt, torch.zeros_like(xt) if picture is None else picture], dim=1)
         tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
@@ -573,13 +564,11 @@ def denoise(model: UNet, schedule: Schedule, xt: Tensor, t: int, query: Tensor |
 # watch. It begins with `xt` (B, C, H, W) at times[0]; `noise()` gives the next standard normal.
 
 def sampling_times(schedule: Schedule, steps: int, target: str = "v") -> list[int]:
-    """steps + 1 falling times, evenly spaced from T to 0. Raises ValueError outside 1 … T.
+    """steps + 1 falling times, evenly spaced from T to 0; see `falling`.
 
     Where ε is predicted, x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0, so fewer than T steps start
     at the last t with ᾱ_t ≥ 1e-4 (Ours), or at t = steps where that is later.
     """
-    if not 1 <= steps <= schedule.T:
-        raise ValueError(f"steps is {steps}, wanted 1 to {schedule.T}")
     first = schedule.T
     if target == "eps" and steps < schedule.T:
         first = max(steps, int((schedule.alpha_bar >= 1e-4).nonzero().max()))
@@ -587,7 +576,9 @@ def sampling_times(schedule: Schedule, steps: int, target: str = "v") -> list[in
 
 
 def falling(first: int, steps: int) -> list[int]:
-    """steps + 1 times, evenly spaced from `first` to 0."""
+    """steps + 1 times, evenly spaced from `first` to 0. Raises ValueError for steps outside
+    1 … first."""
+    check(1 <= steps <= first, f"steps is {steps}, wanted 1 to {first}")
     return [round(first * (steps - i) / steps) for i in range(steps + 1)]
 
 
@@ -651,18 +642,18 @@ def dpm_solver(predict: Denoiser, schedule: Schedule, times: list[int], xt: Tens
         yield xt
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm_solver}
+SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "ddpm": ddpm}         # the first is the default
 
 
-def noise_source(seeds: list[int], shape: tuple[int, ...], device: torch.device | str = "cpu"
-                 ) -> Callable[[], Tensor]:
-    """A function that gives the next standard normal (B, *shape), a seed a sample.
+def noise_source(seeds: list[int], device: torch.device | str = "cpu",
+                 draw: Callable[..., Tensor] = torch.randn) -> Callable[..., Tensor]:
+    """A function (*shape) → the next standard normal (B, *shape), or uniform with torch.rand.
 
     Every sample has a generator of its own on the CPU, so that its noise depends on its seed alone:
     not on the batch, not on the device.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda: torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
+    return lambda *shape: torch.stack([draw(shape, generator=g) for g in generators]).to(device)
 
 
 def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
@@ -675,20 +666,16 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
     query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture: what
     to edit (B, 3, H, W), for a model with `config.edit`. start: begin at t = start_at·T from this
     picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there. eta: of
-    DDIM. Raises ValueError where `start_at` leaves fewer steps than asked for.
+    DDIM. Raises ValueError where fewer steps are left than asked for.
     """
     schedule = Schedule(model.config.T, model.config.noise_shift)
     times = sampling_times(schedule, steps, model.config.target)
     size, device = model.config.image_size, model.conv_in.weight.device
-    noise = noise_source(seeds, (3, size, size), device)
+    noise = functools.partial(noise_source(seeds, device), 3, size, size)
     xt = noise()
     if start is not None:
-        first = round(start_at * times[0])
-        if first < steps:
-            raise ValueError(f"start_at {start_at:g} leaves {first} of {times[0]} steps, fewer "
-                             f"than {steps}")
-        times = falling(first, steps)
-        xt = add_noise(start, xt, schedule.at(first, start))
+        times = falling(min(times[0], round(start_at * schedule.T)), steps)
+        xt = add_noise(start, xt, schedule.at(times[0], start))
 
     def predict(xt: Tensor, t: int) -> Prediction:
         return denoise(model, schedule, xt, t, query, neighbors, guidance, dynamic_threshold,
@@ -785,7 +772,7 @@ class MaskSchedule:
         assert (self.beta_bar >= 0).all() and ((self.beta_bar / alpha_bar).diff() > -1e-18).all()
 
     def between(self, s: int | Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """α, β, γ of q(x_t | x_s), s < t, float64, shaped as s and t."""
+        """α, β, γ of q(x_t | x_s), s ≤ t, float64, shaped as s and t; from s = 0: ᾱ, β̄, γ̄."""
         s, t = torch.as_tensor(s).cpu(), torch.as_tensor(t).cpu()
         alpha = self.alpha_bar[t] / self.alpha_bar[s]
         gamma = 1 - (1 - self.gamma_bar[t]) / (1 - self.gamma_bar[s])
@@ -795,16 +782,9 @@ class MaskSchedule:
 def mask_and_replace(x0: Tensor, t: Tensor, schedule: MaskSchedule, u: Tensor, codes: Tensor
                      ) -> Tensor:
     """Draw x_t given x_0: int64 (B, L). u: uniform (B, L); codes: uniform in 0 … V−1 (B, L)."""
-    stays = schedule.alpha_bar[t.cpu()].to(u)[:, None]                     # (B, 1)
-    replaced = stays + (schedule.n_codes * schedule.beta_bar[t.cpu()]).to(u)[:, None]
-    xt = torch.where(u < stays, x0, codes)
-    return torch.where(u < replaced, xt, schedule.n_codes)                 # MASK = V
-
-
-def one_hot_log(x0: Tensor, n_codes: int) -> Tensor:
-    """Tokens (B, L) → log probabilities (B, L, V): 0 at the token, LOG_ZERO elsewhere."""
-    log_p = torch.full((*x0.shape, n_codes), LOG_ZERO, device=x0.device)
-    return log_p.scatter(-1, x0[..., None], 0.0)
+    alpha_bar, _, gamma_bar = (p.to(u)[:, None] for p in schedule.between(0, t))       # (B, 1)
+    xt = torch.where(u < alpha_bar, x0, codes)
+    return torch.where(u < 1 - gamma_bar, xt, schedule.n_codes)            # MASK = V
 
 
 def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
@@ -830,11 +810,10 @@ def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Ma
         return p.clamp(min=math.exp(LOG_ZERO)).log().to(log_x0)[:, None, None]
 
     alpha, beta, gamma = schedule.between(s, t)
+    alpha_t, beta_t, gamma_t = schedule.between(0, t)
+    alpha_s, beta_s, gamma_s = schedule.between(0, s)
     is_masked = (xt == V)[..., None]                                       # (B, L, 1)
-    is_xt = F.one_hot(xt, V + 1)[..., :V].bool()                           # (B, L, V)
-    bars = schedule.alpha_bar, schedule.beta_bar, schedule.gamma_bar
-    alpha_t, beta_t, gamma_t = (bar[t.cpu()] for bar in bars)
-    alpha_s, beta_s, gamma_s = (bar[s.cpu()] for bar in bars)
+    is_xt = xt[..., None] == torch.arange(V, device=xt.device)             # (B, L, V)
 
     log_denominator = torch.where(is_masked, log(gamma_t), torch.where(
         is_xt, log(alpha_t + beta_t), log(beta_t)))                        # log q(x_t | v)
@@ -916,10 +895,7 @@ class TokenTransformer(nn.Module):
         self.row, self.column = nn.Embedding(side, D), nn.Embedding(side, D)
         for table in (self.time, self.token, self.row, self.column):
             nn.init.normal_(table.weight, std=0.02)
-        self.query_map = nn.Sequential(
-            nn.Linear(config.embed_dim, config.query_hidden), nn.SiLU(),
-            nn.Linear(config.query_hidden, config.query_map * side * side),
-        ) if config.query_map else None                                    # as the U-Net's
+        self.query_map = query_perceptron(config, side * side)
         self.map_in = nn.Linear(config.query_map, D) if config.query_map else None
         self.picture_in = zeroed(nn.Linear(D, D, bias=False)) if config.edit else None
         self.blocks = nn.ModuleList(TokenBlock(config) for _ in range(config.layers))
@@ -934,7 +910,7 @@ class TokenTransformer(nn.Module):
 
         Returns log probabilities float32 (B, L, V), normalised, at least LOG_ZERO.
         """
-        check_edits(self.config, picture)
+        check(picture is None or self.config.edit, NO_EDITOR)
         tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
         time = F.silu(self.time(t) + self.query_to_time(query))            # (B, D)
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)     # (l, D)
@@ -972,9 +948,8 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
         return p.to(log_x0.device)[:, None]
 
     alpha, beta, gamma = (column(p) for p in schedule.between(s, t))
-    bars = schedule.alpha_bar, schedule.beta_bar, schedule.gamma_bar
-    alpha_t, beta_t, gamma_t = (column(bar[t.cpu()]) for bar in bars)
-    alpha_s, beta_s, _ = (column(bar[s.cpu()]) for bar in bars)
+    alpha_t, beta_t, gamma_t = (column(p) for p in schedule.between(0, t))
+    alpha_s, beta_s, _ = (column(p) for p in schedule.between(0, s))
 
     # q: float64 (B, L) each.
     q_xt_given_x0 = torch.where(is_masked, gamma_t, alpha_t * is_x0 + beta_t)
@@ -1020,7 +995,7 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
     return kl, model.config.auxiliary * (2 - (t - 1) / schedule.T) * auxiliary
 
 
-class TimeSampler:
+class TimeSampler(nn.Module):
     """Steps t drawn in proportion to √E[loss²], where the sum over t is least noisy (2102.09672
     Sec. 3.3).
 
@@ -1030,8 +1005,9 @@ class TimeSampler:
     """
 
     def __init__(self, T: int) -> None:
-        self.mean_square = torch.zeros(T + 1, dtype=torch.float64)         # index 0 is not used
-        self.seen = torch.zeros(T + 1, dtype=torch.int64)
+        super().__init__()
+        self.register_buffer("mean_square", torch.zeros(T + 1, dtype=torch.float64))   # 0: unused
+        self.register_buffer("seen", torch.zeros(T + 1, dtype=torch.int64))
 
     def probabilities(self) -> Tensor:
         """float64 (T+1,), 0 at t = 0; they sum to 1."""
@@ -1055,13 +1031,6 @@ class TimeSampler:
                 self.mean_square[step] = (value ** 2 if self.seen[step] == 0 else
                                           0.9 * self.mean_square[step] + 0.1 * value ** 2)
                 self.seen[step] += 1
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"mean_square": self.mean_square, "seen": self.seen}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.mean_square.copy_(state["mean_square"])
-        self.seen.copy_(state["seen"])
 
 
 # ---------------------------------------------------------------- guidance and sampling
@@ -1105,23 +1074,13 @@ def gumbel_max(log_p: Tensor, u: Tensor) -> Tensor:
     return (log_p + gumbel(u)).argmax(-1)
 
 
-def uniform_source(seeds: list[int], device: torch.device | str = "cpu"
-                   ) -> Callable[..., Tensor]:
-    """A function (*shape) → uniform (B, *shape), each sample's from its own seed, as
-    `noise_source`."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    return lambda *shape: torch.stack(
-        [torch.rand(shape, generator=g) for g in generators]).to(device)
-
-
 def ancestral(predict: Callable[[Tensor, int], Tensor], schedule: MaskSchedule, times: list[int],
               length: int, uniform: Callable[..., Tensor]) -> Iterator[Tensor]:
     """x_T from the prior: MASK with γ̄_T, else any code alike (what is left of ᾱ_T among them). Then
     x_s from p(x_s | x_t) along `times`."""
     V = schedule.n_codes
     u, v = uniform(2, length).unbind(1)                                    # (B, L) each
-    is_code = u < V * schedule.beta_bar[-1].item() + schedule.alpha_bar[-1].item()
-    xt = torch.where(is_code, (v * V).long().clamp(max=V - 1), V)
+    xt = torch.where(u < 1 - schedule.gamma_bar[-1].item(), (v * V).long().clamp(max=V - 1), V)
     for t, s in zip(times, times[1:]):
         now, then = (torch.full((len(xt),), i, device=xt.device) for i in (t, s))
         log_p = log_posterior(predict(xt, t), xt, now, then, schedule)
@@ -1142,14 +1101,12 @@ def by_purity(predict: Callable[[Tensor, int], Tensor], schedule: MaskSchedule, 
     xt = torch.full_like(uniform(length), V, dtype=torch.int64)            # (B, L), all MASK
     for t, s in zip(times, times[1:]):
         log_p = predict(xt, t)                                             # (B, L, V)
-        purity = log_p.max(-1).values.exp()                                # (B, L)
-        if sharpen:
-            log_p = ((1 + sharpen * purity)[..., None] * log_p).log_softmax(-1)
+        log_purity = log_p.amax(-1)                                        # (B, L)
+        log_p = log_p * (1 + sharpen * log_purity.exp())[..., None]        # up to a constant
         drawn = gumbel_max(log_p, uniform(length, V))                      # (B, L)
         left = round(length * schedule.gamma_bar[s].item()) if s > 0 else 0
         n_set = max(0, int((xt[0] == V).sum()) - left)                     # alike in all samples
-        rank = purity.clamp(min=1e-20).log() + gumbel(uniform(length))
-        rank = rank.masked_fill(xt != V, -torch.inf)
+        rank = (log_purity + gumbel(uniform(length))).masked_fill(xt != V, -torch.inf)
         chosen = rank.topk(n_set, dim=1).indices
         xt = xt.scatter(1, chosen, drawn.gather(1, chosen))
         yield xt
@@ -1171,8 +1128,6 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
     """
     config = model.config
     schedule = MaskSchedule(config.T, config.n_codes, config.schedule)
-    if not 1 <= steps <= config.T:
-        raise ValueError(f"steps is {steps}, wanted 1 to {config.T}")
     if order not in ORDERS or (order == "purity" and config.schedule != "released"):
         raise ValueError(f"order is {order!r}, wanted ancestral, or purity with the schedule "
                          f"'released' (it is {config.schedule!r})")
@@ -1185,7 +1140,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
 
     options = {"sharpen": sharpen} if order == "purity" else {}
     yield from ORDERS[order](predict, schedule, times, config.tokens_a_side ** 2,
-                             uniform_source(seeds, device), **options)
+                             noise_source(seeds, device, torch.rand), **options)
 
 
 # ---------------------------------------------------------------- load, save
@@ -1200,6 +1155,4 @@ def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, st
     return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata
 
 
-def save(path: str | os.PathLike, model: UNet | TokenTransformer, metadata: dict[str, str]) -> None:
-    """Write float16 weights and config; `metadata` names CLIP's fingerprint and the command."""
-    save_model(path, model, metadata)
+save = save_model                  # float16 weights, class and config; metadata: CLIP and command

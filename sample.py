@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,8 +27,11 @@ import clip_model
 import index as retrieval
 import knn_diffusion
 import vqvae
+from clip_model import check
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
+SETTINGS = ("n k condition query steps sampler eta guidance dynamic_threshold truncation weights "
+            "vqvae clip index")      # what a PNG's text chunk holds
 SHOWN_NEIGHBORS = 5              # pictures of neighbours drawn in the grid, at most
 
 
@@ -70,9 +74,12 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
             None if condition == "query" or k == 0 else rows, scores, ids)
 
 
-def open_codec(path: Path, model: knn_diffusion.TokenTransformer, metadata: dict[str, str]
-               ) -> vqvae.VQVAE:
-    """The VQ-VAE that a transformer's tokens belong to. Raises ValueError for another one."""
+def open_codec(path: Path, model: knn_diffusion.UNet | knn_diffusion.TokenTransformer,
+               metadata: dict[str, str]) -> vqvae.VQVAE | None:
+    """The VQ-VAE that a transformer's tokens belong to, None for a U-Net. Raises ValueError for
+    another one."""
+    if isinstance(model, knn_diffusion.UNet):
+        return None
     codec = vqvae.load(path)[0]
     wanted, found = metadata.get("vqvae", ""), vqvae.fingerprint(codec)
     if wanted not in ("", found) or model.config.n_codes != codec.config.n_codes:
@@ -81,26 +88,26 @@ def open_codec(path: Path, model: knn_diffusion.TokenTransformer, metadata: dict
     return codec
 
 
+@torch.no_grad()
+def draw(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, query: Tensor | None,
+         neighbors: Tensor | None, seeds: list[int], codec: vqvae.VQVAE | None = None, **options
+         ) -> Tensor:
+    """One picture a seed, float32 (B, 3, H, W), about in [-1, 1]; query (B, E), neighbors
+    (B, K, E). `options` go to `knn_diffusion.sample`; with a `codec`, for a transformer, to
+    `sample_tokens`."""
+    steps = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
+    *_, x0 = steps(model, query, neighbors, seeds, **options)
+    return codec.decode(x0) if codec else x0
+
+
 def generate(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, query: Tensor | None,
              neighbors: Tensor | None, seeds: list[int], batch_size: int = 16,
              codec: vqvae.VQVAE | None = None, **options) -> list[Image.Image]:
-    """One picture a seed, in batches. query (B, E), neighbors (B, K, E), B seeds.
-
-    `options` go to `knn_diffusion.sample`: steps, guidance, sampler, dynamic_threshold; or with a
-    `codec`, for a transformer, to `sample_tokens`: steps, guidance, truncation, order.
-    """
-    draw = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
-    pictures = []
-    for start in range(0, len(seeds), batch_size):
-        part = slice(start, start + batch_size)
-        for x in draw(model, None if query is None else query[part],
-                      None if neighbors is None else neighbors[part], seeds[part], **options):
-            x0 = x                                            # the last x_t is the picture
-        if codec:
-            with torch.no_grad():
-                x0 = codec.decode(x0)
-        pictures += clip_model.to_pictures(x0)
-    return pictures
+    """The same in batches, as pictures."""
+    parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
+    return [picture for part in parts for picture in clip_model.to_pictures(draw(
+        model, *(each if each is None else each[part] for each in (query, neighbors)), seeds[part],
+        codec, **options))]
 
 
 def labelled_grid(labels: list[str], neighbors: list[list[Image.Image | None]],
@@ -138,31 +145,92 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def check_numbers(args: argparse.Namespace, T: int) -> None:
-    """Raise ValueError with one sentence for a number out of range."""
-    for name, value, least in (("--k", args.k, 0), ("--n", args.n, 1), ("--seed", args.seed, 0),
-                               ("--batch-size", args.batch_size, 1)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, wanted {least} or more")
-    if not 1 <= args.steps <= T:
-        raise ValueError(f"--steps is {args.steps}, wanted 1 to {T}")
-    if args.seed + args.n > 2**63:
-        raise ValueError(f"--seed is {args.seed}, wanted less than 2^63")
-    for name, value in (("--dynamic-threshold", args.dynamic_threshold),
-                        ("--truncation", args.truncation)):
-        if value is not None and not 0 < value <= 1:
-            raise ValueError(f"{name} is {value}, wanted 0 to 1")
-    if not 0 <= args.eta <= 1:
-        raise ValueError(f"--eta is {args.eta}, wanted 0 to 1")
-    if not math.isfinite(args.guidance):
-        raise ValueError(f"--guidance is {args.guidance}, wanted a finite number")
+def shared_flags(parser: argparse.ArgumentParser) -> None:
+    """What sample.py and edit.py both take."""
+    parser.add_argument("--backbone", choices=["continuous", "discrete"],
+                        help="must fit the weights (default: what they are; continuous)")
+    parser.add_argument("--weights", type=Path, help="default: the shipped ones of the backbone")
+    parser.add_argument("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors",
+                        help="discrete: what makes pictures of tokens")
+    parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
+    parser.add_argument("--index", type=Path, default=SHIPPED / "index",
+                        help="another index gives another domain, with the same weights")
+    parser.add_argument("--k", type=int, default=10, help="neighbours (default 10); 0: none")
+    parser.add_argument("--query", choices=["nearest", "text"], default="nearest",
+                        help="beside its neighbours: the best of them in the text's place "
+                             "(default), or the text's own embedding, as in the paper")
+    parser.add_argument("--n", type=int, default=4, help="pictures a text (default 4)")
+    parser.add_argument("--steps", type=int,
+                        help="sampling steps (default: continuous 20, discrete 25)")
+    parser.add_argument("--seed", type=int, default=0, help="picture j of a text uses seed + j")
+    parser.add_argument("--singles", type=Path, metavar="DIR", help="also every picture alone, at "
+                        "the model's own resolution")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+
+
+def finish(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a command: status 0, 2 for bad input, 1 for the rest, said in one sentence."""
+    start = time.time()
+    try:
+        run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"wrote {args.out}, {time.time() - start:.1f} s")
+    return 0
+
+
+def prepare(args: argparse.Namespace, shipped: str, edits: bool = False
+            ) -> tuple[torch.nn.Module, clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
+    """Open what a command names, on its device, fill in what hangs on it, and say what came out.
+    Raises FileNotFoundError, or ValueError where something is missing or does not fit."""
+    device = clip_model.pick_device(args.device)
+    args.weights = args.weights or SHIPPED / f"{shipped}.safetensors"
+    model, metadata, clip, index = open_all(args.weights, args.clip, args.index)
+    is_discrete = isinstance(model, knn_diffusion.TokenTransformer)
+    backbone = "discrete" if is_discrete else "continuous"
+    samplers = list(knn_diffusion.ORDERS if is_discrete else knn_diffusion.SAMPLERS)
+    args.steps = args.steps if args.steps is not None else 25 if is_discrete else 20
+    args.sampler = args.sampler or samplers[0]
+    args.condition = args.condition or metadata.get("condition", "both")
+    if model.config.edit != edits:
+        raise ValueError(f"{args.weights} draws pictures; editing wants weights of `train.py edit`"
+                         if edits else f"{args.weights} edits pictures: use edit.py")
+    check(args.backbone in (None, backbone),
+          f"{args.weights} is {backbone}, --backbone says {args.backbone}")
+    check(args.sampler in samplers, f"--sampler {args.sampler} does not go with {backbone} "
+                                    f"weights; there is {', '.join(samplers)}")
+    codec = open_codec(args.vqvae, model, metadata)
+    check(args.k >= 0, f"--k is {args.k}, wanted 0 or more")
+    check(args.n >= 1, f"--n is {args.n}, wanted 1 or more")
+    check(0 <= args.seed <= 2**63 - args.n, f"--seed is {args.seed}, wanted 0 to 2^63 less --n")
+    check(1 <= args.steps <= model.config.T,
+          f"--steps is {args.steps}, wanted 1 to {model.config.T}")
     for path in (args.out, args.singles):
         if path and not os.path.isdir(path.parent):
             raise ValueError(f"no folder {path.parent} to write {path.name} into")
-    if args.out.suffix.lower() != ".png" or args.out.is_dir():
-        raise ValueError(f"--out is {args.out}, wanted a file name that ends with .png")
-    if args.singles and args.singles.exists() and not args.singles.is_dir():
-        raise ValueError(f"--singles is {args.singles}, a file; wanted a folder")
+    check(args.out.suffix.lower() == ".png" and not args.out.is_dir(),
+          f"--out is {args.out}, wanted a file name that ends with .png")
+    check(args.singles is None or not args.singles.is_file(),
+          f"--singles is {args.singles}, a file; wanted a folder")
+    if args.k > len(index):
+        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
+    print(f"{backbone} {args.weights} ({sum(p.numel() for p in model.parameters()):,} parameters), "
+          f"{args.clip} ({clip.describe()}), {args.index} (N = {len(index)}), "
+          f"k = {min(args.k, len(index))}, condition {args.condition}, query {args.query}, "
+          f"{args.steps} {args.sampler} steps, seed {args.seed}, {device}")
+    return model.to(device), clip.to(device), index, codec.to(device) if codec else None
+
+
+def text_chunk(args: argparse.Namespace, names: str, **own: object) -> PngInfo:
+    """A PNG's text chunk "parameters", JSON: what is this picture's own, and the named settings."""
+    settings = {name: getattr(args, name) for name in names.split()}
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps({**own, **settings}, ensure_ascii=False, default=str))
+    return info
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,24 +241,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one a line")
     parser.add_argument("--image", type=Path, metavar="FILE",
                         help="a picture as the query instead of a text: shows the modality gap")
-    parser.add_argument("--backbone", choices=["continuous", "discrete"],
-                        help="must fit the weights (default: what they are; continuous)")
-    parser.add_argument("--weights", type=Path,
-                        help="default: the shipped sticker weights of the backbone")
-    parser.add_argument("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors",
-                        help="discrete: what makes pictures of tokens")
-    parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
-    parser.add_argument("--index", type=Path, default=SHIPPED / "index",
-                        help="another index gives another domain, with the same weights")
-    parser.add_argument("--k", type=int, default=10, help="neighbours (default 10); 0: none")
+    shared_flags(parser)
     parser.add_argument("--condition", choices=["both", "query", "neighbors"],
                         help="what the model is shown (default: what it was trained with)")
-    parser.add_argument("--query", choices=["nearest", "text"], default="nearest",
-                        help="beside its neighbours: the best of them in the text's place "
-                             "(default), or the text's own embedding, as in the paper")
-    parser.add_argument("--n", type=int, default=4, help="samples a prompt (default 4)")
-    parser.add_argument("--steps", type=int,
-                        help="sampling steps (default: continuous 20, discrete 25)")
     parser.add_argument("--sampler", choices=[*knn_diffusion.SAMPLERS, *knn_diffusion.ORDERS],
                         help="continuous: dpm, DPM-Solver++(2M) (default); ddim; ddpm wants many "
                              "steps. Discrete: ancestral (default); purity, the surest first")
@@ -201,57 +254,32 @@ def main(argv: list[str] | None = None) -> int:
                         help="continuous: clip x_0 at its P quantile (0.995, say), not at 1")
     parser.add_argument("--truncation", type=float, metavar="R", default=0.6,
                         help="discrete: only the likeliest codes, R of mass (default 0.6; 1: all)")
-    parser.add_argument("--seed", type=int, default=0, help="sample j of a prompt uses seed + j")
     parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default 16)")
     parser.add_argument("--out", type=Path, default=Path("picture.png"), help="the grid to write")
-    parser.add_argument("--singles", type=Path, metavar="DIR", help="also every sample alone")
     parser.add_argument("--save-neighbors", action="store_true",
                         help="also OUT.neighbors.jsonl: prompt, rank, row, score, path")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
+    return finish(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> None:
     """Load, search, sample, write. Raises ValueError or FileNotFoundError before writing."""
-    start = time.time()
     prompts = read_prompts(args)
-    device = clip_model.pick_device(args.device)
-    args.weights = args.weights or SHIPPED / f"{args.backbone or 'continuous'}.safetensors"
-    model, metadata, clip, index = open_all(args.weights, args.clip, args.index)
-    if model.config.edit:
-        raise ValueError(f"{args.weights} edits pictures: use edit.py")
-    backbone = settle_backbone(args, model)
-    codec = open_codec(args.vqvae, model, metadata) if backbone == "discrete" else None
-    check_numbers(args, model.config.T)
-    args.condition = args.condition or metadata.get("condition", "both")
-    if args.condition == "neighbors" and args.k == 0:
-        raise ValueError("--condition neighbors wants --k of 1 or more")
-    model, clip = model.to(device), clip.to(device)
-    codec = codec.to(device) if codec else None
-    k = min(args.k, len(index))
-    if args.k > len(index):
-        print(f"k is {args.k}, the index has {len(index)} rows: using {k}", file=sys.stderr)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{backbone} {args.weights} ({parameters:,} parameters), {args.clip} "
-          f"({clip.describe()}), {args.index} (N = {len(index)}), k = {k}, "
-          f"condition {args.condition}, query {args.query}, {args.steps} {args.sampler} steps, "
-          f"guidance {args.guidance:g}, seed {args.seed}, {device}")
-
+    check(args.batch_size >= 1, f"--batch-size is {args.batch_size}, wanted 1 or more")
+    check(args.dynamic_threshold is None or 0 < args.dynamic_threshold <= 1,
+          f"--dynamic-threshold is {args.dynamic_threshold}, wanted 0 to 1")
+    check(0 < args.truncation <= 1, f"--truncation is {args.truncation}, wanted 0 to 1")
+    check(0 <= args.eta <= 1, f"--eta is {args.eta}, wanted 0 to 1")
+    check(math.isfinite(args.guidance), f"--guidance is {args.guidance}, wanted a finite number")
+    model, clip, index, codec = prepare(args, args.backbone or "continuous")
+    check(args.condition != "neighbors" or args.k > 0,
+          "--condition neighbors wants --k of 1 or more")
+    print(f"guidance {args.guidance:g}")
     if args.image:
         labels, args.query = [args.image.name], "text"         # a picture's embedding is one
         queries = clip.embed_pictures([clip_model.read_image(args.image)])
     else:
         labels, queries = prompts, clip.embed_texts(prompts)                   # (prompts, E)
-    query, neighbors, scores, ids = condition_on(queries, index, k, args.condition,
+    query, neighbors, scores, ids = condition_on(queries, index, args.k, args.condition,
                                                   args.query)
     repeat = [part if part is None else part.repeat_interleave(args.n, dim=0)
               for part in (query, neighbors)]                                  # (prompts·n, ...)
@@ -264,54 +292,23 @@ def run(args: argparse.Namespace) -> None:
                         guidance=args.guidance, **options)
     samples = [pictures[i * args.n:(i + 1) * args.n] for i in range(len(labels))]
     write(args, labels, samples, scores, ids, index)
-    print(f"wrote {args.out}, {time.time() - start:.1f} s")
-
-
-def settle_backbone(args: argparse.Namespace, model: torch.nn.Module) -> str:
-    """The backbone that the weights are, and the defaults that hang on it. Raises ValueError where
-    an argument contradicts it."""
-    is_discrete = isinstance(model, knn_diffusion.TokenTransformer)
-    backbone = "discrete" if is_discrete else "continuous"
-    if args.backbone not in (None, backbone):
-        raise ValueError(f"{args.weights} is {backbone}, --backbone says {args.backbone}")
-    samplers = list(knn_diffusion.ORDERS if is_discrete else knn_diffusion.SAMPLERS)
-    args.sampler = args.sampler or ("ancestral" if is_discrete else "dpm")
-    if args.sampler not in samplers:
-        raise ValueError(f"--sampler {args.sampler} does not go with {backbone} weights; there is "
-                         f"{', '.join(samplers)}")
-    if args.steps is None:
-        args.steps = 25 if is_discrete else 20
-    return backbone
 
 
 def write(args: argparse.Namespace, labels: list[str], samples: list[list[Image.Image]],
           scores: Tensor, ids: Tensor, index: retrieval.Index) -> None:
-    """The grid, the single pictures and the list of neighbours, as asked for.
-
-    The settings stand in every PNG's text chunk "parameters", as JSON.
-    """
-    settings = {name: getattr(args, name) for name in (
-        "n", "k", "condition", "query", "steps", "sampler", "eta", "guidance", "dynamic_threshold",
-        "truncation")}
-    settings |= {name: str(getattr(args, name)) for name in ("weights", "vqvae", "clip", "index")}
-
-    def chunk(**own: object) -> PngInfo:
-        info = PngInfo()
-        info.add_itxt("parameters", json.dumps({**own, **settings}, ensure_ascii=False))
-        return info
-
+    """The grid, the single pictures and the list of neighbours, as asked for."""
     shown = [[] if args.condition == "query" else
              retrieval.neighbor_pictures(index, row[:SHOWN_NEIGHBORS]) for row in ids.tolist()]
     if all(picture is None for row in shown for picture in row):
         shown = [[] for _ in shown]                          # the index's pictures are not at hand
     labelled_grid(labels, shown, samples).save(
-        args.out, pnginfo=chunk(prompts=labels, seed=args.seed))
+        args.out, pnginfo=text_chunk(args, SETTINGS, prompts=labels, seed=args.seed))
     if args.singles:
         args.singles.mkdir(exist_ok=True)
         for i, row in enumerate(samples):
             for j, picture in enumerate(row):
-                picture.save(args.singles / f"{i:03d}-{j:02d}.png",
-                             pnginfo=chunk(prompt=labels[i], seed=args.seed + j))
+                info = text_chunk(args, SETTINGS, prompt=labels[i], seed=args.seed + j)
+                picture.save(args.singles / f"{i:03d}-{j:02d}.png", pnginfo=info)
     if args.save_neighbors:
         with open(args.out.with_suffix(".neighbors.jsonl"), "w", encoding="utf-8") as file:
             for label, row_scores, row in zip(labels, scores.tolist(), ids.tolist()):

@@ -22,6 +22,12 @@ def tiny_transformer(seed: int = 0) -> kd.TokenTransformer:
     return randomised(kd.TokenTransformer(CONFIG), seed)
 
 
+def one_hot_log(x0: torch.Tensor, n_codes: int) -> torch.Tensor:
+    """Tokens (B, L) → log probabilities (B, L, V): 0 at the token, LOG_ZERO elsewhere."""
+    log_p = torch.full((*x0.shape, n_codes), kd.LOG_ZERO)
+    return log_p.scatter(-1, x0[..., None], 0.0)
+
+
 def one_step_matrix(schedule: MaskSchedule, t: int) -> torch.Tensor:
     """Q_t (V+1, V+1), row x_{t−1}, column x_t, written from the definition with per-step values by
     ratios."""
@@ -112,7 +118,7 @@ def test_posterior_equals_bayes_on_small_vocabulary(kind, V, T):
             for i in range(s + 1, t + 1):
                 between = between @ one_step_matrix(schedule, i)
             upto = cumulative_matrix(schedule, s)
-            log_p = kd.log_posterior(kd.one_hot_log(x0, V).double(), xt, torch.tensor([t]),
+            log_p = kd.log_posterior(one_hot_log(x0, V).double(), xt, torch.tensor([t]),
                                      torch.tensor([s]), schedule)[0]
             assert torch.allclose(log_p.exp().sum(-1), torch.ones(len(log_p)).double())
             for found, a, b in zip(log_p.exp(), x0[0].tolist(), xt[0].tolist()):
@@ -129,7 +135,7 @@ def test_posterior_under_the_network_is_the_mean_over_x0(kind):
     for s, t in ((0, 1), (3, 4), (2, 7), (0, 8)):
         at = torch.tensor([t]), torch.tensor([s])
         mean = sum(log_x0[..., v, None].exp() * kd.log_posterior(
-            kd.one_hot_log(torch.full_like(xt, v), V).double(), xt, *at, schedule).exp()
+            one_hot_log(torch.full_like(xt, v), V).double(), xt, *at, schedule).exp()
             for v in range(V))
         found = kd.log_posterior(log_x0, xt, *at, schedule).exp()
         assert torch.allclose(found, mean, atol=1e-7)
@@ -154,7 +160,7 @@ def test_loss_is_zero_for_the_true_x0_and_positive_else(kind):
     t = torch.arange(1, 11)
     xt = kd.mask_and_replace(x0, t, schedule, torch.rand(10, 9, generator=generator),
                              torch.randint(7, (10, 9), generator=generator))
-    ideal = fixed(kd.one_hot_log(x0, 7), CONFIG)
+    ideal = fixed(one_hot_log(x0, 7), CONFIG)
     terms, auxiliary = kd.discrete_loss(ideal, schedule, x0, xt, t, None, None, None, None)
     assert terms.abs().max() < 1e-5 and auxiliary.abs().max() == 0
     blind = fixed(torch.full((10, 9, 7), -math.log(7)), CONFIG)
@@ -176,7 +182,7 @@ def test_kl_in_closed_form_equals_the_sum_over_both_tables(kind):
         for s in range(t):
             at = torch.tensor([t]), torch.tensor([s])
             log_x0 = logits.log_softmax(-1)
-            log_q = kd.log_posterior(kd.one_hot_log(x0, V).double(), xt, *at, schedule)
+            log_q = kd.log_posterior(one_hot_log(x0, V).double(), xt, *at, schedule)
             log_p = kd.log_posterior(log_x0, xt, *at, schedule)
             wanted = (log_q.exp() * (log_q - log_p)).sum(-1)
             found = kd.posterior_kl(log_x0, x0, xt, *at, schedule)

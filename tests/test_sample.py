@@ -404,16 +404,17 @@ def test_the_commands_defaults_are_the_functions(world, discrete_world, tmp_path
     """Else the figures of evaluate.py, which calls the functions, were not sample.py's."""
     assert run_discrete(world, discrete_world, "--steps", 4, "--out", tmp_path / "d.png") == 0
     assert run(world, "a fox", "--n", 2, "--out", tmp_path / "c.png") == 0
-    for name, function, path in (
-            ("d", knn_diffusion.sample_tokens, discrete_world / "discrete.safetensors"),
-            ("c", knn_diffusion.sample, world / "continuous.safetensors")):
+    for name, function in (("d", knn_diffusion.sample_tokens), ("c", knn_diffusion.sample)):
         settings = json.loads(Image.open(tmp_path / f"{name}.png").info["parameters"])
         defaults = inspect.signature(function).parameters
         for option in {"guidance", "truncation", "eta", "dynamic_threshold"} & set(defaults):
             assert settings[option] == defaults[option].default, option
         assert settings["sampler"] == defaults["order" if name == "d" else "sampler"].default
-        args = argparse.Namespace(weights=path, backbone=None, sampler=None, steps=None)
-        sample.settle_backbone(args, knn_diffusion.load(path)[0])
+        parser = argparse.ArgumentParser()
+        sample.shared_flags(parser)
+        parser.set_defaults(sampler=None, condition=None, out=tmp_path / "x.png")
+        args = parser.parse_args([])
+        sample.prepare(args, {"d": "discrete", "c": "continuous"}[name])      # the shipped weights
         assert args.steps == defaults["steps"].default
 
 
