@@ -151,8 +151,10 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-            check(8 < start <= min(MAX_HEADER, size), f"its header ends at byte {start} of {size}")
+            check(8 < start <= min(8 + MAX_HEADER, size),
+                  f"its header ends at byte {start} of {size}")
             header = json.loads(file.read(start - 8).decode("utf-8"))
+        check(isinstance(header, dict), "its header is no table")
         metadata = header.pop("__metadata__", {})
         check(all(isinstance(value, str) for value in metadata.values()),
               "its metadata are not strings")
@@ -179,12 +181,17 @@ def check(claim: bool, message: str) -> None:
 
 def header_digest(header: dict) -> str:
     """16 hex digits over the header without its own digest. Ours: a digit that flips in a config or
-    in a merge would else go unseen; files of others have none and pass."""
+    in a merge would else go unseen; files of others have none like it and pass."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check_spans(header: dict, data_size: int) -> list[tuple]:
     """(name, dtype, shape, begin, end) in the file's order, which must leave no holes."""
+    for name, entry in header.items():
+        check(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry),
+              f"entry {name!r} lacks a field")
+        check(str(entry["dtype"]) in DTYPES, f"entry {name!r} has an unknown dtype "
+                                             f"{entry['dtype']!r}")
     spans, place = [], 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
@@ -261,6 +268,7 @@ class Node(dict):
 
 def build_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
     """What `torch._utils._rebuild_tensor_v2` does; `as_strided` keeps it inside the storage."""
+    check(isinstance(size, tuple) and len(size) <= 16, "a tensor has an odd size")
     tensor = storage.as_strided(size, stride, offset)
     # A stride of 0 would show one number again and again: small here, huge once it is copied.
     check(tensor.numel() <= storage.numel(), "a tensor exceeds its storage")
@@ -496,7 +504,7 @@ class Tokenizer:
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.start, self.end = len(self.words) - 2, len(self.words) - 1
         self.pad = 0                                 # OpenAI's and OpenCLIP's; Hugging Face: end
-        self.cached = functools.lru_cache(100_000)(self.encode_word)
+        self.cached: dict[str, list[int]] = {}
 
     def encode_word(self, word: str) -> list[int]:
         """Ids of one word in byte symbols: merge the earliest learned pair until none is left."""
@@ -509,8 +517,14 @@ class Tokenizer:
         return [self.ids[part] for part in parts]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text without start and end token."""
-        return [i for word in split_words(text) for i in self.cached(word)]
+        """Ids of a text without start and end token. Words are cached (the first 100,000)."""
+        ids: list[int] = []
+        for word in split_words(text):
+            found = self.cached.get(word) or self.encode_word(word)
+            if len(self.cached) < 100_000:
+                self.cached[word] = found
+            ids += found
+        return ids
 
     def decode(self, ids: list[int]) -> str:
         """Words and signs that ids stand for, a space between two; start and end are dropped."""

@@ -118,12 +118,12 @@ class Rows:
 
     def __getitem__(self, key: np.ndarray | int | slice) -> np.ndarray:
         """Row ids of any shape, 0 … N−1, or a slice without a step → float16 (…, E)."""
-        if isinstance(key, slice):
+        if isinstance(key, slice) and key.step in (None, 1):
             start, stop, _ = key.indices(len(self))
             return self.read(start, max(start, stop))
         ids = np.asarray(key)
-        if ids.dtype.kind not in "iu" or (ids < 0).any():
-            raise IndexError("wanted row ids from 0, or a slice")
+        if ids.dtype.kind not in "iu" or ((ids < 0) | (ids >= len(self))).any():
+            raise IndexError("wanted row ids 0 … N−1, or a slice without a step")
         return self.take(ids.reshape(-1)).reshape(*ids.shape, self.shape[1])
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
@@ -422,13 +422,13 @@ def list_scores(queries: Tensor, block: Block, first: Tensor, probes: Tensor, dt
     """
     (Q, R), W, first = probes.shape, max(1, int(first.diff().max())), first.tolist()
     lists, by_list = probes.flatten().sort(stable=True)                    # (Q·R,)
-    low = queries.to(dtype)[by_list // R]                                  # (Q·R, E)
+    low, query = queries.to(dtype), by_list // R                           # (Q, E), (Q·R,)
     table, pair = torch.zeros(Q * R, W, dtype=dtype, device=queries.device), 0
     for c, n in zip(*(part.tolist() for part in lists.unique_consecutive(return_counts=True))):
         size = first[c + 1] - first[c]
         rows = block.low[first[c]:first[c] + -(-size // 64) * 64].to(dtype)
         wide = 1 if n == 1 else -(-n // 8) * 8
-        table[pair:pair + n, :size] = (low[pair:pair + wide] @ rows.T)[:n, :size]
+        table[pair:pair + n, :size] = (low[query[pair:pair + wide]] @ rows.T)[:n, :size]
         pair += n
     table = table[by_list.argsort()].view(integer_of(dtype)).clamp_(min=0)  # as in `group_maxima`
     return table.view(dtype).view(Q, R * W)
@@ -652,19 +652,21 @@ def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str 
 
     Unit-norm float16 files stay where they are, and the manifest names them; others are copied,
     normalised, one at a time. A paths.txt beside them, in UTF-8, names the rows, a line each;
-    without one row numbers stand for names. A manifest beside them tells the encoder, where none is
-    given, and where the pictures are. n_lists: None for `default_lists`. Raises FileNotFoundError,
-    or ValueError for other shapes or numbers of names, for rows that are zero or not finite, and
-    where the copies would stand beside the source; an older index in `out` is still whole then.
+    without one row numbers stand for names. A folder that is an index of these files already, and
+    may be `out` itself, tells the encoder, where none is given, and where the pictures are.
+    n_lists: None for `default_lists`. Raises FileNotFoundError, or ValueError for other shapes or
+    numbers of names, for rows that are zero or not finite, and where copies would stand beside the
+    source; an older index in `out` is still whole then.
     """
     out, source = Path(out), Path(source)
-    made = open_index(source).manifest if (source / "manifest.json").is_file() else {}
-    if encoder == "unknown":
-        encoder, encoder_hash = made.get("encoder", encoder), made.get("encoder_hash", encoder_hash)
     sources = [source] if source.is_file() else sorted(
         source.glob("*.npy"), key=lambda p: ([*map(int, re.findall(r"\d+", p.stem))], p.name))
     own = {"neighbors", "tokens", "centroids", "lists", "offsets"}
     sources = [path for path in sources if path.stem.split("-")[0] not in own]
+    made = index_of(source, sources)
+    if made and encoder == "unknown":
+        encoder, encoder_hash = (made.manifest.get(name, "") for name in ("encoder",
+                                                                          "encoder_hash"))
     if not sources:
         raise FileNotFoundError(f"no .npy file of embeddings at {source}")
     arrays = [open_matrix(path) for path in sources]
@@ -689,14 +691,30 @@ def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str 
     if names and len(paths) != N:
         raise ValueError(f"{names} has {len(paths)} lines for {N} rows")
     n_lists = how_many_lists(n_lists, N)
-    out = start_afresh(out)
-    for array, target, fine in zip(arrays, targets, are_fine):
-        if not fine:
-            copy_normalised(array, target)
-    if paths:
-        (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
-    root = Path(os.path.relpath(source / made["root"], out)).as_posix() if made else "."
+    root = Path(os.path.relpath(made.root, out)).as_posix() if made else "."
+    if made and out.resolve() == source.resolve():       # its rows stay: whole again before lists
+        finish(out, targets, bool(paths), encoder, encoder_hash, 0, root)
+    else:
+        out = start_afresh(out)
+        for array, target, fine in zip(arrays, targets, are_fine):
+            if not fine:
+                copy_normalised(array, target)
+        if paths:
+            (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
     return finish(out, targets, bool(paths), encoder, encoder_hash, n_lists, root, device)
+
+
+def index_of(source: Path, files: list[Path]) -> Index | None:
+    """The index that a folder of embeddings is, where it opens and holds these files, no more.
+    Raises ValueError where it holds others."""
+    try:
+        index = open_index(source)
+    except (FileNotFoundError, ValueError):              # none, or one of what was there once
+        return None
+    its, these = ({path.resolve() for path in group} for group in (index.rows.files, files))
+    if not its <= these:
+        raise ValueError(f"{source} is an index of files elsewhere: wanted their folder")
+    return index if its == these else None
 
 
 def open_matrix(path: Path) -> np.ndarray:
@@ -837,9 +855,10 @@ def neighbor_table(index: Index, k: int, below: float | None = None,
 
     if path.is_file() and key_path.is_file() and key_path.read_text("utf-8") == key():
         return np.load(path, allow_pickle=False)
-    with open(part, "ab") as file:
-        first = done = file.tell() // (4 * width) if width else N          # whole rows
-        file.truncate(4 * width * done)
+    part.touch()
+    with open(part, "r+b") as file:        # every row at its place: two runs write the same
+        first = done = min(N, os.path.getsize(part) // (4 * width)) if width else N
+        file.seek(4 * width * done)
         start = time.time()
         while done < N:
             own = torch.arange(done, min(done + 1024, N))
@@ -852,10 +871,11 @@ def neighbor_table(index: Index, k: int, below: float | None = None,
                 left = (time.time() - start) / (done - first) * (N - done)
                 print(f"\rneighbours of {done:,}/{N:,} rows, {left:.0f} s left ",
                       end="\n" if done == N else "", file=sys.stderr)
-    table = np.fromfile(part, np.int32).reshape(N, width)
+        file.seek(0)
+        table = np.fromfile(file, np.int32, N * width).reshape(N, width)
     save_array(path, table)
     key_path.write_text(key(), encoding="utf-8")
-    part.unlink()
+    part.unlink(missing_ok=True)
     return table
 
 
@@ -988,7 +1008,7 @@ def build(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.out} is a file, wanted a folder to write")
     n_lists, device = wanted_lists(args.ivf), clip_model.pick_device(args.device)
     path = args.clip or (SHIPPED / "clip.safetensors" if args.images else None)
-    clip, bad = path and clip_model.load(path).to(device), []
+    clip, bad = clip_model.load(path).to(device) if path else None, []
     if clip:
         print(f"CLIP {path} ({clip.describe()}, {clip.fingerprint()}, {clip.config.embed_dim} "
               "dimensions)")

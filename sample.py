@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,8 +96,8 @@ def draw(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, query: Tens
     """One picture a seed, float32 (B, 3, H, W), about in [-1, 1]; query (B, E), neighbors
     (B, K, E). `options` go to `knn_diffusion.sample`; with a `codec`, for a transformer, to
     `sample_tokens`."""
-    steps = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
-    *_, x0 = steps(model, query, neighbors, seeds, **options)
+    sampler = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
+    x0 = deque(sampler(model, query, neighbors, seeds, **options), maxlen=1).pop()   # the last x_t
     return codec.decode(x0) if codec else x0
 
 

@@ -461,6 +461,13 @@ def test_crafted_archives_are_refused_in_time(tmp_path):
         with pytest.raises(ValueError, match=name) as error:
             read_tensors(path)
         assert time.monotonic() - start < 5 and len(str(error.value)) < 500
+    storage = (b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
+               b"X\x03\x00\x00\x00cpuK\x01tQ")
+    axes = b"(" + b"K\x01" * 100_000 + b"t"                     # each tensor would keep its own
+    write_archive(path, b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n("
+                  + storage + b"K\x00" + 2 * axes + b"\x89}tRs.", **{"data/0": bytes(4)})
+    with pytest.raises(ValueError, match="odd size"):
+        read_tensors(path)
     write_archive(path, b"\x80\x02}.", a=bytes(1000), b=bytes(1000))
     raw = path.read_bytes()
     size = (1000).to_bytes(4, "little")                        # both are to be nearly all of it

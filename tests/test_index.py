@@ -505,6 +505,36 @@ def test_lists_can_be_added_to_an_index(tmp_path):
         assert None not in retrieval.neighbor_pictures(again, [0, 4])
 
 
+def test_lists_added_in_vain_leave_the_index_as_it_was(tmp_path, monkeypatch):
+    rows = unit(np.random.default_rng(0).normal(size=(30, 8)))
+    index = make(tmp_path, rows)
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(retrieval, "make_lists", die)
+        with pytest.raises(KeyboardInterrupt):
+            retrieval.index_files(index.folder, index.folder, n_lists=2)
+    again = retrieval.open_index(index.folder)
+    assert again.manifest == index.manifest and again.lists is None
+
+
+def test_an_index_is_rebuilt_where_files_came_and_refused_where_they_are_elsewhere(tmp_path):
+    rows = unit(np.random.default_rng(0).normal(size=(30, 8))).astype(np.float16)
+    write_shards(tmp_path / "s", rows, [10])
+    elsewhere = retrieval.index_files(tmp_path / "idx", tmp_path / "s")
+    with pytest.raises(ValueError, match="elsewhere"):
+        retrieval.index_files(elsewhere.folder, elsewhere.folder, n_lists=2)
+    here = retrieval.index_files(tmp_path / "s", tmp_path / "s", "a clip", "beef")
+    assert len(here) == 30 and here.manifest["encoder_hash"] == "beef"
+    np.save(tmp_path / "s" / "img_emb_2.npy", rows[:5])
+    more = retrieval.index_files(tmp_path / "s", tmp_path / "s")
+    assert len(more) == 35 and more.manifest["encoder"] == "unknown"
+    (tmp_path / "s" / "manifest.json").write_text('{"name": "another program"}')
+    assert len(retrieval.index_files(tmp_path / "s", tmp_path / "s")) == 35
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 0.0])
 def test_bad_embeddings_are_refused_in_one_sentence(tmp_path, bad, capsys):
     rows = unit(np.random.default_rng(0).normal(size=(30, 8)))
@@ -569,9 +599,10 @@ def test_rows_are_picked_as_numpy_picks_them_or_not_at_all(tmp_path):
     for key in (4, slice(5, 3), slice(25, 40), slice(-3, None), [3, 28], [8, 9, 10, 11],
                 np.array([[1, 12], [29, 0]])):
         assert np.array_equal(found[key], rows[key])
-    for key in (np.arange(30) % 7 == 3, -1, [3, -2]):
+    for key in (np.arange(30) % 7 == 3, -1, [3, -2], 30, [29, 30], slice(None, None, 2)):
         with pytest.raises(IndexError, match="row ids"):
             found[key]
+    assert len(list(found)) == 30
 
 
 def test_a_cut_or_missing_shard_does_not_open(tmp_path):
@@ -641,6 +672,24 @@ def test_the_table_goes_on_where_it_was_killed(tmp_path, monkeypatch):
     assert (table == wanted).all()
     assert sorted(p.name for p in index.folder.glob("neighbors-*")) == [
         "neighbors-3.key", "neighbors-3.npy"]
+
+
+def test_two_runs_at_once_write_one_table(tmp_path, monkeypatch):
+    """The second begins when the first has one block of three, and ends before it."""
+    rows, calls, real = mixture(3000, 4, 9), [], retrieval.own_neighbors
+    index = make(tmp_path, rows)
+    wanted = retrieval.neighbor_table(make(tmp_path / "alone", rows), 3)
+
+    def with_a_rival(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            assert (retrieval.neighbor_table(index, 3) == wanted).all()
+            assert len(calls) == 4                                  # it took over the first block
+        return real(*args)
+
+    monkeypatch.setattr(retrieval, "own_neighbors", with_a_rival)
+    assert (retrieval.neighbor_table(index, 3) == wanted).all()
+    assert (np.load(index.folder / "neighbors-3.npy") == wanted).all()
 
 
 def test_near_duplicates_come_last_where_a_threshold_is_set(tmp_path):
