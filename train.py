@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import hashlib
 import json
 import math
@@ -40,20 +39,14 @@ from torch import Tensor, nn
 
 import clip_model
 import edit
+import index as retrieval
 import knn_diffusion
 import vqvae
-from index import (
-    Index,
-    check_encoder,
-    list_images,
-    neighbor_table,
-    open_index,
-    rows_digest,
-    save_array,
-)
+from clip_model import check
 from knn_diffusion import TransformerConfig, UNetConfig
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
+CHECKPOINT_EVERY, SAMPLES_EVERY, REVIVE_EVERY = 500, 1000, 100             # steps
 
 # ---------------------------------------------------------------- stages that every loop shares
 
@@ -164,15 +157,13 @@ class Progress:
     def __init__(self, out: Path, first_step: int, steps: int, minutes: float | None) -> None:
         self.path, self.first, self.steps = out / "log.csv", first_step, steps
         self.start = time.time()
-        self.deadline = math.inf if minutes is None else self.start + 60 * minutes
+        self.deadline = self.start + 60 * (math.inf if minutes is None else minutes)
         self.skipped_in_a_row = 0
         self.recent: list[float] = []
         # A new run starts a new log; a resumed one drops what a crash wrote beyond its state.
-        rows = list(csv.DictReader(open(self.path, newline=""))) if self.path.exists() else []
-        self.path.unlink(missing_ok=True)
-        for row in rows:
-            if int(row["step"]) <= first_step:
-                self.write(row)
+        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
+        rows = [row for row in rows if int(row.split(",")[0]) <= first_step]
+        self.path.write_text("\n".join(["step,loss,lr,images_per_second", *rows, ""]))
 
     def update(self, step: int, loss: float, lr: float, batch_size: int, finite: bool) -> None:
         """Count a finished step; every 50th goes to the log. Raises FloatingPointError after 20
@@ -188,21 +179,13 @@ class Progress:
         seconds = (time.time() - self.start) / (step + 1 - self.first)
         mean = sum(self.recent) / max(1, len(self.recent))
         self.recent = []
-        self.write({"step": step + 1, "loss": f"{mean:.5f}", "lr": f"{lr:.2e}",
-                    "images_per_second": f"{batch_size / seconds:.1f}"})
+        with open(self.path, "a") as file:
+            file.write(f"{step + 1},{mean:.5f},{lr:.2e},{batch_size / seconds:.1f}\n")
         if sys.stderr.isatty():
             left = (self.steps - step - 1) * seconds / 60
             print(f"\rstep {step + 1}/{self.steps}  loss {mean:.4f}  "
                   f"{batch_size / seconds:.0f} images/s  {left:.0f} min left ", end="",
                   file=sys.stderr, flush=True)
-
-    def write(self, row: dict) -> None:
-        new = not self.path.exists()
-        with open(self.path, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
 
     def out_of_time(self) -> bool:
         return time.time() > self.deadline
@@ -239,21 +222,44 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
         raise ValueError(f"can't resume from {path}: {reason}") from None
     changed = [f"{name} was {then[name]}, is {value}" for name, value in settings.items()
                if name in then and then[name] != value]
-    if changed:
-        raise ValueError(f"can't resume from {path}: {'; '.join(changed)}")
-    if done >= steps:
-        raise ValueError(f"nothing left to do: {path} has {done} steps, --steps is {steps}")
+    check(not changed, f"can't resume from {path}: {'; '.join(changed)}")
+    check(done < steps, f"nothing left to do: {path} has {done} steps, --steps is {steps}")
     return done
 
 
 def all_commands(weights: Path | None, command: str) -> str:
     """The commands that made some weights, a line each, and now this one."""
-    before = clip_model.read_weights(weights)[1].get("command", "") if weights else ""
+    before = clip_model.read_tensors(weights)[1].get("command", "") if weights else ""
     return f"{before}\n{command}".strip()
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+# ---------------------------------------------------------------- pictures
+
+def read_pictures(folder: Path, names: list[str], size: int) -> np.ndarray:
+    """Pictures of a folder, squares of `size`: uint8 (N, H, W, 3)."""
+    pictures = np.empty((len(names), size, size, 3), np.uint8)
+    for i, name in enumerate(names):
+        picture = clip_model.read_image(folder / name)
+        pictures[i] = np.asarray(clip_model.fit_square(picture, size))
+    return pictures
+
+
+def to_x(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def is_readable(path: Path) -> bool:
+    try:
+        clip_model.read_image(path)
+        return True
+    except ValueError as error:
+        print(f"skipped: {error}", file=sys.stderr)
+        return False
 
 
 # ---------------------------------------------------------------- CLIP
@@ -286,15 +292,12 @@ def read_captions(path: Path) -> list[dict]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                row = json.loads(line)
-                usable = isinstance(row["path"], str) and len(row["captions"]) > 0
+                rows.append(json.loads(line))
+                usable = isinstance(rows[-1]["path"], str) and len(rows[-1]["captions"]) > 0
             except (ValueError, KeyError, TypeError):
                 usable = False
-            if not usable:
-                raise ValueError(f"{path} line {number} is no row with a path and captions")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path} is empty")
+            check(usable, f"{path} line {number} is no row with a path and captions")
+    check(len(rows) > 0, f"{path} is empty")
     return rows
 
 
@@ -303,10 +306,7 @@ class CaptionedPictures:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.rows = read_captions(folder / "captions.jsonl")
-        self.pictures = np.empty((len(self.rows), size, size, 3), np.uint8)
-        for i, row in enumerate(self.rows):
-            picture = clip_model.read_image(folder / row["path"])
-            self.pictures[i] = np.asarray(clip_model.fit_square(picture, size))
+        self.pictures = read_pictures(folder, [row["path"] for row in self.rows], size)
         self.members: dict[str, list[int]] = {}          # concept -> rows with one thing in them
         self.scenes = [i for i, row in enumerate(self.rows) if "parts" in row]
         for i, row in enumerate(self.rows):
@@ -331,9 +331,8 @@ class CaptionedPictures:
         half = max(right - left, bottom - top) * rng.uniform(1.0, 1.5) / 2
         x, y = (left + right) / 2, (top + bottom) / 2
         size = self.pictures.shape[1]
-        box = tuple(min(max(round(edge), 0), size)
-                    for edge in (x - half, y - half, x + half, y + half))
-        crop = Image.fromarray(self.pictures[i]).crop(box)
+        box = np.clip([x - half, y - half, x + half, y + half], 0, size).round().astype(int)
+        crop = Image.fromarray(self.pictures[i]).crop(tuple(box))
         return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
 
     def batch(self, n: int, rng: np.random.Generator
@@ -359,7 +358,7 @@ class CaptionedPictures:
             if j < n_twins:
                 pair = rng.permutation(len(rows))[[0, -1]]
                 for i in (rows[p] for p in pair):
-                    exact = self.exact_captions(i)
+                    exact = self.exact_captions(i) if len(rows) > 1 else []
                     add(self.pictures[i], exact or self.rows[i]["captions"], concept, bool(exact))
             else:
                 i = rows[rng.integers(len(rows))]
@@ -389,28 +388,13 @@ def contrastive_loss(logits: Tensor, concepts: list[str], is_exact: np.ndarray) 
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
-@torch.no_grad()
-def plain_recall(model: clip_model.CLIP, data: CaptionedPictures, device: torch.device
-                 ) -> tuple[float, float]:
-    """R@1 and R@10: first name -> drawings marked plain, either style counting as right."""
-    plain = [i for i, row in enumerate(data.rows) if row.get("plain")]
-    images = torch.cat([model.embed_images(clip_model.to_pixels(data.pictures[part]).to(device))
-                        for part in np.array_split(plain, len(plain) // 256 + 1)])
-    found = [data.rows[i]["concept"] for i in plain]
-    names = {data.rows[i]["concept"]: data.rows[i]["captions"][0] for i in plain}
-    texts = torch.cat([model.embed_texts(part.tolist())
-                       for part in np.array_split(list(names.values()), len(names) // 256 + 1)])
-    top = (texts @ images.T).topk(min(10, len(plain))).indices.tolist()
-    hits = [[found[i] == concept for i in row] for concept, row in zip(names, top)]
-    return sum(row[0] for row in hits) / len(hits), sum(any(row) for row in hits) / len(hits)
-
-
 def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int, batch_size: int,
                lr: float, seed: int, resume: bool, init: Path | None, minutes: float | None,
                device: torch.device, bf16: bool, command: str) -> None:
     """Train a CLIP from captions.jsonl; write out/clip.safetensors (EMA) and out/state.pt."""
     weights = out / "clip.safetensors" if resume else init
     model = clip_model.load(weights).requires_grad_(True) if weights else None
+    check(model is None or model.tokenizer is not None, f"no vocabulary was found for {weights}")
     pictures = CaptionedPictures(data, (model.config if model else config).image_size)
     captions = [caption for row in pictures.rows for caption in row["captions"]]
     if model is None:
@@ -435,7 +419,6 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
         save_state(out / "state.pt", step, settings, model, ema, optimizers)
 
     progress = Progress(out, first, steps, minutes)
-    has_plain = any(row.get("plain") for row in pictures.rows)
     for step in range(first, steps):
         rng = np.random.default_rng((seed, step))
         images, texts, concepts, is_exact = pictures.batch(batch_size, rng)
@@ -450,40 +433,23 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
         finite = descend(model, optimizers, loss, rate, max_norm=1.0)
         average(ema, model, step, 0.998)
         progress.update(step, loss.item(), rate, batch_size, finite)
-        if (step + 1) % 250 == 0:
+        if (step + 1) % CHECKPOINT_EVERY == 0:
             checkpoint(step + 1)
-        if (step + 1) % 250 == 0 and has_plain:
-            r1, r10 = plain_recall(ema, pictures, device)
-            print(f"step {step + 1}: plain drawings R@1 {r1:.3f} R@10 {r10:.3f}", flush=True)
         if progress.out_of_time():
             break
-    checkpoint(step + 1)
+    if (step + 1) % CHECKPOINT_EVERY:
+        checkpoint(step + 1)
 
 
 # ---------------------------------------------------------------- the VQ-VAE
 
-def read_pictures(folder: Path, names: list[str], size: int) -> np.ndarray:
-    """Pictures of a folder, squares of `size`: uint8 (N, H, W, 3)."""
-    pictures = np.empty((len(names), size, size, 3), np.uint8)
-    for i, name in enumerate(names):
-        picture = clip_model.read_image(folder / name)
-        pictures[i] = np.asarray(clip_model.fit_square(picture, size))
-    return pictures
-
-
-def to_x(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def split_by_drawing(names: list[str], every: int) -> tuple[list[str], list[str]]:
     """File names to train on, and those kept out: each `every`-th drawing in all its renderings,
     "fox-0.png", "fox-1.png", … (a drawing is a name up to its last hyphen); 0 keeps none out."""
-    drawings = sorted({name.rpartition("-")[0] or name for name in names})
-    kept_out = set(drawings[every - 1::every]) if every else set()
-    is_out = [(name.rpartition("-")[0] or name) in kept_out for name in names]
-    return ([name for name, out in zip(names, is_out) if not out],
-            [name for name, out in zip(names, is_out) if out])
+    drawing = {name: name.rpartition("-")[0] or name for name in names}
+    kept_out = set(sorted(set(drawing.values()))[every - 1::every]) if every else set()
+    return ([name for name in names if drawing[name] not in kept_out],
+            [name for name in names if drawing[name] in kept_out])
 
 
 def some(names: list[str], n: int) -> list[str]:
@@ -507,9 +473,6 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
     return first, torch.cat(quality).mean().item(), counts
 
 
-REVIVE_EVERY = 100                  # steps
-
-
 def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int, steps: int,
                 batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
                 minutes: float | None, device: torch.device, bf16: bool, command: str) -> None:
@@ -521,12 +484,10 @@ def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int,
     weights = out / "vqvae.safetensors" if resume else init
     model = vqvae.load(weights)[0] if weights else vqvae.VQVAE(config)
     config = model.config
-    if config.gumbel:
-        raise ValueError("the Gumbel codebook loads and runs here; training it is left out")
-    names = [name for name in list_images(data) if is_readable(data / name)]
+    check(not config.gumbel, "the Gumbel codebook loads and runs here; training it is left out")
+    names = [name for name in retrieval.list_images(data) if is_readable(data / name)]
     train_names, test_names = split_by_drawing(names, keep_out)
-    if not train_names:
-        raise ValueError(f"no readable picture to train on below {data}")
+    check(len(train_names) > 0, f"no readable picture to train on below {data}")
     pictures = read_pictures(data, train_names, config.image_size)
     tests = read_pictures(data, some(test_names or train_names, 1000), config.image_size)
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
@@ -581,20 +542,12 @@ def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int,
         finite = descend(model, optimizers, loss, rate, max_norm=1.0)
         average(ema, model, step, 0.999)
         progress.update(step, loss.item(), rate, batch_size, finite)
-        if (step + 1) % 500 == 0:
+        if (step + 1) % CHECKPOINT_EVERY == 0:
             checkpoint(step + 1)
         if progress.out_of_time():
             break
-    checkpoint(step + 1)
-
-
-def is_readable(path: Path) -> bool:
-    try:
-        clip_model.read_image(path)
-        return True
-    except ValueError as error:
-        print(f"skipped: {error}", file=sys.stderr)
-        return False
+    if (step + 1) % CHECKPOINT_EVERY:
+        checkpoint(step + 1)
 
 
 # ---------------------------------------------------------------- both backbones
@@ -602,55 +555,40 @@ def is_readable(path: Path) -> bool:
 class CachedPictures:
     """Pictures with cached embeddings and neighbours: all that a diffusion training may see."""
 
-    def __init__(self, folder: Path, index: Index, size: int, k: int,
+    def __init__(self, folder: Path, index: retrieval.Index, size: int, k: int,
                  device: torch.device | str = "cpu") -> None:
         check_same_files(folder, index)
         self.pictures = read_pictures(folder, index.paths, size)
-        self.embeddings = torch.from_numpy(np.array(index.embeddings))                # (N, E)
-        table = neighbor_table(index, k, device=device)
-        self.neighbors = torch.from_numpy(table).long()                               # (N, K)
+        self.queries = self.embeddings = np.array(index.embeddings)        # (N, E), in memory
+        self.neighbors = retrieval.neighbor_table(index, k, device=device)            # (N, K)
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.queries)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_0 in [-1, 1] (B, 3, H, W), f_img(x_0) (B, E), its neighbours (B, K, E), float32."""
-        return to_x(self.pictures[rows.numpy()]), *self.conditions(rows)
+        return to_x(self.pictures[rows.numpy() % len(self.pictures)]), *self.conditions(rows)
 
     def conditions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """f_img(x_0) (B, E) and its neighbours (B, K, E), float32."""
-        return self.embeddings[rows].float(), self.embeddings[self.neighbors[rows]].float()
+        near = self.embeddings[self.neighbors[rows.numpy()].astype(np.int64)]
+        return torch.from_numpy(self.queries[rows.numpy()]).float(), torch.from_numpy(near).float()
 
 
-def check_same_files(folder: Path, index: Index) -> None:
-    """Raise ValueError where a picture folder and an index do not name the same files."""
-    there, wanted = set(list_images(folder)), set(index.paths)
-    unreadable = 0
-    for name in there - wanted:
-        try:
-            clip_model.read_image(folder / name)
-        except ValueError:
-            unreadable += 1
-    if wanted - there or len(there - wanted) > unreadable:
-        raise ValueError(f"{folder} and the index at {index.folder} do not name the same files: "
-                         f"{len(wanted - there)} of the index's are missing, "
-                         f"{len(there - wanted) - unreadable} of the folder's are not in it")
-
-
-def check_goes_with(weights: Path, model: knn_diffusion.UNet, metadata: dict[str, str],
-                    index: Index) -> None:
-    """Raise ValueError where weights were trained on another CLIP's embeddings than the index's."""
-    E, made_by = index.embeddings.shape[1], index.manifest.get("encoder_hash", "")
-    if model.config.embed_dim != E or metadata.get("clip", "") not in ("", made_by):
-        raise ValueError(f"{weights} was trained with the CLIP {metadata.get('clip')} "
-                         f"({model.config.embed_dim} dimensions), the index at {index.folder} was "
-                         f"made by {made_by or 'an unknown one'} ({E} dimensions)")
+def check_same_files(folder: Path, index: retrieval.Index) -> None:
+    """Raise ValueError where a picture folder and an index do not name the same files. What is no
+    readable picture is said and does not count: the index skipped it, too."""
+    there, wanted = set(retrieval.list_images(folder)), set(index.paths)
+    more = sum(is_readable(folder / name) for name in there - wanted)
+    check(not (wanted - there or more),
+          f"{folder} and the index at {index.folder} do not name the same files: "
+          f"{len(wanted - there)} of the index's are missing, {more} of the folder's are not in it")
 
 
 @dataclass
 class Continuous:
     """What a step and a glance at the samples are with the U-Net."""
-    pictures: CachedPictures
+    pictures: CachedPictures | SwappedPictures
     config: UNetConfig
     condition: str
     device: torch.device
@@ -664,13 +602,13 @@ class Continuous:
         x0, query, neighbors = self.pictures.batch(rows)
         t = torch.randint(1, self.config.T + 1, (len(rows),), generator=seeded)
         eps = torch.randn(x0.shape, generator=seeded)
-        more = self.drops(rows, seeded)
+        more = drops(self, rows, 0, seeded)
         return knn_diffusion.diffusion_loss(model, self.schedule, *(
             part.to(self.device) for part in (x0, query, neighbors, t, eps, *more)))
 
-    def drops(self, rows: Tensor, seeded: torch.Generator) -> tuple[Tensor, ...]:
-        """Which samples lose their query and their neighbours, bool (B,)."""
-        return knn_diffusion.draw_drops(len(rows), seeded, self.condition)
+    def picture(self, rows: Tensor) -> Tensor:
+        """I_manip (B, 3, H, W)."""
+        return to_x(self.pictures.manipulated[rows.numpy()])
 
     def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
              seeds: list[int], **picture: Tensor) -> Tensor:
@@ -681,13 +619,13 @@ class Continuous:
 
 @dataclass
 class Discrete:
-    """The same with the transformer over the VQ-VAE's tokens."""
-    pictures: CachedPictures
+    """The same with the transformer over the VQ-VAE's tokens, which are kept in index's folder."""
+    pictures: CachedPictures | SwappedPictures
     config: TransformerConfig
     condition: str
     device: torch.device
     codec: vqvae.VQVAE
-    index: Index
+    index: retrieval.Index
     at_the_ends = ("token.", "row.", "column.", "time.", "out.")
 
     def __post_init__(self) -> None:
@@ -695,25 +633,27 @@ class Discrete:
                                                    self.config.schedule)
         self.times = knn_diffusion.TimeSampler(self.config.T)
         self.state = [self.times]
-        self.tokens = self.tokens_of(self.pictures.pictures)
-
-    def tokens_of(self, pictures: np.ndarray) -> Tensor:
-        return token_table(pictures, self.codec, self.index, self.device)
+        files = self.codec, self.index, self.device
+        self.tokens = token_table(self.pictures.pictures, *files)          # (N, L)
+        if self.config.edit:
+            self.manipulated = token_table(self.pictures.manipulated, *files)         # (S, L)
 
     def loss(self, model: nn.Module, rows: Tensor, seeded: torch.Generator) -> Tensor:
-        x0 = self.tokens[rows].long()                                      # (B, L)
+        x0 = self.tokens[rows % len(self.tokens)].long()                   # (B, L)
         query, neighbors = self.pictures.conditions(rows)
         t, weight = self.times.draw(len(rows), seeded)
         u = torch.rand(x0.shape, generator=seeded)
         codes = torch.randint(self.config.n_codes, x0.shape, generator=seeded)
-        more = self.drops(rows, seeded)
+        more = drops(self, rows, self.config.n_codes, seeded)              # MASK = V
         xt = knn_diffusion.mask_and_replace(x0, t, self.schedule, u, codes)
         terms, auxiliary = knn_diffusion.discrete_loss(model, self.schedule, *(
             part.to(self.device) for part in (x0, xt, t, query, neighbors, *more)))
         self.times.update(t, terms)
         return ((terms + auxiliary) * weight.to(self.device)).mean()
 
-    drops = Continuous.drops
+    def picture(self, rows: Tensor) -> Tensor:
+        """I_manip's tokens (B, L)."""
+        return self.manipulated[rows].long()
 
     def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
              seeds: list[int], **picture: Tensor) -> Tensor:
@@ -722,24 +662,33 @@ class Discrete:
         return self.codec.decode(tokens)
 
 
+def drops(stages: Continuous | Discrete, rows: Tensor, null: int, seeded: torch.Generator
+          ) -> tuple[Tensor, ...]:
+    """Which samples lose their query and their neighbours, bool (B,); for a model that edits also
+    I_manip, `null` everywhere where it is dropped."""
+    if not stages.config.edit:
+        return knn_diffusion.draw_drops(len(rows), seeded, stages.condition)
+    *lost, is_null = knn_diffusion.draw_edit_drops(len(rows), seeded, stages.condition)
+    picture = stages.picture(rows)
+    picture[is_null] = null
+    return *lost, picture
+
+
 @torch.no_grad()
-def token_table(pictures: np.ndarray, codec: vqvae.VQVAE, index: Index, device: torch.device
-                ) -> Tensor:
+def token_table(pictures: np.ndarray, codec: vqvae.VQVAE, index: retrieval.Index,
+                device: torch.device) -> Tensor:
     """int32 (N, L): every picture's tokens, read from tokens-<digest>.npy in the index's folder, or
     computed and written there. The digest is of the pictures and the VQ-VAE: where one of them
     changes, so does the name."""
     digest = hashlib.sha256(vqvae.fingerprint(codec).encode())
     digest.update(pictures)
     path = index.folder / f"tokens-{digest.hexdigest()[:16]}.npy"
-    side = pictures.shape[1] // codec.config.factor
     if path.is_file():
-        tokens = np.load(path, allow_pickle=False)
-        if tokens.shape == (len(pictures), side * side):
-            return torch.from_numpy(tokens)
+        return torch.from_numpy(np.load(path, allow_pickle=False))
     tokens = np.concatenate([
         codec.encode(to_x(pictures[i:i + 256]).to(device)).cpu().numpy().astype(np.int32)
         for i in range(0, len(pictures), 256)])
-    save_array(path, tokens)
+    retrieval.save_array(path, tokens)
     return torch.from_numpy(tokens)
 
 
@@ -755,24 +704,23 @@ class SwappedPictures:
 
     RULE = 3                    # one more whenever edit.region_swap changes: older caches are stale
 
-    def __init__(self, folder: Path, swap_index: Index, index: Index, clip: clip_model.CLIP,
-                 size: int, k: int, per_picture: int, seed: int, cache: Path) -> None:
+    def __init__(self, folder: Path, swap_index: retrieval.Index, index: retrieval.Index,
+                 clip: clip_model.CLIP, size: int, k: int, per_picture: int, seed: int,
+                 cache: Path) -> None:
         check_same_files(folder, swap_index)
-        self.index, self.pictures = index, read_pictures(folder, swap_index.paths, size)
-        if len(swap_index) < 2:
-            raise ValueError(f"{folder} holds one picture, and a swap wants another one")
-        self.partner = neighbor_table(swap_index, 1)[:, 0]                 # (N,), never itself
+        check(len(swap_index) > 1, f"{folder} holds one picture, and a swap wants another one")
+        self.index, self.embeddings = index, index.embeddings
+        self.pictures = read_pictures(folder, swap_index.paths, size)
+        self.partner = retrieval.neighbor_table(swap_index, 1)[:, 0]       # (N,), never itself
         digest = hashlib.sha256(json.dumps(
             [self.RULE, size, k, per_picture, seed, clip.fingerprint(), len(index)]).encode())
-        for array in (self.pictures, np.ascontiguousarray(self.partner),
-                      np.ascontiguousarray(index.embeddings)):
-            digest.update(array)
+        for array in (self.pictures, self.partner, index.embeddings):
+            digest.update(np.ascontiguousarray(array))
         self.digest = digest.hexdigest()[:16]
         path = cache / f"swaps-{self.digest}.npz"
         if not path.is_file():
             cache.mkdir(parents=True, exist_ok=True)
-            made = self.make(clip, k, per_picture, seed)
-            part = path.with_suffix(".part")
+            made, part = self.make(clip, k, per_picture, seed), path.with_suffix(".part")
             with open(part, "wb") as file:
                 np.savez(file, **made)
             os.replace(part, path)
@@ -806,59 +754,14 @@ class SwappedPictures:
         return {"manipulated": np.concatenate(manipulated), "queries": queries.half().numpy(),
                 "neighbors": self.index.search(queries, k)[1].numpy().astype(np.int32)}
 
-    def __len__(self) -> int:
-        return len(self.manipulated)
-
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The original in [-1, 1] (B, 3, H, W), its region's embedding (B, E), neighbours."""
-        return to_x(self.pictures[rows.numpy() % len(self.pictures)]), *self.conditions(rows)
-
-    def conditions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        near = self.index.embeddings[self.neighbors[rows.numpy()].astype(np.int64)]
-        return torch.from_numpy(self.queries[rows.numpy()]).float(), torch.from_numpy(near).float()
-
-
-class EditContinuous(Continuous):
-    """A step of the U-Net that puts back what was swapped away."""
-
-    def picture(self, rows: Tensor) -> Tensor:
-        """I_manip (B, 3, H, W)."""
-        return to_x(self.pictures.manipulated[rows.numpy()])
-
-    def drops(self, rows: Tensor, seeded: torch.Generator) -> tuple[Tensor, ...]:
-        """Which lose query and neighbours, bool (B,); and I_manip, zeros where it is dropped."""
-        *drops, drop_picture = knn_diffusion.draw_edit_drops(len(rows), seeded,
-                                                               self.condition)
-        return *drops, self.picture(rows).masked_fill(drop_picture[:, None, None, None], 0)
-
-
-class EditDiscrete(Discrete):
-    """The same with tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        times = len(self.pictures) // len(self.tokens)         # swaps of a picture, in turn
-        self.tokens = self.tokens.repeat(times, 1)
-        self.manipulated = self.tokens_of(self.pictures.manipulated)
-
-    def picture(self, rows: Tensor) -> Tensor:
-        """I_manip's tokens (B, L)."""
-        return self.manipulated[rows].long()
-
-    def drops(self, rows: Tensor, seeded: torch.Generator) -> tuple[Tensor, ...]:
-        """Which lose query and neighbours, bool (B,); and I_manip, MASK where it is dropped."""
-        *drops, drop_picture = knn_diffusion.draw_edit_drops(len(rows), seeded,
-                                                               self.condition)
-        return *drops, self.picture(rows).masked_fill(drop_picture[:, None], self.config.n_codes)
+    __len__, conditions = CachedPictures.__len__, CachedPictures.conditions
+    batch = CachedPictures.batch                # the original, its region's embedding, neighbours
 
 
 # ---------------------------------------------------------------- the loop of all three
 
-CHECKPOINT_EVERY, SAMPLES_EVERY = 500, 1000                                # steps
-
-
 def start_model(what: str, weights: Path | None, config: UNetConfig | TransformerConfig | None,
-                index: Index, target: str | None, k: int | None
+                index: retrieval.Index, target: str | None, k: int | None
                 ) -> knn_diffusion.UNet | knn_diffusion.TokenTransformer:
     """The model to train: a new one, or from weights, which keep their sizes, their K, and what
     they predict, unless `target` names something else.
@@ -868,22 +771,27 @@ def start_model(what: str, weights: Path | None, config: UNetConfig | Transforme
     """
     kind = {"continuous": knn_diffusion.UNet, "discrete": knn_diffusion.TokenTransformer}.get(what)
     if weights is None:
-        return kind(replace(config, target=target) if target else config)
-    model, metadata = knn_diffusion.load(weights)
-    if kind and (not isinstance(model, kind) or model.config.edit):
-        raise ValueError(f"{weights} holds a {type(model).__name__}"
-                         f"{' that edits' * model.config.edit}, {what} wants a {kind.__name__}")
-    check_goes_with(weights, model, metadata, index)
-    if k not in (None, model.config.n_neighbors):
-        raise ValueError(f"{weights} has {model.config.n_neighbors} neighbours, --k is {k}")
-    if what == "edit":
-        return model if model.config.edit else knn_diffusion.widened(model)
+        model = kind(config)
+    else:
+        model, metadata = knn_diffusion.load(weights)
+        config, E = model.config, index.embeddings.shape[1]
+        check(kind is None or type(model) is kind and not config.edit,
+              f"{weights} holds a {type(model).__name__}{' that edits' * config.edit}, "
+              f"{what} wants a {kind and kind.__name__}")
+        wanted, found = metadata.get("clip", ""), index.manifest.get("encoder_hash", "")
+        check(config.embed_dim == E and wanted in ("", found),
+              f"{weights} was trained with the CLIP {wanted} ({config.embed_dim} dimensions), the "
+              f"index at {index.folder} was made by {found or 'an unknown one'} ({E} dimensions)")
+        check(k in (None, config.n_neighbors),
+              f"{weights} has {config.n_neighbors} neighbours, --k is {k}")
+    if what == "edit" and not config.edit:
+        return knn_diffusion.widened(model)
     if target:
         model.config = replace(model.config, target=target)
     return model
 
 
-def train_diffusion(what: str, data: Path, out: Path, index: Index,
+def train_diffusion(what: str, data: Path, out: Path, index: retrieval.Index,
                     config: UNetConfig | TransformerConfig | None, condition: str, steps: int,
                     batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
                     minutes: float | None, device: torch.device, bf16: bool, command: str,
@@ -899,28 +807,24 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
     torch.manual_seed(seed)
     weights = out / f"{what}.safetensors" if resume else init
     model = start_model(what, weights, config, index, target, k)
+    config, is_continuous = model.config, isinstance(model, knn_diffusion.UNet)
     settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition,
-                "k": model.config.n_neighbors, "index": rows_digest(index.rows)[:16]}
+                "k": config.n_neighbors, "index": retrieval.rows_digest(index.rows)[:16]}
     made_with = {"condition": condition, "clip": index.manifest.get("encoder_hash", "")}
-    is_continuous = isinstance(model, knn_diffusion.UNet)
     if is_continuous:
-        settings["target"] = model.config.target
+        settings["target"] = config.target
     else:
-        codec, settings["vqvae"] = codec.to(device), vqvae.fingerprint(codec)
-        made_with["vqvae"] = settings["vqvae"]
-        check_tokens(model.config, codec.config)
-    config = model.config
+        check_tokens(config, codec.config)
+        made_with["vqvae"] = settings["vqvae"] = vqvae.fingerprint(codec)
     if what == "edit":
         pictures = SwappedPictures(data, index=index, size=config.image_size, k=config.n_neighbors,
                                    seed=seed, cache=out, **swaps)
         settings["swaps"] = pictures.digest
-        stages = (EditContinuous(pictures, config, condition, device) if is_continuous else
-                  EditDiscrete(pictures, config, condition, device, codec,
-                               swaps["swap_index"]))
     else:
         pictures = CachedPictures(data, index, config.image_size, config.n_neighbors, device)
-        stages = (Continuous(pictures, config, condition, device) if is_continuous else
-                  Discrete(pictures, config, condition, device, codec, index))
+    stages = (Continuous(pictures, config, condition, device) if is_continuous else
+              Discrete(pictures, config, condition, device, codec.to(device),
+                       swaps["swap_index"] if swaps else index))
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     optimizers = muon_and_adam(model, lr, stages.at_the_ends)
@@ -968,7 +872,8 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
             draw_samples(step + 1)
         if progress.out_of_time():
             break
-    checkpoint(step + 1)
+    if (step + 1) % CHECKPOINT_EVERY:
+        checkpoint(step + 1)
     if (step + 1) % SAMPLES_EVERY:
         draw_samples(step + 1)
 
@@ -976,10 +881,10 @@ def train_diffusion(what: str, data: Path, out: Path, index: Index,
 def check_tokens(config: TransformerConfig, codec: vqvae.VQVAEConfig) -> None:
     """Raise ValueError where a transformer and a VQ-VAE do not speak the same tokens."""
     side = config.image_size // codec.factor
-    if config.n_codes != codec.n_codes or config.tokens_a_side != side:
-        raise ValueError(f"the transformer draws {config.tokens_a_side}x{config.tokens_a_side} "
-                         f"tokens of {config.n_codes}, the VQ-VAE makes {side}x{side} of "
-                         f"{codec.n_codes} from {config.image_size} px")
+    check((config.tokens_a_side, config.n_codes) == (side, codec.n_codes),
+          f"the transformer draws {config.tokens_a_side}x{config.tokens_a_side} tokens of "
+          f"{config.n_codes}, the VQ-VAE makes {side}x{side} of {codec.n_codes} from "
+          f"{config.image_size} px")
 
 
 # ---------------------------------------------------------------- the command
@@ -1058,58 +963,52 @@ def run(args: argparse.Namespace, command: str) -> None:
     presets = {"clip": {"stickers": clip_model.STICKERS}, "vqvae": vqvae.PRESETS,
                "continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS,
                "edit": {"stickers": None}}                     # an editing model keeps its sizes
-    if args.preset not in presets[args.what]:
-        raise ValueError(f"no preset {args.preset!r} for {args.what}; there is "
-                         f"{', '.join(presets[args.what])}")
+    check(args.preset in presets[args.what],
+          f"no preset {args.preset!r} for {args.what}; there is {', '.join(presets[args.what])}")
     config = presets[args.what][args.preset]
     steps, batch_size, lr = (DEFAULTS[args.what][name] if getattr(args, name) is None
                              else getattr(args, name) for name in ("steps", "batch_size", "lr"))
     k = 10 if args.k is None else args.k
-    if steps < 1 or batch_size < 1 or not lr > 0 or k < 1 or args.seed < 0 or args.swaps < 1 or (
-            args.keep_out < 0 or args.keep_out == 1 or not (args.minutes is None
-                                                            or args.minutes > 0)):
-        raise ValueError("--steps, --batch-size, --k, --swaps want 1 or more, --lr and --minutes "
-                         "more than 0, --seed 0 or more, --keep-out 0 or 2 and more")
-    if args.resume and not (args.out / "state.pt").is_file():
-        raise ValueError(f"nothing to resume: {args.out / 'state.pt'} does not exist")
-    if not args.data.is_dir():
-        raise FileNotFoundError(f"no folder at {args.data}")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"{args.out} is a file, wanted a folder to write")
+    check(steps >= 1 and batch_size >= 1 and lr > 0 and k >= 1 and 0 <= args.seed < 2**63 and
+          args.swaps >= 1 and args.keep_out >= 0 and args.keep_out != 1 and
+          (args.minutes is None or args.minutes > 0),
+          "--steps, --batch-size, --k, --swaps want 1 or more, --lr and --minutes more than 0, "
+          "--seed 0 to 2^63, --keep-out 0 or 2 and more")
+    check(not args.resume or (args.out / "state.pt").is_file(),
+          f"nothing to resume: {args.out / 'state.pt'} does not exist")
+    check(args.out.is_dir() or not args.out.exists(),
+          f"{args.out} is a file, wanted a folder to write")
     device = clip_model.pick_device(args.device)
     common = dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed, resume=args.resume,
                   init=args.init, minutes=args.minutes, device=device, bf16=not args.no_bf16,
                   command=command)
     if args.what == "clip":
-        if not (args.data / "captions.jsonl").is_file():
-            raise FileNotFoundError(f"no captions.jsonl in {args.data}")
+        check((args.data / "captions.jsonl").is_file(), f"no captions.jsonl in {args.data}")
         train_clip(args.data, args.out, config, **common)
     elif args.what == "vqvae":
         train_vqvae(args.data, args.out, config, args.keep_out, **common)
     elif args.what == "edit":
         train_edit(args, common)
     else:
-        index = open_index(args.index)
+        index = retrieval.open_index(args.index)
         if args.clip:
             clip = clip_model.load(args.clip)
-            check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
-        config = replace(config, embed_dim=index.embeddings.shape[1], n_neighbors=k)
-        codec = None
+            retrieval.check_encoder(index, clip.describe(), clip.fingerprint(),
+                                    clip.config.embed_dim)
+        config, codec = replace(config, embed_dim=index.rows.shape[1], n_neighbors=k), None
         if args.what == "discrete":
             codec, config = open_codec(args, config)
-        elif args.target:
-            common["target"] = args.target
         train_diffusion(args.what, args.data, args.out, index, config, args.condition, **common,
-                        codec=codec, k=args.k)
+                        codec=codec, k=args.k,
+                        target=args.target if args.what == "continuous" else None)
 
 
 def open_codec(args: argparse.Namespace, config: TransformerConfig
                ) -> tuple[vqvae.VQVAE, TransformerConfig]:
     """The VQ-VAE, and the transformer's config with its tokens, said where they are others."""
     wanted = f"{config.tokens_a_side}x{config.tokens_a_side} tokens of {config.n_codes}"
-    if args.vqvae is None and args.preset != "stickers":
-        raise ValueError(f"preset {args.preset} wants --vqvae, of {wanted} from "
-                         f"{config.image_size} px; the stickers' is another size")
+    check(args.vqvae is not None or args.preset == "stickers", f"preset {args.preset} wants "
+          f"--vqvae, of {wanted} from {config.image_size} px; the stickers' is another size")
     codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0]
     side, n_codes = config.image_size // codec.config.factor, codec.config.n_codes
     if (side, n_codes) != (config.tokens_a_side, config.n_codes):
@@ -1120,16 +1019,15 @@ def open_codec(args: argparse.Namespace, config: TransformerConfig
 
 def train_edit(args: argparse.Namespace, common: dict) -> None:
     """`train_diffusion` with swaps, after their files are opened and found to belong together."""
-    if args.swap_index is None:
-        raise ValueError("edit wants --swap-index, an index of the pictures in --data "
-                         "(python index.py build makes one)")
+    check(args.swap_index is not None, "edit wants --swap-index, an index of the pictures in "
+                                       "--data (python index.py build makes one)")
     common["init"] = args.init or SHIPPED / "continuous.safetensors"
     clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(common["device"])
-    index, swap_index = open_index(args.index), open_index(args.swap_index)
+    index, swap_index = retrieval.open_index(args.index), retrieval.open_index(args.swap_index)
     for each in (index, swap_index):
-        check_encoder(each, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
+        retrieval.check_encoder(each, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
     begin = args.out / "edit.safetensors" if args.resume else common["init"]
-    is_discrete = isinstance(knn_diffusion.load(begin)[0], knn_diffusion.TokenTransformer)
+    is_discrete = clip_model.read_weights(begin)[1].get("class") == "TokenTransformer"
     codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0] if is_discrete else None
     train_diffusion("edit", args.data, args.out, index, None, args.condition, **common, k=args.k,
                     codec=codec, swaps={"swap_index": swap_index, "clip": clip,

@@ -45,8 +45,8 @@ def main() -> None:
     bench = evaluate.open_bench(evaluate.SHIPPED / "judge.safetensors")
     prompts = evaluate.pick_prompts(args.data, args.n, 0, held_out=False)
     index = retrieval.open_index(evaluate.SHIPPED / "index")
-    options = argparse.Namespace(clip=evaluate.SHIPPED / "clip.safetensors", steps=20, seed=0,
-                                 guidance=2.0)
+    options = argparse.Namespace(clip=evaluate.SHIPPED / "clip.safetensors", vqvae=None,
+                                 steps=20, seed=0, guidance=2.0)
     print("| | minutes | concept top 1 | top 5 | background | style | CLIP |\n"
           "|---|---|---|---|---|---|---|", flush=True)
 

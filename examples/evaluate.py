@@ -41,6 +41,7 @@ import knn_diffusion  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 import vqvae  # noqa: E402
+from clip_model import check  # noqa: E402
 
 STYLES = ("flat", "outlined")
 BACKGROUNDS = ("white", "black", "red", "green", "blue", "yellow", "purple", "orange", "pink",
@@ -216,8 +217,8 @@ def to_unit(pictures: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack(resized)).permute(0, 3, 1, 2).float() / 255
 
 
-def read_rows(data: Path) -> list[dict]:
-    with open(data / "captions.jsonl", encoding="utf-8") as file:
+def read_rows(data: Path, name: str = "captions.jsonl") -> list[dict]:
+    with open(data / name, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
@@ -227,7 +228,6 @@ class Bench:
     judge: Judge
     group_of: dict[str, int]             # concept -> group
     names: dict[str, list[str]]          # concept -> names
-
     accuracy: str                        # measured after its training
 
     def verdict(self, pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
@@ -263,8 +263,7 @@ class Bench:
             if text.startswith(name + " ") and not self.groups_named(text):
                 text, style = text[len(name) + 1:], name
         groups = self.groups_named(text)
-        if not groups:
-            raise ValueError(f"the judge knows no sticker called {text!r}")
+        check(len(groups) > 0, f"the judge knows no sticker called {text!r}")
         return groups, style, colour
 
     def groups_named(self, text: str) -> set[int]:
@@ -273,8 +272,8 @@ class Bench:
 
 def open_bench(path: Path) -> Bench:
     judge, metadata = clip_model.load_model(path, {"Judge": (Judge, JudgeConfig)})
-    if not {"concepts", "accuracy"} <= set(metadata):
-        raise ValueError(f"{path} has no table of concepts: it was not written by train-judge")
+    check({"concepts", "accuracy"} <= set(metadata),
+          f"{path} has no table of concepts: it was not written by train-judge")
     table = json.loads(metadata["concepts"])
     return Bench(judge, {c: group for c, (group, _) in table.items()},
                  {c: names for c, (_, names) in table.items()}, metadata["accuracy"])
@@ -287,18 +286,16 @@ def judge_folder(args: argparse.Namespace) -> None:
     lines = args.prompts.read_text("utf-8").splitlines() if args.prompts else []
     given = [line.strip() for line in lines if line.strip()]
     files = sorted(args.singles.glob("[0-9]*-[0-9]*.png"))
-    prompts = []
-    for file in files:
+    numbers, prompts = [int(file.stem.split("-")[0]) for file in files], []
+    check(files and set(numbers) == set(range(len(given) or len(set(numbers)))),
+          f"{args.singles} does not hold a picture for each of the prompts")
+    for file, number in zip(files, numbers):
         parameters = Image.open(file).info.get("parameters")
-        number = int(file.stem.split("-")[0])
         own = json.loads(parameters)["prompt"] if parameters else None
-        if given and (number >= len(given) or own not in (None, given[number])):
-            raise ValueError(f"{file} was drawn for {own!r}, which is not line {number + 1} of the "
-                             "prompts")
+        check(own or given, f"{file} does not say what it was drawn for: name its --prompts")
+        check(not given or own in (None, given[number]),
+              f"{file} was drawn for {own!r}, which is not line {number + 1} of the prompts")
         prompts.append(own or given[number])
-    if not files or {int(file.stem.split("-")[0]) for file in files} != set(
-            range(len(given) or len(set(prompts)))):
-        raise ValueError(f"{args.singles} does not hold a picture for each of the prompts")
     pictures = [clip_model.read_image(file) for file in files]
     with torch.no_grad():
         best = bench.judge(to_unit(pictures))[0].argmax(1).tolist()
@@ -355,8 +352,7 @@ def evaluate_clip(args: argparse.Namespace) -> None:
 def held_out_recall(data: Path, scores, hit, code: dict[str, int]) -> None:
     """R@10 of the keyword phrases kept out of training: those that stand in no caption, and those
     of them whose words never stand together in a caption of a concept they are right for."""
-    with open(data / "phrases.jsonl", encoding="utf-8") as file:
-        phrases = {row["phrase"]: set(row["concepts"]) for row in map(json.loads, file)}
+    phrases = {row["phrase"]: set(row["concepts"]) for row in read_rows(data, "phrases.jsonl")}
 
     def words(text: str) -> frozenset[str]:
         return frozenset(text.split()) - {"a", "an"}
@@ -441,9 +437,8 @@ class Maker:
 
 def open_maker(args: argparse.Namespace, weights: Path, index_path: Path) -> Maker:
     model, metadata, clip, index = sample.open_all(weights, args.clip, index_path)
-    is_discrete = isinstance(model, knn_diffusion.TokenTransformer)
-    codec = sample.open_codec(args.vqvae, model, metadata) if is_discrete else None
-    args.steps = args.steps or (25 if is_discrete else 20)
+    codec = sample.open_codec(args.vqvae, model, metadata)
+    args.steps = args.steps or (25 if codec else 20)
     return Maker(model, clip, index, codec)
 
 
@@ -541,7 +536,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--judge", type=Path, default=SHIPPED / "judge.safetensors")
     parser.add_argument("--singles", type=Path, help="judge: a folder of sample.py --singles")
     parser.add_argument("--prompts", type=Path, help="judge: its prompts, one a line")
-    parser.add_argument("--n", type=int, help="prompts (default: table 200, swap 100)")
+    parser.add_argument("--n", type=int, help="prompts (default: swap 100, else 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--quick", action="store_true", help="table: the first row only")
@@ -557,12 +552,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.n is None:
         args.n = 100 if args.what == "swap" else 200
     try:
-        if args.steps is not None and args.steps < 1 or args.n < 1 or args.seed < 0:
-            raise ValueError("--steps and --n want 1 or more, --seed 0 or more")
-        if args.what == "train-judge" and args.steps < 20:
-            raise ValueError("train-judge wants 20 --steps or more")
-        if args.what == "judge" and not args.singles:
-            raise ValueError("judge wants --singles DIR")
+        check((args.steps is None or args.steps >= 1) and args.n >= 1 and args.seed >= 0,
+              "--steps and --n want 1 or more, --seed 0 or more")
+        check(args.what != "train-judge" or args.steps >= 20,
+              "train-judge wants 20 --steps or more")
+        check(args.what != "judge" or args.singles, "judge wants --singles DIR")
         {"clip": evaluate_clip, "vqvae": evaluate_vqvae, "train-judge": train_judge,
          "judge": judge_folder, "table": table, "steps": steps, "swap": swap}[args.what](args)
     except (ValueError, FileNotFoundError) as error:

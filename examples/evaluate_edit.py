@@ -2,8 +2,7 @@
 
 200 pairs of a big and a small sticker whose concepts stand together in no training scene (so the
 big one is none of the concepts that are small elsewhere): the picture shows the big one, the text
-names the small one. Of every result, at the model's own
-resolution, nothing pasted:
+names the small one. Of every result, at the model's own resolution, nothing pasted:
 
     the changed region   the 32x32 window with the largest summed absolute difference
     Kept                 PSNR to the picture outside that window, dB

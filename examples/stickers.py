@@ -44,9 +44,8 @@ PROPS = """heart blue_heart green_heart yellow_heart ribbon bow tophat womans_ha
 tangerine lemon cherries strawberry balloon gift bell star key lock moneybag gem rose tulip
 sunflower four_leaf_clover mushroom candy lollipop cookie doughnut birthday icecream pizza
 hamburger fries coffee wine_glass soccer basketball tennis 8ball trophy guitar trumpet
-drum_with_drumsticks
-umbrella eyeglasses dark_sunglasses necktie lipstick ring rocket car airplane anchor bulb
-hammer scissors pencil2 book camera musical_note fire snowflake zap droplet""".split()
+drum_with_drumsticks umbrella eyeglasses dark_sunglasses necktie lipstick ring rocket car airplane
+anchor bulb hammer scissors pencil2 book camera musical_note fire snowflake zap droplet""".split()
 
 
 @dataclass
@@ -223,7 +222,7 @@ def captions(drawing: Drawing, background: str, rng: np.random.Generator) -> lis
     """The four forms for every name, articles for some, and as many keyword phrases, at random."""
     texts = []
     for name in drawing.names:
-        place = f"on a{'n' if background == 'orange' else ''} {background} background"
+        place = f"on {with_article(background)} background"
         texts += [name, f"{drawing.style} {name}", f"{name} {place}",
                   f"{drawing.style} {name} {place}"]
     texts += [with_article(drawing.names[0]), with_article(drawing.names[-1])]
@@ -296,8 +295,7 @@ def scene_captions(parts: list[dict], background: str) -> list[str]:
     names = [part["captions"][0] for part in parts]
     small = " and ".join(with_article(name) for name in names[1:])
     text = f"{names[0]} with {small}" if small else names[0]
-    place = f"on a{'n' if background == 'orange' else ''} {background} background"
-    return [text, f"{text} {place}"]
+    return [text, f"{text} on {with_article(background)} background"]
 
 
 def make_scenes(drawings: list[Drawing], n: int, seed: int):

@@ -1,10 +1,13 @@
 """examples/evaluate.py: what the judge is asked and how its answers are counted."""
 
+import json
+
 import evaluate
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 NAMES = {
     "fox_face": ["fox face", "fox"],
@@ -204,3 +207,19 @@ def test_roughened_pictures_stay_in_range_and_a_third_stays_sharp():
     contrast = (found[..., board == 1].mean((1, 2)) - found[..., board == 0].mean((1, 2))) / 0.6
     assert 0.25 < (contrast > 0.9).float().mean() < 0.45
     assert (contrast < 0.5).float().mean() > 0.3
+
+
+def test_a_folder_is_judged_by_its_pictures_own_prompts_or_by_a_list(tmp_path, capsys):
+    """The same prompt twice is two prompts; a picture that says nothing needs the list."""
+    for number in range(2):
+        info = PngInfo()
+        info.add_itxt("parameters", json.dumps({"prompt": "a red heart"}))
+        Image.new("RGB", (64, 64), "red").save(tmp_path / f"00{number}-00.png", pnginfo=info)
+    assert evaluate.main(["judge", "--singles", str(tmp_path)]) == 0
+    assert "n = 2:" in capsys.readouterr().out
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "001-00.png")
+    assert evaluate.main(["judge", "--singles", str(tmp_path)]) == 2
+    assert "--prompts" in capsys.readouterr().err
+    (tmp_path / "list.txt").write_text("a red heart\nrocket\n")
+    assert evaluate.main(["judge", "--singles", str(tmp_path), "--prompts",
+                          str(tmp_path / "list.txt")]) == 0

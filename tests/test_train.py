@@ -161,6 +161,26 @@ def test_batches_hold_twins_with_exact_captions_and_crops(captioned):
     assert crop.shape == (16, 16, 3)
 
 
+def test_a_concept_with_one_picture_is_no_twin_of_itself(captioned):
+    """As a pair of exact captions it would be its own negative."""
+    data = train.CaptionedPictures(captioned, 16)
+    alone = [name for name, rows in data.members.items() if len(rows) == 1]
+    assert alone == ["thing 5"]
+    for seed in range(20):
+        _, _, concepts, is_exact = data.batch(8, np.random.default_rng(seed))
+        assert is_exact[:4].tolist() == [name not in alone for name in concepts[:4]]
+
+
+def test_a_clip_without_a_vocabulary_is_no_start(captioned, tmp_path, monkeypatch):
+    lacking = clip_model.CLIP(CLIP_CONFIG)
+    lacking.tokenizer = None
+    monkeypatch.setattr(clip_model, "load", lambda path: lacking)
+    with pytest.raises(ValueError, match="no vocabulary"):
+        train.train_clip(captioned, tmp_path / "out", CLIP_CONFIG, 1, 8, 1e-3, 3, False,
+                         tmp_path / "x.pt", None, CPU, False, "a test")
+    assert not (tmp_path / "out").exists()
+
+
 def train_tiny_clip(captioned, out, steps, **options):
     options = {"resume": False, "init": None, "minutes": None, **options}
     out.mkdir(exist_ok=True)
@@ -366,6 +386,19 @@ def train_tiny_vqvae(data, out, steps, resume=False, keep_out=3, **changes):
     return torch.load(out / "state.pt", weights_only=True)
 
 
+def test_a_run_of_whole_checkpoints_measures_its_end_once(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
+    (tmp_path / "out").mkdir()
+    train_tiny_vqvae(world / "images", tmp_path / "out", 4)
+    said = capsys.readouterr().out
+    assert said.count("step 2: PSNR") == said.count("step 4: PSNR") == 1
+
+
+def test_weights_of_others_tell_no_commands(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "theirs.ckpt")
+    assert train.all_commands(tmp_path / "theirs.ckpt", "now") == "now"
+
+
 def test_a_gumbel_file_is_no_start_for_training(world, tmp_path, capsys):
     """Whatever the preset says: the file decides."""
     config = replace(TINY_VQVAE, gumbel=True)
@@ -480,7 +513,7 @@ def test_the_editing_model_is_shown_the_swap_and_asked_for_the_original(
     if backbone == "continuous":
         monkeypatch.setattr(knn_diffusion, "diffusion_loss", lambda *given: seen.append(given))
         config = knn_diffusion.load(world / "continuous.safetensors")[0].config
-        stages = train.EditContinuous(pictures, config, "both", CPU)
+        stages = train.Continuous(pictures, replace(config, edit=True), "both", CPU)
         stages.loss(None, rows, torch.Generator().manual_seed(0))
         x0, given, null = seen[0][2], seen[0][-1], 0
         original = train.to_x(pictures.pictures[[3]])[0]
@@ -490,7 +523,8 @@ def test_the_editing_model_is_shown_the_swap_and_asked_for_the_original(
         codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
         monkeypatch.setattr(knn_diffusion, "discrete_loss", lambda *given: (
             seen.append(given), (torch.ones(4), torch.ones(4)))[1])
-        stages = train.EditDiscrete(pictures, TINY_TRANSFORMER, "both", CPU, codec, index)
+        config = replace(TINY_TRANSFORMER, edit=True)
+        stages = train.Discrete(pictures, config, "both", CPU, codec, index)
         stages.loss(None, rows, torch.Generator().manual_seed(0))
         x0, given, null = seen[0][2], seen[0][-1], TINY_TRANSFORMER.n_codes
         original = codec.encode(train.to_x(pictures.pictures[[3]]))[0]
