@@ -181,7 +181,8 @@ class Block:
                                dtype=torch.float16 if self.exact else dtype)
         self.lost = torch.zeros(len(self.ids), device=device)              # ‖r − low(r)‖ of each
         norms = torch.zeros_like(self.lost)                                # ‖r‖
-        wanted, order = ids.sort()                                         # as the files have them
+        wanted, order = ids.cpu().sort()                                   # as the files have them
+        wanted, order = wanted[wanted >= 0], order[wanted >= 0]
         step = max(1, BLOCK_BYTES // (32 * E))
         for part, places in zip(wanted.split(step), order.split(step)):
             found = torch.from_numpy(rows.take(part.numpy())).to(device).float()
@@ -408,33 +409,69 @@ def make_lists(rows: Rows, n_lists: int, device: torch.device, sample: int = 64)
     dtype, step = scan_dtype(device), max(1, BLOCK_BYTES // (4 * rows.shape[1]))
     parts = (torch.from_numpy(rows.read(i, i + step)).to(device) for i in range(0, n, step))
     lists = torch.cat([nearest_centroid(part, centroids, dtype).cpu() for part in parts])
-    offsets = F.pad(lists.bincount(minlength=n_lists).cumsum(0), (1, 0))
-    return Lists(centroids.cpu(), lists.argsort(stable=True), offsets)
+    sizes, by_size = lists.bincount(minlength=n_lists).sort(stable=True)   # see `Layout`
+    order = by_size.argsort()[lists].argsort(stable=True)
+    return Lists(centroids.cpu()[by_size], order, F.pad(sizes.cumsum(0), (1, 0)))
 
 
-def list_scores(queries: Tensor, block: Block, first: Tensor, probes: Tensor, dtype: torch.dtype
+@dataclass
+class Layout:
+    """Where lists lie in a block: in runs that are padded to one length, so that a run of rows is a
+    batch of matrices. Little is padded, since lists are numbered by size."""
+    ids: Tensor                  # int64 (P,), −1 for padding: what `Block` wants
+    first: Tensor                # int64 (C,), where each list begins
+    length: Tensor               # int64 (C,), rows of each, padded
+    runs: list[tuple[int, int]]  # lists in a run, and rows in each
+
+
+def lay_out(lists: Sequence[Tensor], run: int = 32) -> Layout:
+    """Row ids list by list → the layout, `run` lists to a run."""
+    runs, ids = [], []
+    for members in (lists[i:i + run] for i in range(0, len(lists), run)):
+        length = max(1, -(-max(map(len, members)) // 32) * 32)             # few different lengths
+        runs.append((len(members), length))
+        ids += [F.pad(part, (0, length - len(part)), value=-1) for part in members]
+    length = torch.tensor([len(part) for part in ids])
+    return Layout(torch.cat(ids), length.cumsum(0) - length, length, runs)
+
+
+def list_scores(queries: Tensor, block: Block, layout: Layout, probes: Tensor, dtype: torch.dtype
                 ) -> Tensor:
     """Low-precision scores, at least 0, of every row of each query's lists: (Q, R·W) in `dtype`, W
-    the longest list. first: (C+1,), where in the block each list begins; probes: (Q, R) lists.
+    the longest list's padded length. probes: (Q, R) lists.
 
     The pairs (query, list) are sorted by list, so that a list is multiplied once with all queries
-    that look into it: with up to 7 and 63 rows too many, for products of few different shapes.
+    that look into it, and a run of lists is one batched product: of the run's lists that are
+    wanted, where these are few, else of all, for their rows then need no copy.
     """
-    (Q, R), W, first = probes.shape, max(1, int(first.diff().max())), first.tolist()
+    (Q, R), W = probes.shape, int(layout.length.max())
     lists, by_list = probes.flatten().sort(stable=True)                    # (Q·R,)
-    low, query = queries.to(dtype), by_list // R                           # (Q, E), (Q·R,)
-    table, pair = torch.zeros(Q * R, W, dtype=dtype, device=queries.device), 0
-    for c, n in zip(*(part.tolist() for part in lists.unique_consecutive(return_counts=True))):
-        size = first[c + 1] - first[c]
-        rows = block.low[first[c]:first[c] + -(-size // 64) * 64].to(dtype)
-        wide = 1 if n == 1 else -(-n // 8) * 8
-        table[pair:pair + n, :size] = (low[query[pair:pair + wide]] @ rows.T)[:n, :size]
-        pair += n
-    table = table[by_list.argsort()].view(integer_of(dtype)).clamp_(min=0)  # as in `group_maxima`
-    return table.view(dtype).view(Q, R * W)
+    n_pairs = lists.bincount(minlength=len(layout.first))
+    begins = n_pairs.cumsum(0) - n_pairs                                   # of each list's pairs
+    slot = torch.arange(Q * R, device=lists.device) - begins[lists]        # of a pair in its list
+    low = queries.to(dtype)
+    table = torch.zeros(Q * R, W, dtype=integer_of(dtype), device=queries.device)
+    done = member = place = 0
+    for count, length in layout.runs:
+        in_list = n_pairs[member:member + count]
+        pairs = int(in_list.sum())
+        if pairs:
+            which = lists[done:done + pairs] - member                      # list in the run
+            rows = block.low[place:place + count * length].view(count, length, -1)
+            if pairs < count // 4:
+                wanted, which = which.unique(return_inverse=True)
+                rows = rows[wanted]
+            seat = slot[done:done + pairs]
+            seats = -(-int(in_list.max()) // 8) * 8                        # few different shapes
+            seated = torch.zeros(len(rows), seats, low.shape[1], dtype=dtype, device=low.device)
+            seated[which, seat] = low[by_list[done:done + pairs] // R]
+            scores = torch.bmm(seated, rows.to(dtype).mT).view(integer_of(dtype))
+            table[by_list[done:done + pairs], :length] = scores[which, seat].clamp_(min=0)
+        done, member, place = done + pairs, member + count, place + count * length
+    return table.view(dtype).view(Q, R * W)                                # as in `group_maxima`
 
 
-def search_lists(queries: Tensor, block: Block, first: Tensor, probes: Tensor, k: int,
+def search_lists(queries: Tensor, block: Block, layout: Layout, probes: Tensor, k: int,
                  dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The k best rows of each query's lists, probes (Q, R): scores float64, −inf where its lists
     hold fewer, and row ids (Q, k).
@@ -443,14 +480,14 @@ def search_lists(queries: Tensor, block: Block, first: Tensor, probes: Tensor, k
     add up E roundings as if all went the same way. Independent ones add up to about 1/√E of that;
     eight times as much is believed here.
     """
-    W, begin = max(1, int(first.diff().max())), first.to(queries.device)
-    size = begin.diff()                                                    # (C,)
+    W = int(layout.length.max())
+    first, length = layout.first.to(queries.device), layout.length.to(queries.device)
 
     def locate(which: Tensor, columns: Tensor) -> Tensor:
         in_list, row = probes[which].gather(1, columns // W), columns % W
-        return torch.where(row < size[in_list], begin[in_list] + row, len(block.ids) - 1)
+        return torch.where(row < length[in_list], first[in_list] + row, len(block.ids) - 1)
 
-    scores = list_scores(queries, block, first, probes, dtype)             # (Q, R·W)
+    scores = list_scores(queries, block, layout, probes, dtype)            # (Q, R·W)
     caution = min(1.0, 8 / math.sqrt(queries.shape[1]))
     return refine(queries, block, scores, locate, k, caution)[:2]
 
@@ -474,6 +511,11 @@ class Index:
     def embeddings(self) -> np.ndarray | Rows:
         """The rows to look into, float16 (N, E): one file memory-mapped, several as `Rows`."""
         return self.rows if len(self.rows.files) > 1 else np.load(self.rows.files[0], mmap_mode="r")
+
+    @functools.cached_property
+    def layout(self) -> Layout | None:
+        """Where the lists lie in the resident block."""
+        return self.lists and lay_out(self.lists.order.split(self.lists.offsets.diff().tolist()))
 
     @property
     def root(self) -> Path:
@@ -546,13 +588,12 @@ class Index:
         for part in queries.split(max(1, BLOCK_BYTES // (2 * nprobe * at_once))):
             probes = (part.to(dtype) @ centroids.T).topk(nprobe, dim=1).indices        # (q, R)
             if fits:
-                block, first = next(self.blocks(device, dtype)), lists.offsets
+                block, layout = next(self.blocks(device, dtype)), self.layout
             else:
                 wanted, probes = probes.unique(return_inverse=True)
-                ids = [spans[i] for i in wanted.tolist()]
-                first = F.pad(sizes[wanted.cpu()].cumsum(0), (1, 0))
-                block = Block(self.rows, device, dtype, torch.cat(ids))
-            found.append(search_lists(part, block, first, probes, k, dtype))
+                layout = lay_out([spans[i] for i in wanted.tolist()])
+                block = Block(self.rows, device, dtype, layout.ids)
+            found.append(search_lists(part, block, layout, probes, k, dtype))
         scores, ids = (torch.cat(parts) for parts in zip(*found))
         few = (scores[:, -1] == -torch.inf).nonzero()[:, 0]      # lists with fewer than k rows
         if len(few):
@@ -567,7 +608,7 @@ class Index:
         passing ones."""
         if self.fits():
             if device not in self.resident:
-                ids = self.lists.order if self.lists else torch.arange(len(self))
+                ids = self.layout.ids if self.lists else torch.arange(len(self))
                 self.resident[device] = Block(self.rows, device, dtype, ids)
             yield self.resident[device]
             return

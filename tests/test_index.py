@@ -305,14 +305,16 @@ def test_all_lists_probed_is_exact_and_few_are_nearly(tmp_path, device, scan_dty
     assert ids.shape == (100, 5) and (ids != own[:, None]).all()
 
 
-def test_only_rows_of_the_probed_lists_come_back(tmp_path, device, scan_dtype):
-    """Lists of 1 to 700 rows in tables of one width; scores of both signs: neither padding nor the
-    next list's rows may slip in."""
+@pytest.mark.parametrize("run", [2, 9])
+def test_only_rows_of_the_probed_lists_come_back(tmp_path, device, scan_dtype, monkeypatch, run):
+    """Lists of 1 to 700 rows, in runs padded to one length; scores of both signs: neither padding
+    nor the next list's rows may slip in, be the queries many or one."""
     rng = np.random.default_rng(0)
     sizes = [1, 1, 2, 3, 60, 700, 5, 1, 33]
     means = np.linalg.qr(rng.normal(size=(16, 16)))[0][:len(sizes)]
     rows = np.concatenate([m + 0.05 * rng.normal(size=(n, 16)) for m, n in zip(means, sizes)])
-    index = make(tmp_path, rows)
+    index, lay_out = make(tmp_path, rows), retrieval.lay_out
+    monkeypatch.setattr(retrieval, "lay_out", lambda lists: lay_out(lists, run=run))
     index.lists = retrieval.Lists(torch.from_numpy(means).float(), torch.arange(len(rows)),
                                   torch.tensor([0, *np.cumsum(sizes)]))
     of_list = np.repeat(np.arange(len(sizes)), sizes)
@@ -329,10 +331,13 @@ def test_only_rows_of_the_probed_lists_come_back(tmp_path, device, scan_dtype):
                     assert ids[i].tolist() == inside[:4], (sign, nprobe, i)
         assert (index.search(queries.to(device), 4, nprobe=9)[1].cpu().numpy()
                 == exact_order[:, :4]).all()
+        together = index.search(queries.to(device), 4, nprobe=1)[1]
+        alone = [index.search(query[None].to(device), 4, nprobe=1)[1] for query in queries]
+        assert torch.equal(torch.cat(alone), together)
         block = index.resident[device]
         probes = torch.from_numpy(probes).to(device)
-        low = retrieval.list_scores(unit.to(device), block, index.lists.offsets, probes, scan_dtype)
-        assert low.shape == (9, 9 * 700) and low.min() == 0 and (low.max() > 0.5) == (sign == 1)
+        low = retrieval.list_scores(unit.to(device), block, index.layout, probes, scan_dtype)
+        assert low.shape == (9, 9 * 704) and low.min() == 0 and (low.max() > 0.5) == (sign == 1)
 
 
 def test_lists_that_hold_too_few_rows_are_made_up_for(tmp_path, device):
