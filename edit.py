@@ -512,7 +512,7 @@ def run(args: argparse.Namespace) -> None:
     model, clip, index, codec = sample.prepare(args, default, edits=True)
     check(args.start == 1 or not codec, "--start goes with continuous weights only")
     T, left = model.config.T, round(args.start * model.config.T)
-    check(left >= args.steps,
+    check(args.start == 1 or left >= args.steps,
           f"--start {args.start:g} leaves {left} of the {T} steps, --steps asks for {args.steps}")
     print(f"{args.image} ({picture.width}x{picture.height}), guidance {args.guidance_text:g} "
           f"(text) {args.guidance_image:g} (picture), start {args.start:g}")

@@ -584,8 +584,10 @@ class Index:
         # So many queries at a time that their tables of scores, or their lists' rows, fit.
         at_once = 2 * (int(sizes.max()) + 32 if fits
                        else self.rows.shape[1] * (len(self) // len(sizes) + 32))
+        # The worst case of one run in `list_scores`: all queries look into one of its lists.
+        in_run = 64 * (int(sizes.max()) + 32 + self.rows.shape[1]) if fits else 0
         found = []
-        for part in queries.split(max(1, BLOCK_BYTES // (2 * nprobe * at_once))):
+        for part in queries.split(max(1, BLOCK_BYTES // max(2 * nprobe * at_once, in_run))):
             probes = (part.to(dtype) @ centroids.T).topk(nprobe, dim=1).indices        # (q, R)
             if fits:
                 block, layout = next(self.blocks(device, dtype)), self.layout
@@ -601,7 +603,10 @@ class Index:
         return scores, ids, torch.zeros_like(ids[:, 0], dtype=torch.bool)
 
     def fits(self) -> bool:
-        return len(self) * self.rows.shape[1] * 2 <= RESIDENT_BYTES
+        """Whether the low-precision rows stay in memory; lists are padded, by up to 31 rows each
+        and to the longest of 32."""
+        places = len(self.layout.ids) if self.lists else len(self)
+        return places * self.rows.shape[1] * 2 <= RESIDENT_BYTES
 
     def blocks(self, device: torch.device, dtype: torch.dtype) -> Iterator[Block]:
         """The index as one resident block, laid out by lists where there are lists, or as many
@@ -696,8 +701,9 @@ def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str 
     without one row numbers stand for names. A folder that is an index of these files already, and
     may be `out` itself, tells the encoder, where none is given, and where the pictures are.
     n_lists: None for `default_lists`. Raises FileNotFoundError, or ValueError for other shapes or
-    numbers of names, for rows that are zero or not finite, and where copies would stand beside the
-    source; an older index in `out` is still whole then.
+    numbers of names, for rows that are zero or not finite, where copies would stand beside the
+    source, and where the source is an index of files elsewhere; an older index in `out` is still
+    whole then.
     """
     out, source = Path(out), Path(source)
     sources = [source] if source.is_file() else sorted(
@@ -733,15 +739,15 @@ def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str 
         raise ValueError(f"{names} has {len(paths)} lines for {N} rows")
     n_lists = how_many_lists(n_lists, N)
     root = Path(os.path.relpath(made.root, out)).as_posix() if made else "."
-    if made and out.resolve() == source.resolve():       # its rows stay: whole again before lists
+    in_place = made and out.resolve() == source.resolve()             # its rows stay
+    out = out if in_place else start_afresh(out)
+    for array, target, fine in zip(arrays, targets, are_fine):
+        if not fine:
+            copy_normalised(array, target)
+    if paths:
+        (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
+    if in_place:                                         # whole, should the lists never be finished
         finish(out, targets, bool(paths), encoder, encoder_hash, 0, root)
-    else:
-        out = start_afresh(out)
-        for array, target, fine in zip(arrays, targets, are_fine):
-            if not fine:
-                copy_normalised(array, target)
-        if paths:
-            (out / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
     return finish(out, targets, bool(paths), encoder, encoder_hash, n_lists, root, device)
 
 

@@ -27,7 +27,7 @@ import shlex
 import sys
 import time
 import warnings
-from collections import Counter
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -47,6 +47,11 @@ from knn_diffusion import TransformerConfig, UNetConfig
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
 CHECKPOINT_EVERY, SAMPLES_EVERY, REVIVE_EVERY = 500, 1000, 100             # steps
+DEFAULTS = {"clip": {"steps": 2600, "batch_size": 512, "lr": 1e-3},
+            "vqvae": {"steps": 10000, "batch_size": 64, "lr": 2e-3},
+            "discrete": {"steps": 20000, "batch_size": 64, "lr": 2e-3},
+            "edit": {"steps": 5000, "batch_size": 64, "lr": 1e-3},
+            "continuous": {"steps": 20000, "batch_size": 64, "lr": 2e-3}}
 
 # ---------------------------------------------------------------- stages that every loop shares
 
@@ -339,12 +344,14 @@ class CaptionedPictures:
               ) -> tuple[np.ndarray, list[str], list[str], np.ndarray]:
         """n pictures uint8 (n, H, W, 3), a caption each, their concepts, and which captions are
         exact. Half of them are pairs of twins: one concept, but another style or another
-        background, with exact captions; an eighth are scenes and crops of them."""
-        n_twins = n // 4 if self.has_twins else 0
+        background, with exact captions (a concept with one picture: that one twice, no negative of
+        itself); an eighth are scenes and crops of them."""
+        n_pairs = n // 4 if self.has_twins else 0            # concepts that give two pictures
         n_scenes = n // 8 if self.scenes else 0
-        n_plain = n - n_twins - n_scenes
-        order = [self.concepts[j % len(self.concepts)]
-                 for j in rng.permutation(max(n_plain, len(self.concepts)))[:n_plain]]
+        n_concepts = n - n_pairs - n_scenes                  # 2·pairs + single ones + scenes = n
+        # A shuffled deck of concepts: none comes again before all have come.
+        deck = rng.permutation(max(n_concepts, len(self.concepts)))[:n_concepts]
+        order = [self.concepts[card % len(self.concepts)] for card in deck]
         pictures, captions, concepts, is_exact = [], [], [], []
 
         def add(picture: np.ndarray, options: list[str], concept: str, exact: bool) -> None:
@@ -355,8 +362,8 @@ class CaptionedPictures:
 
         for j, concept in enumerate(order):
             rows = self.members[concept]
-            if j < n_twins:
-                pair = rng.permutation(len(rows))[[0, -1]]
+            if j < n_pairs:
+                pair = rng.permutation(len(rows))[[0, -1]]     # two different ones, if there are
                 for i in (rows[p] for p in pair):
                     exact = self.exact_captions(i) if len(rows) > 1 else []
                     add(self.pictures[i], exact or self.rows[i]["captions"], concept, bool(exact))
@@ -559,18 +566,21 @@ class CachedPictures:
                  device: torch.device | str = "cpu") -> None:
         check_same_files(folder, index)
         self.pictures = read_pictures(folder, index.paths, size)
-        self.queries = self.embeddings = np.array(index.embeddings)        # (N, E), in memory
+        self.embeddings = np.array(index.embeddings)                       # (N, E), in memory
+        self.queries = self.embeddings                                     # each asks for itself
         self.neighbors = retrieval.neighbor_table(index, k, device=device)            # (N, K)
 
     def __len__(self) -> int:
         return len(self.queries)
 
     def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x_0 in [-1, 1] (B, 3, H, W), f_img(x_0) (B, E), its neighbours (B, K, E), float32."""
+        """What to learn, x_0 in [-1, 1] (B, 3, H, W), and its conditions. A picture may stand in
+        several rows, N apart (`SwappedPictures`)."""
         return to_x(self.pictures[rows.numpy() % len(self.pictures)]), *self.conditions(rows)
 
     def conditions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """f_img(x_0) (B, E) and its neighbours (B, K, E), float32."""
+        """The query, f_img(x_0) or that of x_0's region (B, E), and kNN(query) (B, K, E),
+        float32."""
         near = self.embeddings[self.neighbors[rows.numpy()].astype(np.int64)]
         return torch.from_numpy(self.queries[rows.numpy()]).float(), torch.from_numpy(near).float()
 
@@ -579,10 +589,22 @@ def check_same_files(folder: Path, index: retrieval.Index) -> None:
     """Raise ValueError where a picture folder and an index do not name the same files. What is no
     readable picture is said and does not count: the index skipped it, too."""
     there, wanted = set(retrieval.list_images(folder)), set(index.paths)
-    more = sum(is_readable(folder / name) for name in there - wanted)
+    more = sum(is_readable(folder / name) for name in sorted(there - wanted))
     check(not (wanted - there or more),
           f"{folder} and the index at {index.folder} do not name the same files: "
           f"{len(wanted - there)} of the index's are missing, {more} of the folder's are not in it")
+
+
+def what_is_dropped(stages: Continuous | Discrete, rows: Tensor, null: int,
+                    seeded: torch.Generator) -> tuple[Tensor, ...]:
+    """Which samples lose their query and their neighbours, bool (B,); for a model that edits also
+    I_manip, `null` everywhere where it is dropped."""
+    if not stages.config.edit:
+        return knn_diffusion.draw_drops(len(rows), seeded, stages.condition)
+    *lost, is_null = knn_diffusion.draw_edit_drops(len(rows), seeded, stages.condition)
+    picture = stages.picture(rows)
+    picture[is_null] = null
+    return *lost, picture
 
 
 @dataclass
@@ -602,9 +624,9 @@ class Continuous:
         x0, query, neighbors = self.pictures.batch(rows)
         t = torch.randint(1, self.config.T + 1, (len(rows),), generator=seeded)
         eps = torch.randn(x0.shape, generator=seeded)
-        more = drops(self, rows, 0, seeded)
+        dropped = what_is_dropped(self, rows, 0, seeded)
         return knn_diffusion.diffusion_loss(model, self.schedule, *(
-            part.to(self.device) for part in (x0, query, neighbors, t, eps, *more)))
+            part.to(self.device) for part in (x0, query, neighbors, t, eps, *dropped)))
 
     def picture(self, rows: Tensor) -> Tensor:
         """I_manip (B, 3, H, W)."""
@@ -612,9 +634,8 @@ class Continuous:
 
     def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
              seeds: list[int], **picture: Tensor) -> Tensor:
-        *_, x = knn_diffusion.sample(model, query, neighbors, seeds,
-                                      min(20, self.config.T), **picture)
-        return x
+        return deque(knn_diffusion.sample(model, query, neighbors, seeds, min(20, self.config.T),
+                                          **picture), maxlen=1).pop()              # the last x_t
 
 
 @dataclass
@@ -644,10 +665,10 @@ class Discrete:
         t, weight = self.times.draw(len(rows), seeded)
         u = torch.rand(x0.shape, generator=seeded)
         codes = torch.randint(self.config.n_codes, x0.shape, generator=seeded)
-        more = drops(self, rows, self.config.n_codes, seeded)              # MASK = V
+        dropped = what_is_dropped(self, rows, self.config.n_codes, seeded)         # MASK = V
         xt = knn_diffusion.mask_and_replace(x0, t, self.schedule, u, codes)
         terms, auxiliary = knn_diffusion.discrete_loss(model, self.schedule, *(
-            part.to(self.device) for part in (x0, xt, t, query, neighbors, *more)))
+            part.to(self.device) for part in (x0, xt, t, query, neighbors, *dropped)))
         self.times.update(t, terms)
         return ((terms + auxiliary) * weight.to(self.device)).mean()
 
@@ -657,21 +678,8 @@ class Discrete:
 
     def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
              seeds: list[int], **picture: Tensor) -> Tensor:
-        *_, tokens = knn_diffusion.sample_tokens(model, query, neighbors, seeds,
-                                                 min(25, self.config.T), **picture)
-        return self.codec.decode(tokens)
-
-
-def drops(stages: Continuous | Discrete, rows: Tensor, null: int, seeded: torch.Generator
-          ) -> tuple[Tensor, ...]:
-    """Which samples lose their query and their neighbours, bool (B,); for a model that edits also
-    I_manip, `null` everywhere where it is dropped."""
-    if not stages.config.edit:
-        return knn_diffusion.draw_drops(len(rows), seeded, stages.condition)
-    *lost, is_null = knn_diffusion.draw_edit_drops(len(rows), seeded, stages.condition)
-    picture = stages.picture(rows)
-    picture[is_null] = null
-    return *lost, picture
+        return self.codec.decode(deque(knn_diffusion.sample_tokens(
+            model, query, neighbors, seeds, min(25, self.config.T), **picture), maxlen=1).pop())
 
 
 @torch.no_grad()
@@ -771,19 +779,20 @@ def start_model(what: str, weights: Path | None, config: UNetConfig | Transforme
     """
     kind = {"continuous": knn_diffusion.UNet, "discrete": knn_diffusion.TokenTransformer}.get(what)
     if weights is None:
-        model = kind(config)
-    else:
-        model, metadata = knn_diffusion.load(weights)
-        config, E = model.config, index.embeddings.shape[1]
-        check(kind is None or type(model) is kind and not config.edit,
+        return kind(replace(config, target=target) if target else config)
+    model, metadata = knn_diffusion.load(weights)
+    config, E = model.config, index.rows.shape[1]
+    if kind:                                                 # `edit` takes either kind
+        check(type(model) is kind and not config.edit,
               f"{weights} holds a {type(model).__name__}{' that edits' * config.edit}, "
-              f"{what} wants a {kind and kind.__name__}")
-        wanted, found = metadata.get("clip", ""), index.manifest.get("encoder_hash", "")
-        check(config.embed_dim == E and wanted in ("", found),
-              f"{weights} was trained with the CLIP {wanted} ({config.embed_dim} dimensions), the "
-              f"index at {index.folder} was made by {found or 'an unknown one'} ({E} dimensions)")
-        check(k in (None, config.n_neighbors),
-              f"{weights} has {config.n_neighbors} neighbours, --k is {k}")
+              f"{what} wants a {kind.__name__}")
+    wanted, found = metadata.get("clip", ""), index.manifest.get("encoder_hash", "")
+    check(config.embed_dim == E and wanted in ("", found),
+          f"{weights} was trained with the CLIP {wanted or 'of an unknown name'} "
+          f"({config.embed_dim} dimensions), the index at {index.folder} was made by "
+          f"{found or 'an unknown one'} ({E} dimensions)")
+    check(k in (None, config.n_neighbors),
+          f"{weights} has {config.n_neighbors} neighbours, --k is {k}")
     if what == "edit" and not config.edit:
         return knn_diffusion.widened(model)
     if target:
@@ -843,7 +852,8 @@ def train_diffusion(what: str, data: Path, out: Path, index: retrieval.Index,
         save_state(out / "state.pt", step, settings, model, ema, others)
 
     def draw_samples(step: int) -> None:
-        rows = torch.arange(12) * (len(pictures) // 13)      # a 12th could be another swap of one
+        # Twelve from all over; steps of a 12th could come back to a picture, in another swap.
+        rows = torch.arange(12) * (len(pictures) // 13)
         x0, query, neighbors = (part.to(device) for part in pictures.batch(rows))
         manipulated = {"picture": stages.picture(rows).to(device)} if what == "edit" else {}
         with autocast(device, bf16):
@@ -950,13 +960,6 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-DEFAULTS = {"clip": {"steps": 2600, "batch_size": 512, "lr": 1e-3},
-            "vqvae": {"steps": 10000, "batch_size": 64, "lr": 2e-3},
-            "discrete": {"steps": 20000, "batch_size": 64, "lr": 2e-3},
-            "edit": {"steps": 5000, "batch_size": 64, "lr": 1e-3},
-            "continuous": {"steps": 20000, "batch_size": 64, "lr": 2e-3}}
-
-
 def run(args: argparse.Namespace, command: str) -> None:
     """Check what was asked for, then train. Raises ValueError or FileNotFoundError before the first
     step; by then only caches are written (neighbours, tokens, swaps)."""
@@ -973,7 +976,7 @@ def run(args: argparse.Namespace, command: str) -> None:
           args.swaps >= 1 and args.keep_out >= 0 and args.keep_out != 1 and
           (args.minutes is None or args.minutes > 0),
           "--steps, --batch-size, --k, --swaps want 1 or more, --lr and --minutes more than 0, "
-          "--seed 0 to 2^63, --keep-out 0 or 2 and more")
+          "--seed 0 to 2^63 - 1, --keep-out 0 or 2 and more")
     check(not args.resume or (args.out / "state.pt").is_file(),
           f"nothing to resume: {args.out / 'state.pt'} does not exist")
     check(args.out.is_dir() or not args.out.exists(),

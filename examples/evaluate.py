@@ -465,6 +465,7 @@ def table(args: argparse.Namespace) -> None:
     """The generation table: conditions and k of one set of weights, no-kNN, the nearest picture."""
     bench = open_bench(args.judge)
     maker = open_maker(args, args.weights, args.index)
+    other = open_maker(args, args.baseline, args.index) if args.baseline else None
     prompts = pick_prompts(args.data, args.n, args.seed, held_out=False)
     print_protocol(args, bench, len(prompts), "prompts")
     for label, options in (("10 neighbours, the nearest as query", {}),
@@ -476,8 +477,7 @@ def table(args: argparse.Namespace) -> None:
                            ("20 neighbours, the nearest as query", {"k": 20})
                            )[: 1 if args.quick else None]:
         print_row(label, bench, maker, maker.draw(prompts, args, **options), prompts)
-    if args.baseline:
-        other = open_maker(args, args.baseline, args.index)
+    if other:
         pictures = other.draw(prompts, args, condition="query")
         print_row("no-kNN model", bench, maker, pictures, prompts)
     _, ids = maker.index.search(maker.clip.embed_texts(prompts), 1)

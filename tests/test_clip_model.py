@@ -100,6 +100,16 @@ def test_damaged_headers_are_refused(tmp_path, header):
         read_weights(tmp_path / "w")
 
 
+@pytest.mark.parametrize("header, sentence", [
+    (b"[]", "its header is no table"), (b'{"a": {"shape": [1]}}', "'a' lacks a field"),
+    (b'{"a": 3}', "'a' lacks a field"), (b'{"a": {"dtype": "F7", "shape": [1], "data_offsets": '
+                                         b'[0, 4]}}', "unknown dtype 'F7'")])
+def test_a_damaged_header_is_told_in_words(tmp_path, header, sentence):
+    (tmp_path / "w").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ValueError, match=sentence):
+        read_weights(tmp_path / "w")
+
+
 def test_nothing_overrides_what_our_own_files_say(tmp_path):
     clip_model.save(tmp_path / "c", tiny_clip(), {})
     for option in ({"activation": "gelu"}, {"tokenizer": tmp_path}):

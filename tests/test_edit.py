@@ -570,6 +570,8 @@ def test_user_mistakes_give_status_2_and_write_nothing(editor, world, tmp_path, 
         assert error and len(error.splitlines()) == 1 and "Traceback" not in error
         assert not (tmp_path / "out.png").exists()
     assert sample.main(["red", *editor[:6], *out]) == 2 and "edit.py" in capsys.readouterr().err
+    assert edit.main([good, "red", *editor, "--start", "0.001", *out]) == 2
+    assert "--start 0.001 leaves" in capsys.readouterr().err
 
 
 def test_discrete_weights_edit_too(world, tmp_path, capsys):

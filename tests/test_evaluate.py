@@ -223,3 +223,7 @@ def test_a_folder_is_judged_by_its_pictures_own_prompts_or_by_a_list(tmp_path, c
     (tmp_path / "list.txt").write_text("a red heart\nrocket\n")
     assert evaluate.main(["judge", "--singles", str(tmp_path), "--prompts",
                           str(tmp_path / "list.txt")]) == 0
+    (tmp_path / "list.txt").write_text("rocket\na red heart\n")
+    assert evaluate.main(["judge", "--singles", str(tmp_path), "--prompts",
+                          str(tmp_path / "list.txt")]) == 2
+    assert "which is not line 1" in capsys.readouterr().err

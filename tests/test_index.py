@@ -435,7 +435,7 @@ def unit(rows):
 
 
 def write_shards(folder, rows, cuts):
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i, part in enumerate(np.split(rows, cuts)):
         np.save(folder / f"img_emb_{i}.npy", part)
 
@@ -508,6 +508,15 @@ def test_lists_can_be_added_to_an_index(tmp_path):
         assert len(again.lists.centroids) == 2 and again.paths == names
         assert (again.manifest["encoder"], again.manifest["encoder_hash"]) == ("a clip", "beef")
         assert None not in retrieval.neighbor_pictures(again, [0, 4])
+
+
+def test_names_that_came_later_are_kept_beside_the_index(tmp_path):
+    rows = unit(np.random.default_rng(0).normal(size=(30, 8))).astype(np.float16)
+    write_shards(tmp_path / "s" / "img_emb", rows, [10])
+    folder = tmp_path / "s" / "img_emb"
+    assert retrieval.index_files(folder, folder).paths[7] == 7
+    (tmp_path / "s" / "paths.txt").write_text("".join(f"{i}.jpg\n" for i in range(30)))
+    assert retrieval.index_files(folder, folder).paths[7] == "7.jpg"
 
 
 def test_lists_added_in_vain_leave_the_index_as_it_was(tmp_path, monkeypatch):
