@@ -1,4 +1,4 @@
-"""64 px at once, or a 32-px base below an upsampler?  python benchmarks/resolution.py [--steps 600]
+"""64 px at once, or a 32-px base below an upsampler?  python benchmarks/resolution.py [--steps 900]
 
 Trains the stickers preset twice from the same seed, at 64 px and at 32 px (2×2 instead of 4×4
 pixels a place, so both work at 16×16 inside and a step costs about the same; no shift towards high
@@ -38,7 +38,7 @@ def resized(pictures: list[Image.Image], size: int) -> list[Image.Image]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="of training, batch 64")
+    parser.add_argument("--steps", type=int, default=900, help="of training, batch 64")
     parser.add_argument("--n", type=int, default=200, help="prompts")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "stickers")
     args = parser.parse_args()
