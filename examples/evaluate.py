@@ -376,12 +376,13 @@ def held_out_recall(data: Path, scores, hit, code: dict[str, int]) -> None:
 # ---------------------------------------------------------------- tokens
 
 def evaluate_vqvae(args: argparse.Namespace) -> None:
-    """PSNR over the drawings that `train.py vqvae` keeps out by default, style by style."""
+    """PSNR over the drawings that `train.py vqvae` keeps out by default, style by style; with
+    --grid twelve of each style, originals over reconstructions."""
     codec, _ = vqvae.load(args.vqvae)
     folder = args.data / "images"
     _, kept_out = train.split_by_drawing(retrieval.list_images(folder), 10)
     total = torch.zeros(codec.config.n_codes, dtype=torch.int64)
-    qualities = []
+    qualities, grid = [], []
     for style in STYLES:
         names = [name for name in kept_out if name.startswith(f"{style}/")]
         pictures = train.read_pictures(folder, names, codec.config.image_size)
@@ -389,9 +390,15 @@ def evaluate_vqvae(args: argparse.Namespace) -> None:
         print(f"{style}: {quality:.2f} dB, {len(names)} pictures of drawings kept out")
         qualities += len(names) * [quality]
         total += counts
+        shown = train.read_pictures(folder, train.some(names, 12), codec.config.image_size)
+        found, _, _ = train.reconstruct(codec, shown, torch.device("cpu"))
+        grid += [clip_model.to_pictures(x) for x in (train.to_x(shown), found)]
     print(f"{args.vqvae}: PSNR {np.mean(qualities):.2f} dB on {len(qualities)} pictures, "
           f"{int((total > 0).sum())} of {len(total)} codes used, perplexity "
           f"{vqvae.perplexity(total):.0f}")
+    if args.grid:
+        clip_model.grid(grid, codec.config.image_size).save(args.grid)
+        print(f"wrote {args.grid}")
 
 
 # ---------------------------------------------------------------- generation
@@ -540,6 +547,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--quick", action="store_true", help="table: the first row only")
+    parser.add_argument("--grid", type=Path, help="vqvae: also draw twelve pictures of each style "
+                        "over their reconstructions into this PNG")
     parser.add_argument("--steps", type=int, help="of sampling (default: continuous 20, discrete "
                         "25), or of the judge (1500)")
     parser.add_argument("--out", type=Path, default=Path("judge.safetensors"),

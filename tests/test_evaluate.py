@@ -184,11 +184,14 @@ def test_tokens_are_measured_on_kept_out_drawings_of_both_styles(tmp_path, monke
             return torch.zeros(len(tokens), 3, 8, 8)
 
     monkeypatch.setattr(evaluate.vqvae, "load", lambda path: (Grey(), {}))
-    assert evaluate.main(["vqvae", "--data", str(tmp_path)]) == 0
+    grid = tmp_path / "grid.png"
+    assert evaluate.main(["vqvae", "--data", str(tmp_path), "--grid", str(grid)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in lines[:2]] == ["flat", "outlined"]
     assert all("2 pictures" in line for line in lines[:2])
     assert "6.02 dB on 4 pictures, 2 of 4 codes used, perplexity 2" in lines[2]     # 20 log10 (2/1)
+    cells = np.asarray(Image.open(grid))[6::10, 6::10, 0]                  # 8 px, gaps of 2
+    assert cells.tolist() == [[255, 255], [128, 128], [0, 0], [128, 128]]  # over reconstructions
 
 
 @pytest.mark.parametrize("argv", [["train-judge", "--steps", "10"], ["table", "--steps", "0"],
