@@ -18,7 +18,8 @@ inside a transformer's checkpoint). Their loss network and discriminator are dro
 
 Shapes: B batch, C channels, H W picture, h w its tokens (L = h·w), V codes, E width of a code.
 
-Departs: no LPIPS and no discriminator in training; both want another network's weights or care.
+Departs: no LPIPS in training, which wants another network's weights, and no discriminator, which
+gained nothing on the stickers (benchmarks/tokens.py).
 """
 from __future__ import annotations
 
@@ -64,7 +65,7 @@ class VQVAEConfig:
 
 
 PRESETS = {
-    # 64 px -> 16x16 tokens, on two CPU cores.
+    # 64 px -> 16x16 tokens, on two CPU cores (8x8 lose 4 dB: benchmarks/tokens.py).
     "stickers": VQVAEConfig(image_size=64, channels=96, multipliers=(1,), unshuffle=4,
                             res_blocks=1, attention=(), latent_channels=64, embed_dim=32,
                             n_codes=512, norm_groups=8),

@@ -139,10 +139,10 @@ def minutes_since(start: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=800, help="of each VQ-VAE, batch 64")
-    parser.add_argument("--more", type=int, default=600, help="further ones, with the "
+    parser.add_argument("--steps", type=int, default=600, help="of each VQ-VAE, batch 64")
+    parser.add_argument("--more", type=int, default=400, help="further ones, with the "
                         "discriminator and without")
-    parser.add_argument("--draw-steps", type=int, default=700, help="of each transformer, batch "
+    parser.add_argument("--draw-steps", type=int, default=600, help="of each transformer, batch "
                         "128; 0 for none")
     parser.add_argument("--n", type=int, default=200, help="prompts")
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "stickers")
