@@ -666,8 +666,10 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
     query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture: what
     to edit (B, 3, H, W), for a model with `config.edit`. start: begin at t = start_at·T from this
     picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there. eta: of
-    DDIM. Raises ValueError where fewer steps are left than asked for.
+    DDIM. Raises ValueError for another sampler, or where fewer steps are left than asked for.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}, wanted {', '.join(SAMPLERS)}")
     schedule = Schedule(model.config.T, model.config.noise_shift)
     times = sampling_times(schedule, steps, model.config.target)
     size, device = model.config.image_size, model.conv_in.weight.device

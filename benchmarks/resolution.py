@@ -46,7 +46,7 @@ def main() -> None:
     prompts = evaluate.pick_prompts(args.data, args.n, 0, held_out=False)
     index = retrieval.open_index(evaluate.SHIPPED / "index")
     options = argparse.Namespace(clip=evaluate.SHIPPED / "clip.safetensors", vqvae=None,
-                                 steps=20, seed=0, guidance=2.0)
+                                 steps=20, seed=0, sampler=None, guidance=2.0)
     print("| | minutes | concept top 1 | top 5 | background | style | CLIP |\n"
           "|---|---|---|---|---|---|---|", flush=True)
 

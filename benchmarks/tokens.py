@@ -191,7 +191,7 @@ def draw(args: argparse.Namespace, folder: Path, files: dict[str, Path], common:
                               steps=args.draw_steps, batch_size=128, lr=2.5e-3, codec=codec,
                               **common)
         options = argparse.Namespace(clip=evaluate.SHIPPED / "clip.safetensors", vqvae=path,
-                                     steps=25, seed=0, guidance=2.0)
+                                     steps=25, seed=0, sampler=None, guidance=2.0)
         maker = evaluate.open_maker(options, out / "discrete.safetensors", index.folder)
         minutes = f"{minutes_since(start):.1f}"
         evaluate.print_row(f"{label} | {minutes}", bench, maker, maker.draw(prompts, options),

@@ -433,8 +433,9 @@ class Maker:
              condition: str = "both", query: str = "nearest") -> list[Image.Image]:
         queries = self.clip.embed_texts(prompts)
         query, neighbors, _, _ = sample.condition_on(queries, self.index, k, condition, query)
+        sampler = {"order" if self.codec else "sampler": args.sampler} if args.sampler else {}
         return sample.generate(self.model, query, neighbors, [args.seed] * len(prompts), 50,
-                               self.codec, steps=args.steps, guidance=args.guidance)
+                               self.codec, steps=args.steps, guidance=args.guidance, **sampler)
 
     def clip_score(self, pictures: list[Image.Image], prompts: list[str]) -> float:
         """Mean cosine of the pictures with their prompts, by the same CLIP that steered them."""
@@ -451,8 +452,8 @@ def open_maker(args: argparse.Namespace, weights: Path, index_path: Path) -> Mak
 
 def print_protocol(args: argparse.Namespace, bench: Bench, n: int, what: str) -> None:
     print(f"{n} {what}, one sample each from seed {args.seed}, {args.steps} steps of the "
-          f"backbone's default sampler, guidance {args.guidance:g}, {args.weights}, {args.clip}, "
-          f"{args.index}.\n"
+          f"{args.sampler or 'default'} sampler, guidance {args.guidance:g}, {args.weights}, "
+          f"{args.clip}, {args.index}.\n"
           f"A share's standard error is {50 / n ** 0.5:.1f} points at 50 %. CLIP: mean cosine with "
           "the prompt, by the CLIP that steers, for information.\n"
           f"The judge {bench.accuracy}.\n")
@@ -546,6 +547,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, help="prompts (default: swap 100, else 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--sampler", help="as sample.py's")
     parser.add_argument("--quick", action="store_true", help="table: the first row only")
     parser.add_argument("--grid", type=Path, help="vqvae: also draw twelve pictures of each style "
                         "over their reconstructions into this PNG")

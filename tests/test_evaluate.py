@@ -1,5 +1,6 @@
 """examples/evaluate.py: what the judge is asked and how its answers are counted."""
 
+import argparse
 import json
 
 import evaluate
@@ -165,6 +166,18 @@ def test_the_table_of_steps_draws_with_each_number_and_times_it(monkeypatch, cap
     rows = [line for line in capsys.readouterr().out.splitlines() if " ms a picture" in line]
     assert [row.split()[1] for row in rows] == ["100", "50", "25", "10"]
     assert all("| 100.0% | 100.0% |" in row for row in rows)
+
+
+def test_the_sampler_asked_for_reaches_either_backbone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate.sample, "condition_on", lambda *_: [None] * 4)
+    monkeypatch.setattr(evaluate.sample, "generate", lambda *_, **options: asked.append(options))
+    clip = argparse.Namespace(embed_texts=lambda prompts: None)
+    for codec, name in ((None, "ddim"), ("a VQ-VAE", "purity"), (None, None)):
+        args = argparse.Namespace(seed=0, steps=7, guidance=3.0, sampler=name)
+        evaluate.Maker(None, clip, None, codec).draw(["a fox"], args)
+    given = {"steps": 7, "guidance": 3.0}
+    assert asked == [{**given, "sampler": "ddim"}, {**given, "order": "purity"}, given]
 
 
 def test_tokens_are_measured_on_kept_out_drawings_of_both_styles(tmp_path, monkeypatch, capsys):

@@ -413,6 +413,11 @@ def test_times_fall_from_the_last_step_to_zero(T):
     assert kd.sampling_times(schedule, T, "eps")[0] == T
 
 
+def test_an_unknown_sampler_is_refused_by_name():
+    with pytest.raises(ValueError, match="'euler', wanted dpm, ddim, ddpm"):
+        next(kd.sample(kd.UNet(UNET_CONFIG), None, None, [0], steps=2, sampler="euler"))
+
+
 MU, VARIANCES = 0.4, (0.01, 0.09, 0.5)  # the data: N(0.4, v), uncorrelated, three dimensions
 
 
