@@ -119,7 +119,7 @@ def trained_on(codec: vqvae.VQVAE, pictures: np.ndarray, steps: int, adversarial
                 fooled = -judge(found).float().mean()
                 norms = [torch.autograd.grad(term, last, retain_graph=True)[0].norm()
                          for term in (loss, fooled)]
-                loss = loss + 0.8 * norms[0] / (norms[1] + 1e-4) * fooled
+                loss = loss + 0.8 * norms[0] / (norms[1] + 1e-4) * fooled     # 0.8: taming's
         optimizer.zero_grad()
         (loss + codebook_loss).backward()
         nn.utils.clip_grad_norm_(codec.parameters(), 1.0)
