@@ -15,6 +15,7 @@ Left out: other projects' towers (timm's, Hugging Face's text models), CoCa's an
 """
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import html
@@ -24,12 +25,16 @@ import math
 import os
 import pickletools
 import re
+import sys
+import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import ftfy
 import numpy as np
@@ -113,7 +118,7 @@ def write_weights(path: str | os.PathLike, tensors: dict[str, Tensor],
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
     for name, tensor in tensors.items():
-        check(bool(torch.isfinite(tensor).all()), f"{name} is not finite: {path} was not written")
+        require(bool(torch.isfinite(tensor).all()), f"{name} is not finite: {path} was not written")
     # Widest dtype first keeps every tensor aligned in the file.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header, offset, blobs = {"__metadata__": dict(metadata)}, 0, []
@@ -151,15 +156,15 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = 8 + int.from_bytes(file.read(8), "little")
-            check(8 < start <= min(8 + MAX_HEADER, size),
+            require(8 < start <= min(8 + MAX_HEADER, size),
                   f"its header ends at byte {start} of {size}")
             header = json.loads(file.read(start - 8).decode("utf-8"))
-        check(isinstance(header, dict), "its header is no table")
+        require(isinstance(header, dict), "its header is no table")
         metadata = header.pop("__metadata__", {})
-        check(all(isinstance(value, str) for value in metadata.values()),
+        require(all(isinstance(value, str) for value in metadata.values()),
               "its metadata are not strings")
         if re.fullmatch("[0-9a-f]{16}", metadata.get("digest", "")):            # ours
-            check(metadata.pop("digest") == header_digest({"__metadata__": metadata, **header}),
+            require(metadata.pop("digest") == header_digest({"__metadata__": metadata, **header}),
                   "its header was changed after it was written")
         spans = check_spans(header, size - start)
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
@@ -174,9 +179,45 @@ def read_weights(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, metadata
 
 
-def check(claim: bool, message: str) -> None:
+def require(claim: bool, message: str) -> None:
+    """Raise ValueError(message) unless `claim` holds."""
     if not claim:
         raise ValueError(message)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A fresh file beside `path`, open for writing; it takes path's place when all went well, and
+    is gone when not. So a reader sees the old file or the new one, whole."""
+    path = Path(path)
+    file = tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=path.name, suffix=".part",
+                                       delete=False)
+    try:
+        with file:
+            yield file
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except BaseException:
+        os.unlink(file.name)
+        raise
+
+
+def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], None],
+                argv: list[str] | None = None) -> int:
+    """Parse a script's arguments and run it; the exit status: 0 done, 2 bad input, 1 anything else,
+    said in one sentence on stderr. No text is lost for a terminal's narrow alphabet."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        run(parser.parse_args(argv))
+    except (ValueError, FileNotFoundError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except (OSError, FloatingPointError, MemoryError, torch.OutOfMemoryError) as error:
+        print(error or "out of memory", file=sys.stderr)
+        return 1
+    return 0
 
 
 def header_digest(header: dict) -> str:
@@ -188,23 +229,23 @@ def header_digest(header: dict) -> str:
 def check_spans(header: dict, data_size: int) -> list[tuple]:
     """(name, dtype, shape, begin, end) in the file's order, which must leave no holes."""
     for name, entry in header.items():
-        check(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry),
+        require(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry),
               f"entry {name!r} lacks a field")
-        check(str(entry["dtype"]) in DTYPES, f"entry {name!r} has an unknown dtype "
+        require(str(entry["dtype"]) in DTYPES, f"entry {name!r} has an unknown dtype "
                                              f"{entry['dtype']!r}")
     spans, place = [], 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-        check(isinstance(shape, list) and len(shape) <= 16
+        require(isinstance(shape, list) and len(shape) <= 16
               and all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end))
               and math.prod(n or 1 for n in shape) < 2**60,
               f"entry {name!r} has an odd shape or offsets")
-        check(begin == place, f"there is a hole or an overlap at byte {place}")
-        check(end - begin == math.prod(shape) * dtype.itemsize,
+        require(begin == place, f"there is a hole or an overlap at byte {place}")
+        require(end - begin == math.prod(shape) * dtype.itemsize,
               f"entry {name!r} has {end - begin} bytes for shape {shape}")
         spans.append((name, dtype, shape, begin, end))
         place = end
-    check(place == data_size, f"{place} bytes of tensors are announced, {data_size} are there")
+    require(place == data_size, f"{place} bytes of tensors are announced, {data_size} are there")
     return spans
 
 
@@ -225,9 +266,9 @@ def load_model(path: str | os.PathLike, classes: dict[str, tuple[type, type]]
     """
     tensors, metadata = read_weights(path)
     name = metadata.get("class")
-    check(metadata.get("format") == FORMAT and name is not None,
+    require(metadata.get("format") == FORMAT and name is not None,
           f"{path} was not written by this project (no {FORMAT!r} in its metadata)")
-    check(name in classes, f"{path} holds a {name}, wanted {' or '.join(classes)}")
+    require(name in classes, f"{path} holds a {name}, wanted {' or '.join(classes)}")
     model_class, config_class = classes[name]
     try:
         config = config_class(**json.loads(metadata["config"]))
@@ -268,10 +309,10 @@ class Node(dict):
 
 def build_tensor(storage: Tensor, offset: int, size: tuple, stride: tuple, *_: object) -> Tensor:
     """What `torch._utils._rebuild_tensor_v2` does; `as_strided` keeps it inside the storage."""
-    check(isinstance(size, tuple) and len(size) <= 16, "a tensor has an odd size")
+    require(isinstance(size, tuple) and len(size) <= 16, "a tensor has an odd size")
     tensor = storage.as_strided(size, stride, offset)
     # A stride of 0 would show one number again and again: small here, huge once it is copied.
-    check(tensor.numel() <= storage.numel(), "a tensor exceeds its storage")
+    require(tensor.numel() <= storage.numel(), "a tensor exceeds its storage")
     return tensor
 
 
@@ -326,12 +367,12 @@ def run_pickle(program: bytes, open_storage: Callable[[tuple], Tensor]) -> objec
             stack.append(tuple(pop_mark() if name == "TUPLE" else pop(int(name[-1]))))
         elif name in ("APPEND", "APPENDS"):
             items = pop(1) if name == "APPEND" else pop_mark()
-            check(type(stack[-1]) is list, "its pickle appends to no list")
+            require(type(stack[-1]) is list, "its pickle appends to no list")
             stack[-1].extend(items)
         elif name in ("SETITEM", "SETITEMS"):
             items = pop(2) if name == "SETITEM" else pop_mark()
             # Keys of other kinds are hashed, and a tuple's hash goes as deep as the tuple.
-            check(type(stack[-1]) is dict and all(type(key) in (str, int) for key in items[::2]),
+            require(type(stack[-1]) is dict and all(type(key) in (str, int) for key in items[::2]),
                   "its pickle fills no table of names")
             stack[-1].update(zip(items[::2], items[1::2]))
         elif name == "BINPERSID":
@@ -342,17 +383,17 @@ def run_pickle(program: bytes, open_storage: Callable[[tuple], Tensor]) -> objec
             if name == "NEWOBJ" and what.startswith("__torch__") and arguments == ():
                 stack.append(Node())
             else:
-                check(name == "REDUCE" and what in CALLABLE,
+                require(name == "REDUCE" and what in CALLABLE,
                       f"its pickle wants to call {what!r}, which is refused")
                 stack.append(CALLABLE[what](*arguments))
         elif name == "BUILD":                      # of a state dict it is _metadata: left out
             state, = pop(1)
-            check(isinstance(state, dict) and isinstance(stack[-1], dict),
+            require(isinstance(state, dict) and isinstance(stack[-1], dict),
                   "its pickle gives attributes to what has none")
             if isinstance(stack[-1], Node):
                 stack[-1].update(state)
         elif name == "STOP":
-            check(len(stack) == 1 and not marks, "its pickle ends early")
+            require(len(stack) == 1 and not marks, "its pickle ends early")
             return stack[0]
         else:
             raise ValueError(f"its pickle has the instruction {name}, which is refused")
@@ -367,39 +408,39 @@ def read_archive(path: str | os.PathLike) -> object:
     with zipfile.ZipFile(path) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         pickles = [name for name in entries if re.fullmatch(r"[^/]+/data\.pkl", name)]
-        check(len(pickles) == 1, "it has no data.pkl")
+        require(len(pickles) == 1, "it has no data.pkl")
         top = pickles[0].split("/")[0]
-        check(sum(info.file_size for info in entries.values()
+        require(sum(info.file_size for info in entries.values()
                   if info.compress_type == zipfile.ZIP_STORED) <= os.path.getsize(path),
               "its entries overlap")
 
         def read(name: str) -> bytearray:
-            check(entries[name].compress_type == zipfile.ZIP_STORED,
+            require(entries[name].compress_type == zipfile.ZIP_STORED,
                   f"its entry {name} is compressed")
             return bytearray(archive.read(name))                   # checks the checksum too
 
         @functools.cache
         def storage(kind: str, key: str) -> Tensor:
-            check(kind in STORAGE_DTYPES, f"it has a storage of kind {kind!r}")
+            require(kind in STORAGE_DTYPES, f"it has a storage of kind {kind!r}")
             raw, dtype = read(f"{top}/data/{key}"), STORAGE_DTYPES[kind]
             return torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
 
         def open_storage(persistent_id: tuple) -> Tensor:
             what, kind, key, _, n = persistent_id                  # _ is the device it was on
-            check(what == "storage" and type(key) is str, "it refers to no storage")
+            require(what == "storage" and type(key) is str, "it refers to no storage")
             found = storage(kind.split()[-1], key)
-            check(len(found) == n, f"its storage {key} has an odd size")
+            require(len(found) == n, f"its storage {key} has an odd size")
             return found
 
         order = f"{top}/byteorder"
-        check(order not in entries or read(order) == b"little", "it is big-endian")
-        check(entries[pickles[0]].file_size <= MAX_PICKLE, "its pickle is too long")
+        require(order not in entries or read(order) == b"little", "it is big-endian")
+        require(entries[pickles[0]].file_size <= MAX_PICKLE, "its pickle is too long")
         return run_pickle(bytes(read(pickles[0])), open_storage)
 
 
 def named_tensors(found: object) -> dict[str, Tensor]:
     """Dotted name -> tensor, out of a TorchScript module, a state dict, or what is around one."""
-    check(isinstance(found, dict), "it holds no table of tensors")
+    require(isinstance(found, dict), "it holds no table of tensors")
     if not isinstance(found, Node):
         tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
         inner = [found[key] for key in ("state_dict", "model_state_dict", "model") if key in found]
@@ -407,7 +448,7 @@ def named_tensors(found: object) -> dict[str, Tensor]:
     tensors, modules = {}, [("", found)]
     for prefix, module in modules:                 # the list grows on the way
         # Modules that are shared again and again would take years to name.
-        check(len(prefix) < 1000 and len(modules) + len(tensors) < 100_000,
+        require(len(prefix) < 1000 and len(modules) + len(tensors) < 100_000,
               "its modules are nested too deeply")
         for name, value in module.items():
             if isinstance(value, Tensor):
@@ -434,7 +475,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
         found = (read_archive(path) if start == ZIP else
                  torch.load(path, map_location="cpu", weights_only=True))
         tensors = named_tensors(found)
-        check(len(tensors) > 0 and all(isinstance(name, str) for name in tensors),
+        require(len(tensors) > 0 and all(isinstance(name, str) for name in tensors),
               "it holds no table of tensors")
     except Exception as error:                   # zipfile and torch raise many kinds
         reason = " ".join(str(error).split("WeightsUnpickler error:")[-1].split())[:200]
@@ -582,14 +623,14 @@ def read_vocabulary(path: Path, context_length: int = 77) -> Tokenizer:
         # A header line, then 262,144 pairs, of which CLIP uses so many that the ids are 49,408.
         lines = raw.decode("utf-8").split("\n")[1: PUBLISHED_SIZE - 514 + 1]
         merges = [tuple(line.split()) for line in lines]
-        check(len(set(merges)) == PUBLISHED_SIZE - 514 and all(len(p) == 2 for p in merges),
+        require(len(set(merges)) == PUBLISHED_SIZE - 514 and all(len(p) == 2 for p in merges),
               f"it has {len(set(merges))} different merges, wanted 48894 pairs")
         tokenizer = Tokenizer(merges, context_length)
     except (ValueError, zlib.error) as error:
         raise ValueError(f"{file} is not CLIP's list of merges: {error}") from None
     if file.name == "merges.txt":
         ids = file.parent / "vocab.json"
-        check(not ids.is_file() or read_json(ids) == tokenizer.ids, f"{ids} and {file} disagree")
+        require(not ids.is_file() or read_json(ids) == tokenizer.ids, f"{ids} and {file} disagree")
         # Hugging Face fills up with its pad token, the end token unless told otherwise.
         tokenizer.pad = tokenizer.end
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -672,6 +713,11 @@ def to_pictures(x: Tensor) -> list[Image.Image]:
     """x in [-1, 1] (B, 3, H, W), clipped -> 8-bit RGB pictures."""
     array = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(picture) for picture in array]
+
+
+def to_x(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def grid(rows: list[list[Image.Image | None]], cell: int) -> Image.Image:
@@ -1002,7 +1048,7 @@ def to_openai_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Any of the three layouts -> OpenAI's names, wrappers' prefixes stripped."""
     # "module.", "model." and the like: whatever stands in front of the text tower.
     found = [match.groups() for match in map(TEXT_TOWER.fullmatch, tensors) if match]
-    check(found, "it has no token_embedding: no CLIP in OpenAI's, OpenCLIP's or Hugging Face's "
+    require(found, "it has no token_embedding: no CLIP in OpenAI's, OpenCLIP's or Hugging Face's "
                  "layout")
     wrapper, text_tower = found[0]
     tensors = {name.removeprefix(wrapper).removeprefix("text."): t for name, t in tensors.items()
@@ -1024,7 +1070,7 @@ def sizes_from_shapes(tensors: dict[str, Tensor], activation: str, heads: dict[s
                       ) -> ClipConfig:
     """The config of weights in OpenAI's names. heads: `vision_heads`, `text_heads` where known."""
     def shape(name: str) -> tuple[int, ...]:
-        check(name in tensors, f"it lacks {name}")
+        require(name in tensors, f"it lacks {name}")
         return tuple(tensors[name].shape)
 
     def count(pattern: str) -> int:
@@ -1058,7 +1104,7 @@ def read_json(path: Path) -> dict:
     """A small JSON table. Raises ValueError with one sentence where it is none."""
     try:
         table = json.loads(path.read_text("utf-8"))
-        check(isinstance(table, dict), "it holds no table")
+        require(isinstance(table, dict), "it holds no table")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not readable as JSON: {error}") from None
     return table
@@ -1077,17 +1123,17 @@ def config_beside(folder: Path, is_own: bool) -> tuple[str | None, dict[str, int
             vision, text = model["vision_cfg"], model["text_cfg"]
             odd = {"timm_model_name", "hf_model_name", "norm_kwargs", "act_kwargs"} & (
                 set(vision) | set(text))
-            check(not odd and vision.get("pool_type", "tok") == "tok",
+            require(not odd and vision.get("pool_type", "tok") == "tok",
                   f"{', '.join(odd) or 'its pooling of pictures'}: towers of other projects are "
                   "not built here")
-            check(not text.get("no_causal_mask") and text.get("pool_type", "argmax") == "argmax",
+            require(not text.get("no_causal_mask") and text.get("pool_type", "argmax") == "argmax",
                   "its text tower looks ahead or is pooled elsewhere than at the end token")
             pixels = found.get("preprocess_cfg", {})
             for name, ours in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
-                check(np.allclose(pixels.get(name, ours), ours, atol=1e-6),
+                require(np.allclose(pixels.get(name, ours), ours, atol=1e-6),
                       f"its pixels have the {name} {pixels.get(name)}, CLIP's have {ours}")
             for name, ours in (("resize_mode", "shortest"), ("interpolation", "bicubic")):
-                check(pixels.get(name, ours) in (ours, None),
+                require(pixels.get(name, ours) in (ours, None),
                       f"its {name} is {pixels.get(name)!r}, CLIP's is {ours}")
             heads = {"text_heads": text["heads"]}
             if isinstance(vision["layers"], int):
@@ -1099,12 +1145,12 @@ def config_beside(folder: Path, is_own: bool) -> tuple[str | None, dict[str, int
                 return None, {}
             vision, text = found["vision_config"], found["text_config"]
             for part in (vision, text):
-                check(part.get("layer_norm_eps", 1e-5) == 1e-5,
+                require(part.get("layer_norm_eps", 1e-5) == 1e-5,
                       f"its layer_norm_eps is {part.get('layer_norm_eps')}, CLIP's is 1e-5")
             # Their class' defaults are ViT-B/32's: a config names what differs.
             activation = text.get("hidden_act", "quick_gelu")
             other = vision.get("hidden_act", "quick_gelu")
-            check(activation == other and activation in ACTIVATIONS,
+            require(activation == other and activation in ACTIVATIONS,
                   f"its towers' activations are {other!r} and {activation!r}")
             return activation, {"vision_heads": vision.get("num_attention_heads", 12),
                                 "text_heads": text.get("num_attention_heads", 8)}
@@ -1124,12 +1170,12 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
     if not table.is_file():
         raise FileNotFoundError(f"no model.safetensors, nor shards of it, in {folder}")
     where = read_json(table).get("weight_map")
-    check(isinstance(where, dict) and all(isinstance(name, str) and Path(name).name == name
+    require(isinstance(where, dict) and all(isinstance(name, str) and Path(name).name == name
                                           for name in where.values()),
           f"{table} has no weight_map of files in its folder")
     shards = {name: read_tensors(folder / name)[0] for name in sorted(set(where.values()))}
     missing = [name for name, shard in where.items() if name not in shards[shard]]
-    check(not missing, f"{table} names {missing[:1]}, which is not in its shard")
+    require(not missing, f"{table} names {missing[:1]}, which is not in its shard")
     return {name: shards[shard][name] for name, shard in where.items()}
 
 
@@ -1188,16 +1234,16 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
     Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
     """
     path = Path(path)
-    check(activation in (None, *ACTIVATIONS),
+    require(activation in (None, *ACTIVATIONS),
           f"activation is {activation!r}, wanted {' or '.join(ACTIVATIONS)}")
     tensors, metadata = (weights_in(path), {}) if os.path.isdir(path) else read_tensors(path)
     if metadata.get("format") == FORMAT:
-        check(not (tokenizer or activation),
+        require(not (tokenizer or activation),
               f"{path} carries its own vocabulary and names its activation")
         model, metadata = load_model(path, {"CLIP": (CLIP, ClipConfig)})
         lines = metadata.get("merges", "").split("\n")
         merges = [tuple(line.split(" ")) for line in lines if line]
-        check(514 + len(merges) == model.config.vocab_size and all(len(p) == 2 for p in merges),
+        require(514 + len(merges) == model.config.vocab_size and all(len(p) == 2 for p in merges),
               f"{path} has {len(merges)} merges for {model.config.vocab_size} ids")
         model.tokenizer = Tokenizer(merges, model.config.context_length)
     else:
@@ -1209,6 +1255,6 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
             where = find_vocabulary(path if path.is_dir() else path.parent)
         if where is not None:
             model.tokenizer = read_vocabulary(where, model.config.context_length)
-            check(model.config.vocab_size == PUBLISHED_SIZE, f"{where} has {PUBLISHED_SIZE} "
+            require(model.config.vocab_size == PUBLISHED_SIZE, f"{where} has {PUBLISHED_SIZE} "
                   f"tokens, {path} wants {model.config.vocab_size}")
     return model.eval().requires_grad_(False).to(dtype)

@@ -48,7 +48,7 @@ import clip_model
 import knn_diffusion
 import sample
 import vqvae
-from clip_model import check
+from clip_model import require
 
 MOTIONS = {"translation": 2, "euclidean": 3, "affine": 6, "homography": 8}       # name -> P
 
@@ -503,16 +503,16 @@ def run(args: argparse.Namespace) -> None:
     if any(not text.strip() for text in args.text):
         raise ValueError("a text is empty")
     picture = clip_model.read_image(args.image)
-    check(math.isfinite(args.guidance_text),
+    require(math.isfinite(args.guidance_text),
           f"--guidance-text is {args.guidance_text}, wanted a finite number")
-    check(math.isfinite(args.guidance_image),
+    require(math.isfinite(args.guidance_image),
           f"--guidance-image is {args.guidance_image}, wanted a finite number")
-    check(0 < args.start <= 1, f"--start is {args.start}, wanted more than 0, at most 1")
+    require(0 < args.start <= 1, f"--start is {args.start}, wanted more than 0, at most 1")
     default = "edit-discrete" if args.backbone == "discrete" else "edit"
     model, clip, index, codec = sample.prepare(args, default, edits=True)
-    check(args.start == 1 or not codec, "--start goes with continuous weights only")
+    require(args.start == 1 or not codec, "--start goes with continuous weights only")
     T, left = model.config.T, round(args.start * model.config.T)
-    check(args.start == 1 or left >= args.steps,
+    require(args.start == 1 or left >= args.steps,
           f"--start {args.start:g} leaves {left} of the {T} steps, --steps asks for {args.steps}")
     print(f"{args.image} ({picture.width}x{picture.height}), guidance {args.guidance_text:g} "
           f"(text) {args.guidance_image:g} (picture), start {args.start:g}")

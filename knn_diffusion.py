@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import QuickGELU, attention, check, load_model, save_model
+from clip_model import QuickGELU, attention, load_model, require, save_model
 
 # ---------------------------------------------------------------- configuration
 
@@ -220,6 +220,17 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
             "query": (everything, always), "neighbors": (always, everything)}[condition]
 
 
+def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -> Tensor:
+    """Half of the queries (B, E) get Gaussian noise of a norm of about σ, σ uniform in 0 …
+    `largest`, and are unit-norm again. Ours: a text's embedding is as far from every picture's as
+    such a query, and training teaches to lean on the neighbours there. Draws on the CPU."""
+    B, E = query.shape
+    chosen, sigma = torch.rand(2, B, 1, generator=generator)
+    noise = torch.randn(B, E, generator=generator) * E ** -0.5
+    sigma = torch.where(chosen < 0.5, sigma * largest, 0)
+    return F.normalize(query + (sigma * noise).to(query), dim=1)
+
+
 # ---------------------------------------------------------------- both backbones edit (Sec. 3.3)
 
 NO_EDITOR = "a picture to edit wants weights of `train.py edit`"
@@ -399,7 +410,7 @@ class UNet(nn.Module):
         Returns float32 (B, 3 or 6, H, W).
         """
         config = self.config
-        check(picture is None or config.edit, NO_EDITOR)
+        require(picture is None or config.edit, NO_EDITOR)
         if config.edit:
             xt = torch.cat([xt, torch.zeros_like(xt) if picture is None else picture], dim=1)
         tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
@@ -578,7 +589,7 @@ def sampling_times(schedule: Schedule, steps: int, target: str = "v") -> list[in
 def falling(first: int, steps: int) -> list[int]:
     """steps + 1 times, evenly spaced from `first` to 0. Raises ValueError for steps outside
     1 … first."""
-    check(1 <= steps <= first, f"steps is {steps}, wanted 1 to {first}")
+    require(1 <= steps <= first, f"steps is {steps}, wanted 1 to {first}")
     return [round(first * (steps - i) / steps) for i in range(steps + 1)]
 
 
@@ -912,7 +923,7 @@ class TokenTransformer(nn.Module):
 
         Returns log probabilities float32 (B, L, V), normalised, at least LOG_ZERO.
         """
-        check(picture is None or self.config.edit, NO_EDITOR)
+        require(picture is None or self.config.edit, NO_EDITOR)
         tokens, query = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
         time = F.silu(self.time(t) + self.query_to_time(query))            # (B, D)
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)     # (l, D)

@@ -28,7 +28,7 @@ import clip_model
 import index as retrieval
 import knn_diffusion
 import vqvae
-from clip_model import check
+from clip_model import require
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
 SETTINGS = ("n k condition query steps sampler eta guidance dynamic_threshold truncation weights "
@@ -200,22 +200,22 @@ def prepare(args: argparse.Namespace, shipped: str, edits: bool = False
     if model.config.edit != edits:
         raise ValueError(f"{args.weights} draws pictures; editing wants weights of `train.py edit`"
                          if edits else f"{args.weights} edits pictures: use edit.py")
-    check(args.backbone in (None, backbone),
+    require(args.backbone in (None, backbone),
           f"{args.weights} is {backbone}, --backbone says {args.backbone}")
-    check(args.sampler in samplers, f"--sampler {args.sampler} does not go with {backbone} "
+    require(args.sampler in samplers, f"--sampler {args.sampler} does not go with {backbone} "
                                     f"weights; there is {', '.join(samplers)}")
     codec = open_codec(args.vqvae, model, metadata)
-    check(args.k >= 0, f"--k is {args.k}, wanted 0 or more")
-    check(args.n >= 1, f"--n is {args.n}, wanted 1 or more")
-    check(0 <= args.seed <= 2**63 - args.n, f"--seed is {args.seed}, wanted 0 to 2^63 less --n")
-    check(1 <= args.steps <= model.config.T,
+    require(args.k >= 0, f"--k is {args.k}, wanted 0 or more")
+    require(args.n >= 1, f"--n is {args.n}, wanted 1 or more")
+    require(0 <= args.seed <= 2**63 - args.n, f"--seed is {args.seed}, wanted 0 to 2^63 less --n")
+    require(1 <= args.steps <= model.config.T,
           f"--steps is {args.steps}, wanted 1 to {model.config.T}")
     for path in (args.out, args.singles):
         if path and not os.path.isdir(path.parent):
             raise ValueError(f"no folder {path.parent} to write {path.name} into")
-    check(args.out.suffix.lower() == ".png" and not args.out.is_dir(),
+    require(args.out.suffix.lower() == ".png" and not args.out.is_dir(),
           f"--out is {args.out}, wanted a file name that ends with .png")
-    check(args.singles is None or not args.singles.is_file(),
+    require(args.singles is None or not args.singles.is_file(),
           f"--singles is {args.singles}, a file; wanted a folder")
     if args.k > len(index):
         print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
@@ -265,14 +265,14 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Load, search, sample, write. Raises ValueError or FileNotFoundError before writing."""
     prompts = read_prompts(args)
-    check(args.batch_size >= 1, f"--batch-size is {args.batch_size}, wanted 1 or more")
-    check(args.dynamic_threshold is None or 0 < args.dynamic_threshold <= 1,
+    require(args.batch_size >= 1, f"--batch-size is {args.batch_size}, wanted 1 or more")
+    require(args.dynamic_threshold is None or 0 < args.dynamic_threshold <= 1,
           f"--dynamic-threshold is {args.dynamic_threshold}, wanted 0 to 1")
-    check(0 < args.truncation <= 1, f"--truncation is {args.truncation}, wanted 0 to 1")
-    check(0 <= args.eta <= 1, f"--eta is {args.eta}, wanted 0 to 1")
-    check(math.isfinite(args.guidance), f"--guidance is {args.guidance}, wanted a finite number")
+    require(0 < args.truncation <= 1, f"--truncation is {args.truncation}, wanted 0 to 1")
+    require(0 <= args.eta <= 1, f"--eta is {args.eta}, wanted 0 to 1")
+    require(math.isfinite(args.guidance), f"--guidance is {args.guidance}, wanted a finite number")
     model, clip, index, codec = prepare(args, args.backbone or "continuous")
-    check(args.condition != "neighbors" or args.k > 0,
+    require(args.condition != "neighbors" or args.k > 0,
           "--condition neighbors wants --k of 1 or more")
     print(f"guidance {args.guidance:g}")
     if args.image:

@@ -42,7 +42,7 @@ import edit
 import index as retrieval
 import knn_diffusion
 import vqvae
-from clip_model import check
+from clip_model import require
 from knn_diffusion import TransformerConfig, UNetConfig
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
@@ -227,8 +227,8 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
         raise ValueError(f"can't resume from {path}: {reason}") from None
     changed = [f"{name} was {then[name]}, is {value}" for name, value in settings.items()
                if name in then and then[name] != value]
-    check(not changed, f"can't resume from {path}: {'; '.join(changed)}")
-    check(done < steps, f"nothing left to do: {path} has {done} steps, --steps is {steps}")
+    require(not changed, f"can't resume from {path}: {'; '.join(changed)}")
+    require(done < steps, f"nothing left to do: {path} has {done} steps, --steps is {steps}")
     return done
 
 
@@ -301,8 +301,8 @@ def read_captions(path: Path) -> list[dict]:
                 usable = isinstance(rows[-1]["path"], str) and len(rows[-1]["captions"]) > 0
             except (ValueError, KeyError, TypeError):
                 usable = False
-            check(usable, f"{path} line {number} is no row with a path and captions")
-    check(len(rows) > 0, f"{path} is empty")
+            require(usable, f"{path} line {number} is no row with a path and captions")
+    require(len(rows) > 0, f"{path} is empty")
     return rows
 
 
@@ -401,7 +401,7 @@ def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int,
     """Train a CLIP from captions.jsonl; write out/clip.safetensors (EMA) and out/state.pt."""
     weights = out / "clip.safetensors" if resume else init
     model = clip_model.load(weights).requires_grad_(True) if weights else None
-    check(model is None or model.tokenizer is not None, f"no vocabulary was found for {weights}")
+    require(model is None or model.tokenizer is not None, f"no vocabulary was found for {weights}")
     pictures = CaptionedPictures(data, (model.config if model else config).image_size)
     captions = [caption for row in pictures.rows for caption in row["captions"]]
     if model is None:
@@ -491,10 +491,10 @@ def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int,
     weights = out / "vqvae.safetensors" if resume else init
     model = vqvae.load(weights)[0] if weights else vqvae.VQVAE(config)
     config = model.config
-    check(not config.gumbel, "the Gumbel codebook loads and runs here; training it is left out")
+    require(not config.gumbel, "the Gumbel codebook loads and runs here; training it is left out")
     names = [name for name in retrieval.list_images(data) if is_readable(data / name)]
     train_names, test_names = split_by_drawing(names, keep_out)
-    check(len(train_names) > 0, f"no readable picture to train on below {data}")
+    require(len(train_names) > 0, f"no readable picture to train on below {data}")
     pictures = read_pictures(data, train_names, config.image_size)
     tests = read_pictures(data, some(test_names or train_names, 1000), config.image_size)
     model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
@@ -590,7 +590,7 @@ def check_same_files(folder: Path, index: retrieval.Index) -> None:
     readable picture is said and does not count: the index skipped it, too."""
     there, wanted = set(retrieval.list_images(folder)), set(index.paths)
     more = sum(is_readable(folder / name) for name in sorted(there - wanted))
-    check(not (wanted - there or more),
+    require(not (wanted - there or more),
           f"{folder} and the index at {index.folder} do not name the same files: "
           f"{len(wanted - there)} of the index's are missing, {more} of the folder's are not in it")
 
@@ -716,7 +716,7 @@ class SwappedPictures:
                  clip: clip_model.CLIP, size: int, k: int, per_picture: int, seed: int,
                  cache: Path) -> None:
         check_same_files(folder, swap_index)
-        check(len(swap_index) > 1, f"{folder} holds one picture, and a swap wants another one")
+        require(len(swap_index) > 1, f"{folder} holds one picture, and a swap wants another one")
         self.index, self.embeddings = index, index.embeddings
         self.pictures = read_pictures(folder, swap_index.paths, size)
         self.partner = retrieval.neighbor_table(swap_index, 1)[:, 0]       # (N,), never itself
@@ -783,15 +783,15 @@ def start_model(what: str, weights: Path | None, config: UNetConfig | Transforme
     model, metadata = knn_diffusion.load(weights)
     config, E = model.config, index.rows.shape[1]
     if kind:                                                 # `edit` takes either kind
-        check(type(model) is kind and not config.edit,
+        require(type(model) is kind and not config.edit,
               f"{weights} holds a {type(model).__name__}{' that edits' * config.edit}, "
               f"{what} wants a {kind.__name__}")
     wanted, found = metadata.get("clip", ""), index.manifest.get("encoder_hash", "")
-    check(config.embed_dim == E and wanted in ("", found),
+    require(config.embed_dim == E and wanted in ("", found),
           f"{weights} was trained with the CLIP {wanted or 'of an unknown name'} "
           f"({config.embed_dim} dimensions), the index at {index.folder} was made by "
           f"{found or 'an unknown one'} ({E} dimensions)")
-    check(k in (None, config.n_neighbors),
+    require(k in (None, config.n_neighbors),
           f"{weights} has {config.n_neighbors} neighbours, --k is {k}")
     if what == "edit" and not config.edit:
         return knn_diffusion.widened(model)
@@ -891,7 +891,7 @@ def train_diffusion(what: str, data: Path, out: Path, index: retrieval.Index,
 def check_tokens(config: TransformerConfig, codec: vqvae.VQVAEConfig) -> None:
     """Raise ValueError where a transformer and a VQ-VAE do not speak the same tokens."""
     side = config.image_size // codec.factor
-    check((config.tokens_a_side, config.n_codes) == (side, codec.n_codes),
+    require((config.tokens_a_side, config.n_codes) == (side, codec.n_codes),
           f"the transformer draws {config.tokens_a_side}x{config.tokens_a_side} tokens of "
           f"{config.n_codes}, the VQ-VAE makes {side}x{side} of {codec.n_codes} from "
           f"{config.image_size} px")
@@ -966,27 +966,27 @@ def run(args: argparse.Namespace, command: str) -> None:
     presets = {"clip": {"stickers": clip_model.STICKERS}, "vqvae": vqvae.PRESETS,
                "continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS,
                "edit": {"stickers": None}}                     # an editing model keeps its sizes
-    check(args.preset in presets[args.what],
+    require(args.preset in presets[args.what],
           f"no preset {args.preset!r} for {args.what}; there is {', '.join(presets[args.what])}")
     config = presets[args.what][args.preset]
     steps, batch_size, lr = (DEFAULTS[args.what][name] if getattr(args, name) is None
                              else getattr(args, name) for name in ("steps", "batch_size", "lr"))
     k = 10 if args.k is None else args.k
-    check(steps >= 1 and batch_size >= 1 and lr > 0 and k >= 1 and 0 <= args.seed < 2**63 and
+    require(steps >= 1 and batch_size >= 1 and lr > 0 and k >= 1 and 0 <= args.seed < 2**63 and
           args.swaps >= 1 and args.keep_out >= 0 and args.keep_out != 1 and
           (args.minutes is None or args.minutes > 0),
           "--steps, --batch-size, --k, --swaps want 1 or more, --lr and --minutes more than 0, "
           "--seed 0 to 2^63 - 1, --keep-out 0 or 2 and more")
-    check(not args.resume or (args.out / "state.pt").is_file(),
+    require(not args.resume or (args.out / "state.pt").is_file(),
           f"nothing to resume: {args.out / 'state.pt'} does not exist")
-    check(args.out.is_dir() or not args.out.exists(),
+    require(args.out.is_dir() or not args.out.exists(),
           f"{args.out} is a file, wanted a folder to write")
     device = clip_model.pick_device(args.device)
     common = dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed, resume=args.resume,
                   init=args.init, minutes=args.minutes, device=device, bf16=not args.no_bf16,
                   command=command)
     if args.what == "clip":
-        check((args.data / "captions.jsonl").is_file(), f"no captions.jsonl in {args.data}")
+        require((args.data / "captions.jsonl").is_file(), f"no captions.jsonl in {args.data}")
         train_clip(args.data, args.out, config, **common)
     elif args.what == "vqvae":
         train_vqvae(args.data, args.out, config, args.keep_out, **common)
@@ -1010,7 +1010,7 @@ def open_codec(args: argparse.Namespace, config: TransformerConfig
                ) -> tuple[vqvae.VQVAE, TransformerConfig]:
     """The VQ-VAE, and the transformer's config with its tokens, said where they are others."""
     wanted = f"{config.tokens_a_side}x{config.tokens_a_side} tokens of {config.n_codes}"
-    check(args.vqvae is not None or args.preset == "stickers", f"preset {args.preset} wants "
+    require(args.vqvae is not None or args.preset == "stickers", f"preset {args.preset} wants "
           f"--vqvae, of {wanted} from {config.image_size} px; the stickers' is another size")
     codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0]
     side, n_codes = config.image_size // codec.config.factor, codec.config.n_codes
@@ -1022,7 +1022,7 @@ def open_codec(args: argparse.Namespace, config: TransformerConfig
 
 def train_edit(args: argparse.Namespace, common: dict) -> None:
     """`train_diffusion` with swaps, after their files are opened and found to belong together."""
-    check(args.swap_index is not None, "edit wants --swap-index, an index of the pictures in "
+    require(args.swap_index is not None, "edit wants --swap-index, an index of the pictures in "
                                        "--data (python index.py build makes one)")
     common["init"] = args.init or SHIPPED / "continuous.safetensors"
     clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(common["device"])

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import FORMAT, check, load_model, read_tensors, save_model
+from clip_model import FORMAT, load_model, read_tensors, require, save_model
 
 # ---------------------------------------------------------------- configuration
 
@@ -290,7 +290,7 @@ class VQVAE(nn.Module):
         """x (B, 3, H, W) in [-1, 1] → tokens int64 (B, L), row by row. H and W are multiples of
         `config.factor`."""
         factor = self.config.factor
-        check(x.ndim == 4 and x.shape[-1] % factor == x.shape[-2] % factor == 0,
+        require(x.ndim == 4 and x.shape[-1] % factor == x.shape[-2] % factor == 0,
               f"pictures have shape {tuple(x.shape)}, wanted (B, 3, H, W), multiples of {factor}")
         return self.quantize.nearest(self.latents(x))
 
@@ -299,9 +299,9 @@ class VQVAE(nn.Module):
         default √L. Raises ValueError for tokens that fill no rows, or are no codes (MASK = V)."""
         height = height or math.isqrt(tokens.shape[1])
         highest = int(tokens.max())
-        check(highest < self.config.n_codes,
+        require(highest < self.config.n_codes,
               f"token {highest}, but the codes are 0 to {self.config.n_codes - 1} (MASK is none)")
-        check(height > 0 and tokens.shape[1] % height == 0,
+        require(height > 0 and tokens.shape[1] % height == 0,
               f"{tokens.shape[1]} tokens do not fill {height} rows")
         e = self.quantize.vectors(tokens)                              # (B, L, E)
         return self.from_vectors(e.transpose(1, 2).unflatten(2, (height, -1)))
@@ -367,7 +367,7 @@ def fingerprint(model: VQVAE) -> str:
 def sizes_from_shapes(tensors: dict[str, Tensor]) -> VQVAEConfig:
     """The config of weights in taming's names; 32 groups, as all of theirs have."""
     def shape(name: str) -> tuple[int, ...]:
-        check(name in tensors, f"it lacks {name}")
+        require(name in tensors, f"it lacks {name}")
         return tuple(tensors[name].shape)
 
     def has(prefix: str) -> bool:

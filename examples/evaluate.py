@@ -41,7 +41,7 @@ import knn_diffusion  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 import vqvae  # noqa: E402
-from clip_model import check  # noqa: E402
+from clip_model import require  # noqa: E402
 
 STYLES = ("flat", "outlined")
 BACKGROUNDS = ("white", "black", "red", "green", "blue", "yellow", "purple", "orange", "pink",
@@ -263,7 +263,7 @@ class Bench:
             if text.startswith(name + " ") and not self.groups_named(text):
                 text, style = text[len(name) + 1:], name
         groups = self.groups_named(text)
-        check(len(groups) > 0, f"the judge knows no sticker called {text!r}")
+        require(len(groups) > 0, f"the judge knows no sticker called {text!r}")
         return groups, style, colour
 
     def groups_named(self, text: str) -> set[int]:
@@ -272,7 +272,7 @@ class Bench:
 
 def open_bench(path: Path) -> Bench:
     judge, metadata = clip_model.load_model(path, {"Judge": (Judge, JudgeConfig)})
-    check({"concepts", "accuracy"} <= set(metadata),
+    require({"concepts", "accuracy"} <= set(metadata),
           f"{path} has no table of concepts: it was not written by train-judge")
     table = json.loads(metadata["concepts"])
     return Bench(judge, {c: group for c, (group, _) in table.items()},
@@ -287,13 +287,13 @@ def judge_folder(args: argparse.Namespace) -> None:
     given = [line.strip() for line in lines if line.strip()]
     files = sorted(args.singles.glob("[0-9]*-[0-9]*.png"))
     numbers, prompts = [int(file.stem.split("-")[0]) for file in files], []
-    check(files and set(numbers) == set(range(len(given) or len(set(numbers)))),
+    require(files and set(numbers) == set(range(len(given) or len(set(numbers)))),
           f"{args.singles} does not hold a picture for each of the prompts")
     for file, number in zip(files, numbers):
         parameters = Image.open(file).info.get("parameters")
         own = json.loads(parameters)["prompt"] if parameters else None
-        check(own or given, f"{file} does not say what it was drawn for: name its --prompts")
-        check(not given or own in (None, given[number]),
+        require(own or given, f"{file} does not say what it was drawn for: name its --prompts")
+        require(not given or own in (None, given[number]),
               f"{file} was drawn for {own!r}, which is not line {number + 1} of the prompts")
         prompts.append(own or given[number])
     pictures = [clip_model.read_image(file) for file in files]
@@ -563,11 +563,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.n is None:
         args.n = 100 if args.what == "swap" else 200
     try:
-        check((args.steps is None or args.steps >= 1) and args.n >= 1 and args.seed >= 0,
+        require((args.steps is None or args.steps >= 1) and args.n >= 1 and args.seed >= 0,
               "--steps and --n want 1 or more, --seed 0 or more")
-        check(args.what != "train-judge" or args.steps >= 20,
+        require(args.what != "train-judge" or args.steps >= 20,
               "train-judge wants 20 --steps or more")
-        check(args.what != "judge" or args.singles, "judge wants --singles DIR")
+        require(args.what != "judge" or args.singles, "judge wants --singles DIR")
         {"clip": evaluate_clip, "vqvae": evaluate_vqvae, "train-judge": train_judge,
          "judge": judge_folder, "table": table, "steps": steps, "swap": swap}[args.what](args)
     except (ValueError, FileNotFoundError) as error:

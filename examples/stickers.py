@@ -120,7 +120,7 @@ class OutlinedArtist:
         text = emoji.char
         if len(text.replace("\ufe0f", "")) > 1:
             # A sequence the font knows is one glyph wide; else its parts stand side by side.
-            if not features.check("raqm") or self.font.getlength(text) > 1.5 * self.advance:
+            if not features.require("raqm") or self.font.getlength(text) > 1.5 * self.advance:
                 return None
         picture = self.bitmap(text)
         if picture.tobytes() == self.missing.tobytes():
@@ -354,7 +354,7 @@ def main(argv: list[str] | None = None) -> int:
     drawings, skipped = all_drawings()
     print(f"{len(drawings)} drawings; skipped: {skipped['flat']} flat, "
           f"{skipped['outlined']} outlined")
-    if not features.check("raqm"):
+    if not features.require("raqm"):
         print("this Pillow has no RAQM: outlined sequences (families, flags, keycaps) are skipped")
     for folder in ("images/flat", "images/outlined", "heldout/outlined", "scenes"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
