@@ -15,38 +15,12 @@ import index as retrieval
 import knn_diffusion
 
 CLIP_CONFIG = clip_model.ClipConfig(
-    embed_dim=16,
-    image_size=16,
-    patch_size=8,
-    vision_width=32,
-    vision_layers=2,
-    vision_heads=2,
-    context_length=12,
-    vocab_size=517,
-    text_width=32,
-    text_layers=2,
-    text_heads=2,
-)
+    embed_dim=16, image_size=16, patch_size=8, vision_width=32, vision_layers=2, vision_heads=2,
+    context_length=12, vocab_size=517, text_width=32, text_layers=2, text_heads=2)
 UNET_CONFIG = knn_diffusion.UNetConfig(
-    image_size=16,
-    embed_dim=16,
-    n_neighbors=3,
-    widths=(16, 32),
-    blocks=1,
-    norm_groups=4,
-    head_channels=8,
-    condition_width=24,
-    time_width=24,
-    attention=(8, 4),
-    self_attention=(4,),
-    dropout=0.0,
-    T=100,
-    target="v",
-    learned_variance=False,
-    unshuffle=2,
-    position_map=True,
-    query_map=4, query_hidden=24,
-)
+    image_size=16, embed_dim=16, n_neighbors=3, widths=(16, 32), blocks=1, norm_groups=4,
+    head_channels=8, condition_width=24, time_width=24, attention=(8, 4), self_attention=(4,),
+    dropout=0.0, T=100, target="v", unshuffle=2, position_map=True, query_map=4, query_hidden=24)
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
