@@ -4,9 +4,11 @@
     vqvae          what tokens keep of the drawings that the VQ-VAE was not trained on
     train-judge    train the judge from the drawings (needs requirements-dev.txt)
     judge          name what is in a folder of `sample.py --singles`, against its prompts
-    table          200 prompts through sample.py's functions: conditions, k, baselines
+    table          200 prompts: the method, its parts, baselines (--baseline), the nearest picture
+    unseen         prompts whose pair of drawing and background no picture of the index has
     steps          the same prompts with 100, 50, 25 and 10 sampling steps: quality and time
-    swap           100 held-out prompts, the default index against index-heldout
+    swap           held-out prompts with the default index, index-heldout and both
+    copies         how near samples come to the training pictures
 
 The judge is a small convolutional classifier of concept, style and background colour. It is trained
 on the drawings alone with its own shifts, turns, colours and blurs, and it never trains or steers
@@ -230,24 +232,25 @@ class Bench:
     names: dict[str, list[str]]          # concept -> names
     accuracy: str                        # measured after its training
 
-    def verdict(self, pictures: list[Image.Image], prompts: list[str]) -> dict[str, float]:
-        """Shares of pictures whose concept (top 1, top 5), style and background are the prompt's.
-
-        A prompt that names no style, or no background, does not count there.
-        """
+    def hits(self, pictures: list[Image.Image], prompts: list[str]) -> dict[str, list[bool]]:
+        """Whether each picture has its prompt's concept (top1, top5), style and background, and
+        style and concept (top 5) both. A prompt that names no style, or no background, does not
+        count there."""
         with torch.no_grad():
             concept, style, background = self.judge(to_unit(pictures))
-        asked = [self.parse(prompt) for prompt in prompts]
         top = concept.topk(5).indices.tolist()
-        hits: dict[str, list[bool]] = {"top1": [], "top5": [], "style": [], "background": []}
-        for i, (groups, asked_style, asked_background) in enumerate(asked):
+        hits: dict[str, list[bool]] = {
+            name: [] for name in ("top1", "top5", "background", "style", "both")}
+        for i, prompt in enumerate(prompts):
+            groups, asked_style, asked_background = self.parse(prompt)
             hits["top1"].append(top[i][0] in groups)
-            hits["top5"].append(any(group in groups for group in top[i]))
+            hits["top5"].append(bool(groups & set(top[i])))
             if asked_style:
                 hits["style"].append(STYLES[style[i].argmax()] == asked_style)
+                hits["both"].append(hits["style"][-1] and hits["top5"][-1])
             if asked_background:
                 hits["background"].append(BACKGROUNDS[background[i].argmax()] == asked_background)
-        return {name: sum(values) / len(values) for name, values in hits.items() if values}
+        return {name: values for name, values in hits.items() if values}
 
     def parse(self, prompt: str) -> tuple[set[int], str | None, str | None]:
         """[STYLE] NAME [on a COLOUR background] -> groups the name stands for, style, colour."""
@@ -303,7 +306,7 @@ def judge_folder(args: argparse.Namespace) -> None:
     for file, prompt, group in zip(files, prompts, best):
         right = "right" if group in bench.parse(prompt)[0] else "wrong"
         print(f"{file.name}\t{right}\t{prompt}\tjudge says: {bench.names[named[group]][0]}")
-    shares = bench.verdict(pictures, prompts)
+    shares = {name: np.mean(x) for name, x in bench.hits(pictures, prompts).items()}
     print(f"n = {len(files)}: " + "  ".join(f"{name} {x:.1%}" for name, x in shares.items()))
 
 
@@ -403,22 +406,39 @@ def evaluate_vqvae(args: argparse.Namespace) -> None:
 
 # ---------------------------------------------------------------- generation
 
-def pick_prompts(data: Path, n: int, seed: int, held_out: bool) -> list[str]:
-    """n prompts "NAME on a COLOUR background", concepts drawn without flags and, unless asked for,
-    without the held-out corner's categories; held-out ones start with "outlined"."""
-    rows = [row for row in read_rows(data) if row.get("plain") or "parts" not in row]
+def pick_prompts(data: Path, names: dict[str, list[str]], n: int, seed: int,
+                 held_out: bool = False, unseen: bool = False) -> list[str]:
+    """n prompts "NAME on a COLOUR background", flags left out. Concepts are those outside the
+    held-out corner, or those inside: then prompts start with "outlined". unseen: the colour is one
+    that no picture of the concept in images/ has. names: concept -> names, the first is used."""
+    rows = [row for row in read_rows(data) if "parts" not in row]
     held = {row["concept"] for row in rows if row["path"].startswith("heldout/")}
-    names = {row["concept"]: row["captions"][0] for row in rows if row["category"] != "Flags"}
-    concepts = sorted(c for c in names if (c in held) == held_out)
+    wanted = {row["concept"] for row in rows if row["category"] != "Flags"}
+    concepts = sorted(c for c in wanted if (c in held) == held_out)
+    there = {(row["concept"], row["background"]) for row in rows if unseen}
     rng = np.random.default_rng(seed)
-    chosen = [concepts[i] for i in rng.permutation(len(concepts))[:n]]
-    prompts = []
-    for concept in chosen:
-        colour = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    prompts: list[str] = []
+    for i in rng.permutation(len(concepts)):
+        left = [c for c in BACKGROUNDS if (concepts[i], c) not in there]
+        if not left or len(prompts) == n:
+            continue
+        colour = left[rng.integers(len(left))]
         article = "an" if colour == "orange" else "a"
         style = "outlined " if held_out else ""
-        prompts.append(f"{style}{names[concept]} on {article} {colour} background")
+        prompts.append(f"{style}{names[concepts[i]][0]} on {article} {colour} background")
     return prompts
+
+
+class Union:
+    """Two indexes searched as one."""
+
+    def __init__(self, *indexes: retrieval.Index) -> None:
+        self.rows = np.concatenate([index.rows[:] for index in indexes])
+        self.paths = [path for index in indexes for path in index.paths]
+
+    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        found = (queries @ torch.from_numpy(self.rows).float().T).topk(k)
+        return found.values, found.indices
 
 
 @dataclass
@@ -426,21 +446,23 @@ class Maker:
     """A generator with its CLIP and an index: prompts in, pictures out."""
     model: knn_diffusion.UNet | knn_diffusion.TokenTransformer
     clip: clip_model.CLIP
-    index: retrieval.Index
+    index: retrieval.Index | Union
     codec: vqvae.VQVAE | None                       # of a transformer
 
     def draw(self, prompts: list[str], args: argparse.Namespace, k: int = 10,
-             condition: str = "both", query: str = "nearest") -> list[Image.Image]:
+             condition: str = "both", query: str = "text", others: bool = False,
+             alone: bool = False, next_seed: bool = False) -> list[Image.Image]:
+        """One picture per prompt. others: each prompt gets another one's neighbours; alone: the
+        query is chosen with them and then stands alone."""
         queries = self.clip.embed_texts(prompts)
         query, neighbors, _, _ = sample.condition_on(queries, self.index, k, condition, query)
-        sampler = {"order" if self.codec else "sampler": args.sampler} if args.sampler else {}
-        return sample.generate(self.model, query, neighbors, [args.seed] * len(prompts), 50,
-                               self.codec, steps=args.steps, guidance=args.guidance, **sampler)
-
-    def clip_score(self, pictures: list[Image.Image], prompts: list[str]) -> float:
-        """Mean cosine of the pictures with their prompts, by the same CLIP that steered them."""
-        images, texts = self.clip.embed_pictures(pictures), self.clip.embed_texts(prompts)
-        return (images * texts).sum(1).mean().item()
+        if others:
+            neighbors = neighbors.roll(1, 0)
+        neighbors = None if alone else neighbors
+        seeds = [args.seed + next_seed] * len(prompts)
+        sampler = {"sampler": args.sampler} if args.sampler else {}
+        return sample.generate(self.model, query, neighbors, seeds, 50, self.codec,
+                               steps=args.steps, guidance=args.guidance, **sampler)
 
 
 def open_maker(args: argparse.Namespace, weights: Path, index_path: Path) -> Maker:
@@ -450,107 +472,169 @@ def open_maker(args: argparse.Namespace, weights: Path, index_path: Path) -> Mak
     return Maker(model, clip, index, codec)
 
 
-def print_protocol(args: argparse.Namespace, bench: Bench, n: int, what: str) -> None:
-    print(f"{n} {what}, one sample each from seed {args.seed}, {args.steps} steps of the "
-          f"{args.sampler or 'default'} sampler, guidance {args.guidance:g}, {args.weights}, "
-          f"{args.clip}, {args.index}.\n"
-          f"A share's standard error is {50 / n ** 0.5:.1f} points at 50 %. CLIP: mean cosine with "
-          "the prompt, by the CLIP that steers, for information.\n"
+def interval(hits: list[bool]) -> str:
+    """The share, and where 95 % of 2,000 shares of as many prompts drawn anew lie (bootstrap)."""
+    draws = np.random.default_rng(0).integers(len(hits), size=(2000, len(hits)))
+    low, high = np.quantile(np.array(hits)[draws].mean(1), (0.025, 0.975))
+    return f"{np.mean(hits):.1%} ({100 * low:.0f}–{100 * high:.0f})"
+
+
+COLUMNS = {"top1": "concept top 1", "top5": "top 5", "background": "background"}
+SWAP_COLUMNS = {"top5": "concept top 5", "style": "style", "both": "both"}
+
+
+def print_head(args: argparse.Namespace, bench: Bench, n: int, columns: dict[str, str]) -> None:
+    print(f"{n} prompts, one sample each from seed {args.seed}, {args.steps} steps of the "
+          f"{args.sampler or 'default'} sampler, guidance {args.guidance:g}, "
+          f"{args.weights.name}. In brackets: 95 % of a bootstrap over the prompts.\n"
           f"The judge {bench.accuracy}.\n")
-    print("| | concept top 1 | top 5 | background | style | CLIP |\n|---|---|---|---|---|---|")
+    print(f"| | {' | '.join(columns.values())} |\n|---|{'---|' * len(columns)}")
 
 
-def print_row(label: str, bench: Bench, maker: Maker, pictures: list[Image.Image],
-              prompts: list[str]) -> None:
-    shares = bench.verdict(pictures, prompts)
-    cells = [f"{shares[name]:.1%}" if name in shares else "" for name in
-             ("top1", "top5", "background", "style")]
-    cells.append(f"{maker.clip_score(pictures, prompts):.3f}")
-    print(f"| {label} | {' | '.join(cells)} |", flush=True)
+def print_row(label: str, bench: Bench, pictures: list[Image.Image], prompts: list[str],
+              columns: dict[str, str] = COLUMNS) -> None:
+    hits = bench.hits(pictures, prompts)
+    print(f"| {label} | {' | '.join(interval(hits[name]) for name in columns)} |", flush=True)
+
+
+ROWS = {"text and 10 neighbours (the method)": {},
+        "text alone": {"condition": "query"},
+        "10 neighbours alone": {"condition": "neighbors"},
+        "text and another prompt's neighbours": {"others": True},
+        "nearest picture as query, 10 neighbours": {"query": "nearest"},
+        "nearest picture as query, no neighbours": {"query": "nearest", "alone": True},
+        "text and 1 neighbour": {"k": 1}, "text and 5": {"k": 5}, "text and 20": {"k": 20}}
 
 
 def table(args: argparse.Namespace) -> None:
-    """The generation table: conditions and k of one set of weights, no-kNN, the nearest picture."""
+    """The method, its parts, models trained without (--baseline), and the nearest picture."""
     bench = open_bench(args.judge)
     maker = open_maker(args, args.weights, args.index)
-    other = open_maker(args, args.baseline, args.index) if args.baseline else None
-    prompts = pick_prompts(args.data, args.n, args.seed, held_out=False)
-    print_protocol(args, bench, len(prompts), "prompts")
-    for label, options in (("10 neighbours, the nearest as query", {}),
-                           ("10 neighbours, the text as query", {"query": "text"}),
-                           ("the text only", {"condition": "query"}),
-                           ("10 neighbours only", {"condition": "neighbors"}),
-                           ("1 neighbour, also as query", {"k": 1}),
-                           ("5 neighbours, the nearest as query", {"k": 5}),
-                           ("20 neighbours, the nearest as query", {"k": 20})
-                           )[: 1 if args.quick else None]:
-        print_row(label, bench, maker, maker.draw(prompts, args, **options), prompts)
-    if other:
-        pictures = other.draw(prompts, args, condition="query")
-        print_row("no-kNN model", bench, maker, pictures, prompts)
+    prompts = pick_prompts(args.data, bench.names, args.n, args.seed)
+    print_head(args, bench, len(prompts), COLUMNS)
+    drawn = {}
+    for label, options in list(ROWS.items())[: 1 if args.quick else None]:
+        drawn[label] = maker.draw(prompts, args, **options)
+        print_row(label, bench, drawn[label], prompts)
+    for path in args.baseline:
+        other = open_maker(args, path, args.index)
+        condition = clip_model.read_weights(path)[1].get("condition", "both")
+        print_row(f"{path.parent.name}: trained with --condition {condition}", bench,
+                  other.draw(prompts, args, condition=condition), prompts)
     _, ids = maker.index.search(maker.clip.embed_texts(prompts), 1)
     nearest = retrieval.neighbor_pictures(maker.index, ids[:, 0].tolist())
-    if all(picture is not None for picture in nearest):
-        print_row("the nearest picture itself", bench, maker, nearest, prompts)
-    else:
-        print("the nearest pictures are not at hand: run stickers.py", file=sys.stderr)
+    if None not in nearest:
+        print_row("the nearest picture itself", bench, nearest, prompts)
+    if not args.quick:
+        first, *_ = drawn.values()
+        others = drawn["text and another prompt's neighbours"]
+        print("\nmean difference from the first row, of 255: another prompt's neighbours "
+              f"{difference(first, others):.1f}, another seed "
+              f"{difference(first, maker.draw(prompts, args, next_seed=True)):.1f}")
+
+
+def difference(some: list[Image.Image], others: list[Image.Image]) -> float:
+    pairs = zip(some, others)
+    return float(np.mean([np.abs(np.asarray(a, float) - np.asarray(b)).mean() for a, b in pairs]))
+
+
+def unseen(args: argparse.Namespace) -> None:
+    """Pairs of drawing and background that retrieval alone can not show."""
+    bench, maker = open_bench(args.judge), open_maker(args, args.weights, args.index)
+    prompts = pick_prompts(args.data, bench.names, args.n, args.seed, unseen=True)
+    print_head(args, bench, len(prompts), COLUMNS)
+    print_row("text and 10 neighbours", bench, maker.draw(prompts, args), prompts)
+    _, ids = maker.index.search(maker.clip.embed_texts(prompts), 1)
+    nearest = retrieval.neighbor_pictures(maker.index, ids[:, 0].tolist())
+    if None not in nearest:
+        print_row("the nearest picture itself", bench, nearest, prompts)
 
 
 def steps(args: argparse.Namespace) -> None:
     """Quality and time by the number of sampling steps."""
-    bench = open_bench(args.judge)
-    maker = open_maker(args, args.weights, args.index)
-    prompts = pick_prompts(args.data, args.n, args.seed, held_out=False)
+    bench, maker = open_bench(args.judge), open_maker(args, args.weights, args.index)
+    prompts = pick_prompts(args.data, bench.names, args.n, args.seed)
     counts = [100, 50, 25, 10]
     args.steps = " / ".join(map(str, counts))
-    print_protocol(args, bench, len(prompts), "prompts")
+    print_head(args, bench, len(prompts), COLUMNS)
     maker.draw(prompts[:2], argparse.Namespace(**{**vars(args), "steps": 2}))          # warm up
     for args.steps in counts:
         start = time.perf_counter()
         pictures = maker.draw(prompts, args)
-        seconds = time.perf_counter() - start
-        print_row(f"{args.steps} steps, {1e3 * seconds / len(prompts):.0f} ms a picture", bench,
-                  maker, pictures, prompts)
+        milliseconds = 1e3 * (time.perf_counter() - start) / len(prompts)
+        print_row(f"{args.steps} steps, {milliseconds:.0f} ms per picture", bench, pictures,
+                  prompts)
 
 
 def swap(args: argparse.Namespace) -> None:
-    """The same held-out prompts, weights and seeds with the default index and with the other."""
-    bench = open_bench(args.judge)
-    prompts = pick_prompts(args.data, args.n, args.seed, held_out=True)
-    makers = {folder: open_maker(args, args.weights, folder)
-              for folder in (args.index, args.heldout_index)}
-    print_protocol(args, bench, len(prompts), "held-out prompts")
-    for folder, maker in makers.items():
-        for label, options in (("the nearest as query", {}), ("the text as query",
-                                                              {"query": "text"}),
-                               ("neighbours only", {"condition": "neighbors"})):
-            print_row(f"{folder.name}, {label}", bench, maker,
-                      maker.draw(prompts, args, **options), prompts)
+    """The same held-out prompts, weights and seeds with three indexes."""
+    bench, maker = open_bench(args.judge), open_maker(args, args.weights, args.index)
+    prompts = pick_prompts(args.data, bench.names, args.n, args.seed, held_out=True)
+    default, heldout = maker.index, retrieval.open_index(args.heldout_index)
+    print_head(args, bench, len(prompts), SWAP_COLUMNS)
+    for label, maker.index in (("the default index", default), ("index-heldout", heldout),
+                               ("both in one", Union(default, heldout))):
+        print_row(label, bench, maker.draw(prompts, args), prompts, SWAP_COLUMNS)
+
+
+def copies(args: argparse.Namespace) -> None:
+    """How far samples, and training pictures, are from the nearest (other) training picture."""
+    maker = open_maker(args, args.weights, args.index)
+    names = open_bench(args.judge).names
+    drawn = maker.draw(pick_prompts(args.data, names, args.n, args.seed), args)
+    ids = np.random.default_rng(args.seed).permutation(len(maker.index.paths))
+    pictures = [clip_model.read_image(args.data / "images" / path) for path in maker.index.paths]
+    pixels = to_unit(pictures).flatten(1)
+    rows = torch.from_numpy(maker.index.rows[:]).float()
+    some = torch.from_numpy(ids[:1000])
+    shown = to_unit(drawn).flatten(1)
+    embedded = maker.clip.embed_pictures(drawn)
+    print("| distance | of samples, median | of training pictures to each other, median, nearest "
+          "5 % | samples nearer than those 5 % |\n|---|---|---|---|")
+    for label, samples, every in (("pixels, root mean square", shown, pixels),
+                                  ("CLIP, root of 2 − 2 cosine", embedded, rows)):
+        scale = every.shape[1] ** 0.5 if every is pixels else 1.0
+        own = torch.cdist(every[some], every)
+        own[torch.arange(len(some)), some] = torch.inf
+        own, far = own.amin(1) / scale, torch.cdist(samples, every).amin(1) / scale
+        limit = own.quantile(0.05)
+        print(f"| {label} | {far.median():.3f} | {own.median():.3f}, {limit:.3f} | "
+              f"{(far < limit).float().mean():.1%} |")
+    nearest = torch.cdist(shown, pixels).argmin(1).tolist()
+    if args.grid:
+        chosen = range(12)
+        clip_model.grid([[drawn[i] for i in chosen], [pictures[nearest[i]] for i in chosen]],
+                        64).save(args.grid)
+        print(f"wrote {args.grid}: samples over the training pictures nearest by pixels")
 
 
 # ---------------------------------------------------------------- the command
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["clip", "vqvae", "train-judge", "judge", "table",
-                                         "steps", "swap"])
+    kinds = {"clip": evaluate_clip, "vqvae": evaluate_vqvae, "train-judge": train_judge,
+             "judge": judge_folder, "table": table, "unseen": unseen, "steps": steps, "swap": swap,
+             "copies": copies}
+    parser.add_argument("what", choices=kinds)
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "stickers")
     parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     parser.add_argument("--weights", type=Path, default=SHIPPED / "continuous.safetensors")
     parser.add_argument("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors")
-    parser.add_argument("--baseline", type=Path, help="table: weights of the no-kNN model")
+    parser.add_argument("--baseline", type=Path, nargs="+", default=[],
+                        help="table: weights of other models, trained with --condition query, say")
     parser.add_argument("--index", type=Path, default=SHIPPED / "index")
     parser.add_argument("--heldout-index", type=Path, default=SHIPPED / "index-heldout")
     parser.add_argument("--judge", type=Path, default=SHIPPED / "judge.safetensors")
     parser.add_argument("--singles", type=Path, help="judge: a folder of sample.py --singles")
     parser.add_argument("--prompts", type=Path, help="judge: its prompts, one a line")
-    parser.add_argument("--n", type=int, help="prompts (default: swap 100, else 200)")
+    parser.add_argument("--n", type=int, help="prompts (default: swap all, else 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=2.0)
     parser.add_argument("--sampler", help="as sample.py's")
     parser.add_argument("--quick", action="store_true", help="table: the first row only")
     parser.add_argument("--grid", type=Path, help="vqvae: also draw twelve pictures of each style "
-                        "over their reconstructions into this PNG")
+                        "over their reconstructions into this PNG; copies: twelve samples over the "
+                        "nearest training pictures")
     parser.add_argument("--steps", type=int, help="of sampling (default: continuous 20, discrete "
                         "25), or of the judge (1500)")
     parser.add_argument("--out", type=Path, default=Path("judge.safetensors"),
@@ -561,15 +645,14 @@ def main(argv: list[str] | None = None) -> int:
     if args.steps is None and args.what == "train-judge":
         args.steps = 1500
     if args.n is None:
-        args.n = 100 if args.what == "swap" else 200
+        args.n = 10_000 if args.what == "swap" else 200
     try:
         require((args.steps is None or args.steps >= 1) and args.n >= 1 and args.seed >= 0,
               "--steps and --n want 1 or more, --seed 0 or more")
         require(args.what != "train-judge" or args.steps >= 20,
               "train-judge wants 20 --steps or more")
         require(args.what != "judge" or args.singles, "judge wants --singles DIR")
-        {"clip": evaluate_clip, "vqvae": evaluate_vqvae, "train-judge": train_judge,
-         "judge": judge_folder, "table": table, "steps": steps, "swap": swap}[args.what](args)
+        kinds[args.what](args)
     except (ValueError, FileNotFoundError) as error:
         print(error, file=sys.stderr)
         return 2

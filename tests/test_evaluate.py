@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import evaluate
 import numpy as np
@@ -62,8 +63,19 @@ def test_an_unknown_name_is_refused():
 def test_shares_count_only_what_a_prompt_names():
     pictures = [Image.new("RGB", (64, 64), code) for code in ((0, 1, 2), (3, 0, 2), (5, 0, 0))]
     prompts = ["outlined fox on a red background", "fox on a blue background", "man"]
-    shares = bench().verdict(pictures, prompts)
-    assert shares == {"top1": pytest.approx(1 / 3), "top5": 1.0, "style": 1.0, "background": 0.5}
+    assert bench().hits(pictures, prompts) == {
+        "top1": [True, False, False], "top5": [True] * 3, "style": [True], "both": [True],
+        "background": [True, False]}
+
+
+def test_an_interval_holds_its_share_and_narrows_with_the_root_of_n():
+    def width(n):
+        share, low, high = map(float, re.findall(r"[\d.]+", evaluate.interval([True, False] * n)))
+        assert low < share == 50 < high
+        return high - low
+
+    assert width(50) == pytest.approx(2 * 1.96 * 5, abs=2.5)
+    assert width(5000) == pytest.approx(2, abs=1)
 
 
 def test_near_identical_drawings_join_and_others_stay_apart():
@@ -114,37 +126,34 @@ def test_the_judge_can_learn():
     assert (colour.argmax(1) == background).float().mean() > 0.6
 
 
-def test_prompts_leave_out_flags_and_the_held_out_corner(tmp_path):
-    import json
+def test_prompts_leave_out_flags_and_the_held_out_corner_and_seen_pairs(tmp_path):
+    def row(folder, concept, category, background="white"):
+        return {"path": f"{folder}/{concept}-0.png", "concept": concept, "category": category,
+                "background": background, "captions": [concept]}
 
-    rows = [
-        {
-            "path": f"images/flat/{c}-0.png",
-            "concept": c,
-            "category": g,
-            "plain": True,
-            "captions": [c],
-        }
-        for c, g in (("es", "Flags"), ("car", "Travel"), ("fox", "Animals"))
-    ]
-    rows.append(
-        {
-            "path": "heldout/outlined/fox-0.png",
-            "concept": "fox",
-            "category": "Animals",
-            "plain": True,
-            "captions": ["fox"],
-        }
-    )
+    seen = [c for c in evaluate.BACKGROUNDS if c != "pink"]
+    rows = [row("images/flat", "es", "Flags"), row("images/flat", "fox", "Animals"),
+            row("heldout/outlined", "fox", "Animals")]
+    rows += [row("images/flat", "car", "Travel", colour) for colour in seen]
     (tmp_path / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    inside = evaluate.pick_prompts(tmp_path, 9, 0, held_out=False)
-    outside = evaluate.pick_prompts(tmp_path, 9, 0, held_out=True)
-    assert (
-        len(inside) == 1 and inside[0].startswith("car on a") and inside[0].endswith("background")
-    )
-    assert len(outside) == 1 and outside[0].startswith("outlined fox on a")
-    assert inside == evaluate.pick_prompts(tmp_path, 9, 0, held_out=False)
-    assert np.unique(inside).size == 1
+    names = {concept: [f"the {concept}"] for concept in ("es", "car", "fox")}
+    inside = evaluate.pick_prompts(tmp_path, names, 9, 0)
+    assert inside == evaluate.pick_prompts(tmp_path, names, 9, 0) and len(inside) == 1
+    assert inside[0].startswith("the car on a") and inside[0].endswith(" background")
+    assert evaluate.pick_prompts(tmp_path, names, 9, 0, held_out=True)[0].startswith(
+        "outlined the fox on a")
+    assert evaluate.pick_prompts(tmp_path, names, 9, 0, unseen=True) == [
+        "the car on a pink background"]
+
+
+def test_two_indexes_are_searched_as_one():
+    rows = np.eye(4, dtype=np.float16)
+    one, two = (argparse.Namespace(rows=part, paths=names)
+                for part, names in ((rows[:3], ["a", "b", "c"]), (rows[3:], ["d"])))
+    both = evaluate.Union(one, two)
+    scores, ids = both.search(torch.tensor([[0, 0.6, 0, 0.8]]), 2)
+    assert [both.paths[i] for i in ids[0]] == ["d", "b"] and scores[0].tolist() == [
+        pytest.approx(0.8), pytest.approx(0.6)]
 
 
 def test_the_table_of_steps_draws_with_each_number_and_times_it(monkeypatch, capsys):
@@ -155,29 +164,27 @@ def test_the_table_of_steps_draws_with_each_number_and_times_it(monkeypatch, cap
             asked.append((args.steps, len(prompts)))
             return [Image.new("RGB", (64, 64), (0, 0, 0))] * len(prompts)
 
-        def clip_score(self, pictures, prompts):
-            return 0.5
-
     monkeypatch.setattr(evaluate, "open_bench", lambda path: bench())
     monkeypatch.setattr(evaluate, "open_maker", lambda *_: Maker())
-    monkeypatch.setattr(evaluate, "pick_prompts", lambda *_, **__: ["a fox"] * 3)
+    monkeypatch.setattr(evaluate, "pick_prompts", lambda *_: ["fox on a black background"] * 3)
     assert evaluate.main(["steps", "--n", "3"]) == 0
     assert asked == [(2, 2), (100, 3), (50, 3), (25, 3), (10, 3)]  # the first one warms up
-    rows = [line for line in capsys.readouterr().out.splitlines() if " ms a picture" in line]
+    rows = [line for line in capsys.readouterr().out.splitlines() if " ms per picture" in line]
     assert [row.split()[1] for row in rows] == ["100", "50", "25", "10"]
-    assert all("| 100.0% | 100.0% |" in row for row in rows)
+    assert all("| 100.0% (100–100) |" in row for row in rows)
 
 
-def test_the_sampler_asked_for_reaches_either_backbone(monkeypatch):
-    asked = []
-    monkeypatch.setattr(evaluate.sample, "condition_on", lambda *_: [None] * 4)
-    monkeypatch.setattr(evaluate.sample, "generate", lambda *_, **options: asked.append(options))
+def test_a_maker_hands_on_what_it_is_asked_for(monkeypatch):
+    asked, neighbors = [], torch.arange(6.0).view(2, 1, 3)
+    monkeypatch.setattr(evaluate.sample, "condition_on", lambda *_: ("q", neighbors, None, None))
+    monkeypatch.setattr(evaluate.sample, "generate",
+                        lambda *given, **options: asked.append((given, options)))
     clip = argparse.Namespace(embed_texts=lambda prompts: None)
-    for codec, name in ((None, "ddim"), ("a VQ-VAE", "purity"), (None, None)):
-        args = argparse.Namespace(seed=0, steps=7, guidance=3.0, sampler=name)
-        evaluate.Maker(None, clip, None, codec).draw(["a fox"], args)
-    given = {"steps": 7, "guidance": 3.0}
-    assert asked == [{**given, "sampler": "ddim"}, {**given, "order": "purity"}, given]
+    args = argparse.Namespace(seed=4, steps=7, guidance=3.0, sampler="ddim")
+    evaluate.Maker("model", clip, None, None).draw(["a", "b"], args, others=True, next_seed=True)
+    [(given, options)] = asked
+    assert torch.equal(given[2], neighbors[[1, 0]]) and given[3] == [5, 5]
+    assert options == {"steps": 7, "guidance": 3.0, "sampler": "ddim"}
 
 
 def test_tokens_are_measured_on_kept_out_drawings_of_both_styles(tmp_path, monkeypatch, capsys):
