@@ -71,13 +71,10 @@ class UNetConfig:
 
 
 PRESETS = {
-    # About 400M parameters, as the paper says of its models; the layout is ADM's and GLIDE's.
-    "paper": UNetConfig(),
-    # One consumer GPU.
+    "paper": UNetConfig(),                   # about 400M parameters, as the paper says of its own
     "gpu": UNetConfig(widths=(128, 256, 384, 512), blocks=2, condition_width=512, time_width=512,
                       self_attention=(16, 8), attention=(16, 8), target="v"),
-    # Two CPU cores: everything happens on 16x16 and 8x8 features.
-    "stickers": UNetConfig(
+    "stickers": UNetConfig(                  # two CPU cores: all happens on 16x16 and 8x8 features
         embed_dim=256, widths=(96, 160), blocks=1, norm_groups=8, head_channels=32,
         condition_width=256, time_width=192, attention=(16, 8), self_attention=(8,), dropout=0.0,
         target="x0", noise_shift=0.5, unshuffle=4, position_map=True, query_map=24),
@@ -328,6 +325,8 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
+# ---------------------------------------------------------------- the U-Net (Sec. 3.2, continuous)
+
 def time_embedding(t: Tensor, width: int) -> Tensor:
     """Cosines, then sines of t at geometric frequencies from 1 down to 1/10000: (B, width)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
@@ -398,9 +397,9 @@ class Level(nn.Module):
                  resize: str = "", attend: bool = True) -> None:
         super().__init__()
         self.block = ResBlock(config, c_in, c_out, resize)
-        self.attention = AttentionBlock(
-            config, c_out, size in config.self_attention
-        ) if attend and size in config.attention else None
+        attend = attend and size in config.attention
+        with_self = size in config.self_attention
+        self.attention = AttentionBlock(config, c_out, with_self) if attend else None
 
     def forward(self, x: Tensor, time: Tensor, tokens: Tensor) -> Tensor:
         x = self.block(x, time)
@@ -548,10 +547,9 @@ def predict_x0(model: UNet, schedule: Schedule, guide: Guide, xt: Tensor, t: int
 # ---------------------------------------------------------------- samplers
 #
 # Each is a generator of x_t along `times`, a falling list that ends at 0 (x_0), so that a notebook
-# can watch. It begins with `xt` (B, ...) at times[0]. predict(xt, t) gives x_0, `noise()` the next
-# standard normal.
+# can watch. It begins with `xt` (B, ...) at times[0]. `noise()` is the next standard normal.
 
-Predictor = Callable[[Tensor, int], Tensor]
+Predictor = Callable[[Tensor, int], Tensor]                                # (x_t, t) → x_0
 
 
 def sampling_times(schedule: Schedule, steps: int, target: str = "v") -> list[int]:
@@ -575,8 +573,7 @@ def falling(first: int, steps: int) -> list[int]:
 
 def ddpm(predict: Predictor, schedule: Schedule, times: list[int], xt: Tensor,
          noise: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """Ancestral sampling (2006.11239 Alg. 2) over any falling times; the last step adds no
-    noise."""
+    """Ancestral sampling (2006.11239 Alg. 2), any falling times; the last step adds no noise."""
     for t, s in zip(times, times[1:]):
         mean, variance = posterior(predict(xt, t), xt, schedule.at(t, xt), schedule.at(s, xt))
         xt = mean + variance.sqrt() * noise() if s > 0 else mean
@@ -598,8 +595,8 @@ def dpm_solver(predict: Predictor, schedule: Schedule, times: list[int], xt: Ten
     """DPM-Solver++(2M) (Lu et al., 2211.01095 Alg. 2): DDIM's step, but with x_0 on the straight
     line through the last two predictions instead of the last one alone.
 
-    λ = log(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t, r = h_before/h:
-    x̂ = (1 + 1/2r) x_0(t) − 1/2r x_0(before),  x_s = √(1−ᾱ_s)/√(1−ᾱ_t) x_t − √ᾱ_s (e^{−h} − 1) x̂.
+    λ = log(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t, x̂ = x_0(t) + [x_0(t) − x_0(before)] h / 2h_before,
+    x_s = √(1−ᾱ_s)/√(1−ᾱ_t) x_t − √ᾱ_s (e^{−h} − 1) x̂.
     The first step, and the last one to s = 0 (where h is infinite), take x̂ = x_0(t).
     """
     before, h_before = None, 0.0
@@ -611,10 +608,7 @@ def dpm_solver(predict: Predictor, schedule: Schedule, times: list[int], xt: Ten
             return
         log_snr_t, log_snr_s = (math.log(alpha_bar[i] / (1 - alpha_bar[i])) for i in (t, s))
         h = (log_snr_s - log_snr_t) / 2
-        on_line = x0
-        if before is not None:
-            r = h_before / h
-            on_line = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * before
+        on_line = x0 if before is None else x0 + (x0 - before) * h / (2 * h_before)
         ratio = math.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]))
         xt = ratio * xt - math.sqrt(alpha_bar[s]) * math.expm1(-h) * on_line
         before, h_before = x0, h
