@@ -2,30 +2,32 @@
 
 The discrete backbone of kNN-Diffusion Sec. 3.2 draws tokens, not pixels:
 
-    encode   z = E(x),  token of a place = argmin_v ‖z − e_v‖²       x (B, 3, H, W) in [-1, 1]
-    decode   x̂ = D(e_token)                                          tokens (B, L), 0 … V−1
-    loss     |x − x̂| + (x − x̂)² + ‖sg[z] − e‖² + β ‖z − sg[e]‖²,  sg: no gradient
+    encode   z = encoder(x),  token of a place = argmin_v ‖z − e_v‖²
+    decode   x̂ = decoder(e_token)
+    loss     |x − x̂| + (x − x̂)² + ‖sg[z] − e‖² + β ‖z − sg[e]‖²,   sg: no gradient
 
-Every term is a mean over its entries, as in taming: ‖·‖² in the loss stands for the squared length
-divided by E. The arg-min has no gradient. *Straight through* means: D is given e, but on the way
-back its gradient goes to z as if z had been given; near each other they want the same. The third
-term moves the code towards what the encoder says, the fourth (commitment, β) the encoder towards
-its code. They have the same value and teach different sides.
+Every term is a mean over its entries, as in taming: ‖·‖² in the loss is the squared length over Z.
+The arg-min has no gradient. The *straight-through estimator* goes around it: the decoder gets e,
+and on the way back its gradient goes to z as if z had been given. Near each other both want the
+same. The third term moves the code towards what the encoder says. The fourth (commitment, β) moves
+the encoder towards its code. They have the same value and teach different sides.
 
-Modules and parameters are named as in taming-transformers, so that its published weights load:
-`load` reads our files and theirs (f16 with 1,024 or 16,384 codes, Gumbel f8 with 8,192, FFHQ's
-inside a transformer's checkpoint). Their loss network and discriminator are dropped.
+Shapes: B batch, C channels, H W picture, h w its tokens (L = h·w), V codes, Z width of a code,
+Y channels of the encoder's output. x is in [-1, 1]; a token is 0 … V−1.
 
-Shapes: B batch, C channels, H W picture, h w its tokens (L = h·w), V codes, E width of a code.
+Names are those of taming-transformers, so that its published weights load: f16 with 1,024 or
+16,384 codes, Gumbel f8 with 8,192 (training it is left out), FFHQ's inside a transformer's file.
 
-Departs: no LPIPS in training, which wants another network's weights, and no discriminator, which
+Departs: no LPIPS in training, which needs another network's weights, and no discriminator, which
 gained nothing on the stickers (benchmarks/tokens.py).
 """
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -33,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import FORMAT, load_model, read_tensors, require, save_model
+from clip_model import FORMAT, read_tensors, require, save_model
 
 # ---------------------------------------------------------------- configuration
 
@@ -41,13 +43,13 @@ from clip_model import FORMAT, load_model, read_tensors, require, save_model
 @dataclass(frozen=True)
 class VQVAEConfig:
     """The defaults are VQGAN's f16 with 1,024 codes."""
-    image_size: int = 256                     # pixels a side in training; other multiples work too
+    image_size: int = 256                     # pixels per side in training; other multiples work
     channels: int = 128                       # at full size
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)   # channels by level; each level halves the size
-    res_blocks: int = 2                       # a level, one more in the decoder
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)   # of channels, per level; a level halves h, w
+    res_blocks: int = 2                       # per level, one more in the decoder
     attention: tuple[int, ...] = (4,)         # levels with self-attention; 0 is full size
-    latent_channels: int = 256                # of the encoder's output
-    embed_dim: int = 256                      # E
+    latent_channels: int = 256                # Y
+    embed_dim: int = 256                      # Z
     n_codes: int = 1024                       # V
     unshuffle: int = 1                        # Ours: r x r pixels become channels at both ends
     norm_groups: int = 32
@@ -60,7 +62,7 @@ class VQVAEConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a side of a token: H = factor·h."""
+        """Pixels per side of a token: H = factor·h."""
         return self.unshuffle * 2 ** (len(self.multipliers) - 1)
 
 
@@ -111,103 +113,87 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
 
 
-def halved(c: int) -> nn.Module:
-    """(B, C, h, w) → (B, C, h/2, w/2); the picture is padded at the right and below only."""
-    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)),
-                                     conv=nn.Conv2d(c, c, 3, stride=2)))
-
-
-def doubled(c: int) -> nn.Module:
-    """(B, C, h, w) → (B, C, 2h, 2w)."""
-    return nn.Sequential(OrderedDict(grow=nn.Upsample(scale_factor=2),
-                                     conv=nn.Conv2d(c, c, 3, padding=1)))
-
-
 class Level(nn.Module):
-    """n blocks, behind each self-attention where the level has it; then `downsample` or `upsample`,
-    which the encoder and the decoder hang in."""
+    """n blocks, each with self-attention behind it where the level attends; then another size."""
 
-    def __init__(self, c_in: int, c_out: int, n: int, attends: bool, groups: int) -> None:
+    def __init__(self, c_in: int, c_out: int, n: int, attends: bool, groups: int,
+                 halves: bool = False, doubles: bool = False) -> None:
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(c_out if j else c_in, c_out, groups)
                                    for j in range(n))
-        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(n * attends))
+        self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(n if attends else 0))
+        self.downsample = self.upsample = nn.Identity()
+        if halves:                                         # padded on the right and below only
+            self.downsample = nn.Sequential(OrderedDict(
+                pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c_out, c_out, 3, stride=2)))
+        if doubles:
+            self.upsample = nn.Sequential(OrderedDict(
+                grow=nn.Upsample(scale_factor=2), conv=nn.Conv2d(c_out, c_out, 3, padding=1)))
 
     def forward(self, x: Tensor) -> Tensor:
         for j, block in enumerate(self.block):
-            x = block(x)
-            x = self.attn[j](x) if self.attn else x
-        return x
+            x = self.attn[j](block(x)) if self.attn else block(x)
+        return self.upsample(self.downsample(x))
 
 
-class Middle(nn.Module):
+def middle(c: int, groups: int) -> nn.Module:
     """Block, attention, block, at the smallest size."""
+    return nn.Sequential(OrderedDict(block_1=ResnetBlock(c, c, groups), attn_1=AttnBlock(c, groups),
+                                     block_2=ResnetBlock(c, c, groups)))
 
-    def __init__(self, c: int, groups: int) -> None:
-        super().__init__()
-        self.block_1, self.attn_1 = ResnetBlock(c, c, groups), AttnBlock(c, groups)
-        self.block_2 = ResnetBlock(c, c, groups)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
+# ---------------------------------------------------------------- encoder, decoder
 
 class Encoder(nn.Module):
-    """x (B, 3, H, W) → (B, latent_channels, h, w)."""
+    """x (B, 3, H, W) → (B, Y, h, w). `down` is numbered by size: 0 is the picture's."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        groups, c = config.norm_groups, config.channels
+        widths, groups = [config.channels * m for m in config.multipliers], config.norm_groups
+        before, n = [config.channels, *widths], len(widths)
         self.unshuffle = config.unshuffle
-        self.conv_in = nn.Conv2d(3 * self.unshuffle ** 2, c, 3, padding=1)
-        self.down = nn.ModuleList()
-        for i, multiplier in enumerate(config.multipliers):
-            width, is_last = config.channels * multiplier, i + 1 == len(config.multipliers)
-            level = Level(c, width, config.res_blocks, i in config.attention, groups)
-            level.downsample = nn.Identity() if is_last else halved(width)
-            self.down.append(level)
-            c = width
-        self.mid = Middle(c, groups)
-        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, config.latent_channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(3 * self.unshuffle ** 2, config.channels, 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(before[i], widths[i], config.res_blocks, i in config.attention, groups,
+                  halves=i + 1 < n) for i in range(n))
+        self.mid = middle(widths[-1], groups)
+        self.norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(F.pixel_unshuffle(x, self.unshuffle))         # (B, C, H/r, W/r)
         for level in self.down:
-            x = level.downsample(level(x))
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
-    """(B, latent_channels, h, w) → x (B, 3, H, W). `up` is numbered by size: 0 is the picture's."""
+    """(B, Y, h, w) → x (B, 3, H, W). `up` is numbered as `down`, and run from its end."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        groups, c = config.norm_groups, config.channels * config.multipliers[-1]
-        self.conv_in = nn.Conv2d(config.latent_channels, c, 3, padding=1)
-        self.mid = Middle(c, groups)
-        levels = []
-        for i, multiplier in reversed(list(enumerate(config.multipliers))):
-            width = config.channels * multiplier
-            levels.append(Level(c, width, config.res_blocks + 1, i in config.attention, groups))
-            levels[-1].upsample = doubled(width) if i > 0 else nn.Identity()
-            c = width
+        widths, groups = [config.channels * m for m in config.multipliers], config.norm_groups
+        before, n = [*widths[1:], widths[-1]], len(widths)
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1], groups)
+        levels = [Level(before[i], widths[i], config.res_blocks + 1, i in config.attention, groups,
+                        doubles=i > 0) for i in reversed(range(n))]
         self.up = nn.ModuleList(reversed(levels))
         self.unshuffle = config.unshuffle
-        self.norm_out = nn.GroupNorm(groups, c, eps=1e-6)
-        self.conv_out = nn.Conv2d(c, 3 * self.unshuffle ** 2, 3, padding=1)
+        self.norm_out = nn.GroupNorm(groups, widths[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(widths[0], 3 * self.unshuffle ** 2, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            x = level.upsample(level(x))
+            x = level(x)
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.unshuffle)
 
 
 # ---------------------------------------------------------------- the codebook
 
 class Codebook(nn.Module):
-    """V vectors; a place takes the nearest."""
+    """V vectors; each place takes the nearest."""
 
     def __init__(self, n_codes: int, embed_dim: int) -> None:
         super().__init__()
@@ -215,14 +201,14 @@ class Codebook(nn.Module):
         nn.init.uniform_(self.embedding.weight, -1 / n_codes, 1 / n_codes)
 
     def nearest(self, z: Tensor) -> Tensor:
-        """z (B, E, h, w) → int64 (B, L), the code of least ‖z − e‖² = ‖z‖² + ‖e‖² − 2 z·e."""
-        codes = self.embedding.weight.float()                          # (V, E)
-        flat = z.flatten(2).transpose(1, 2).float()                    # (B, L, E)
+        """z (B, Z, h, w) → int64 (B, L), the code of least ‖z − e‖² = ‖z‖² + ‖e‖² − 2 z·e."""
+        codes = self.embedding.weight.float()                          # (V, Z)
+        flat = z.flatten(2).transpose(1, 2).float()                    # (B, L, Z)
         with torch.autocast(z.device.type, enabled=False):             # near codes differ by little
             return (codes.square().sum(1) - 2 * flat @ codes.T).argmin(-1)
 
     def vectors(self, tokens: Tensor) -> Tensor:
-        """int64 (B, L) → (B, L, E)."""
+        """int64 (B, L) → (B, L, Z)."""
         return self.embedding(tokens)
 
     def losses(self, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,8 +217,7 @@ class Codebook(nn.Module):
 
 
 class GumbelCodebook(nn.Module):
-    """Codes by arg-max of a 1x1 convolution's logits, as DALL-E trains them. Published weights
-    encode and decode with it; training it is left out."""
+    """V vectors; a linear map Y → V makes logits, each place takes the arg-max (DALL-E's way)."""
 
     def __init__(self, n_codes: int, embed_dim: int, latent_channels: int) -> None:
         super().__init__()
@@ -240,10 +225,11 @@ class GumbelCodebook(nn.Module):
         self.proj = nn.Conv2d(latent_channels, n_codes, 1)
 
     def nearest(self, z: Tensor) -> Tensor:
-        return self.proj(z).flatten(2).argmax(1)                       # (B, L)
+        """z (B, Y, h, w) → int64 (B, L)."""
+        return self.proj(z).flatten(2).argmax(1)
 
     def vectors(self, tokens: Tensor) -> Tensor:
-        return self.embed(tokens)                                      # (B, L, E)
+        return self.embed(tokens)                                      # (B, L, Z)
 
 
 def perplexity(counts: Tensor) -> float:
@@ -253,65 +239,64 @@ def perplexity(counts: Tensor) -> float:
 
 @torch.no_grad()
 def restart_dead_codes(codebook: Codebook, counts: Tensor, z: Tensor, generator: torch.Generator
-                       ) -> int:
-    """Put codes that nothing used at random encoder outputs; return how many.
+                       ) -> None:
+    """Put codes that nothing used at random encoder outputs z (B, Z, h, w); counts: (V,) uses.
 
-    counts: (V,), uses over some batches; z: (B, E, h, w), a batch's encoder outputs. A code that is
-    nobody's nearest gets no gradient and would stay dead. Ours; Jukebox (2005.00341 Sec. 3) does
-    alike.
-    """
-    places = z.flatten(2).transpose(1, 2).reshape(-1, z.shape[1]).float()       # (B·L, E)
+    A code that is nobody's nearest gets no gradient and would stay dead.
+    Ours; Jukebox (2005.00341 Sec. 3) does alike."""
+    places = z.flatten(2).transpose(1, 2).reshape(-1, z.shape[1]).float()       # (B·L, Z)
     dead = (counts == 0).nonzero()[:, 0][: len(places)]
     chosen = torch.randperm(len(places), generator=generator)[: len(dead)]
     codebook.embedding.weight[dead] = places[chosen.to(places.device)]
-    return len(dead)
 
 
 # ---------------------------------------------------------------- the model
 
 class VQVAE(nn.Module):
+    """`encode` and `decode` turn pictures into tokens and back; `forward` is for training."""
+
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantize = (
-            GumbelCodebook(config.n_codes, config.embed_dim, config.latent_channels)
-            if config.gumbel else Codebook(config.n_codes, config.embed_dim))
-        width = config.latent_channels if config.gumbel else config.embed_dim
-        self.quant_conv = nn.Conv2d(config.latent_channels, width, 1)
-        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.latent_channels, 1)
+        n_codes, code, latent = config.n_codes, config.embed_dim, config.latent_channels
+        if config.gumbel:                                  # its codebook has the map from Y itself
+            self.quantize = GumbelCodebook(n_codes, code, latent)
+            self.quant_conv = nn.Conv2d(latent, latent, 1)
+        else:
+            self.quantize = Codebook(n_codes, code)
+            self.quant_conv = nn.Conv2d(latent, code, 1)
+        self.post_quant_conv = nn.Conv2d(code, latent, 1)
 
     def latents(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] → z (B, E, h, w), before the codebook; for Gumbel's, which has
-        a convolution of its own before it, (B, latent_channels, h, w)."""
+        """x (B, 3, H, W) → z as `quantize` reads it: (B, Z, h, w), or (B, Y, h, w) for Gumbel's."""
         return self.quant_conv(self.encoder(x))
 
     def encode(self, x: Tensor) -> Tensor:
-        """x (B, 3, H, W) in [-1, 1] → tokens int64 (B, L), row by row. H and W are multiples of
-        `config.factor`."""
-        factor = self.config.factor
-        require(x.ndim == 4 and x.shape[-1] % factor == x.shape[-2] % factor == 0,
-              f"pictures have shape {tuple(x.shape)}, wanted (B, 3, H, W), multiples of {factor}")
+        """x (B, 3, H, W) in [-1, 1] → tokens int64 (B, L), row by row.
+
+        Raises ValueError where H or W is no multiple of `config.factor`."""
+        height, width, factor = *x.shape[2:], self.config.factor
+        require(height % factor == width % factor == 0,
+                f"pictures of {height} x {width} pixels, but sides must be multiples of {factor}")
         return self.quantize.nearest(self.latents(x))
 
     def decode(self, tokens: Tensor, height: int | None = None) -> Tensor:
-        """Tokens int64 (B, L) → x (B, 3, H, W), about in [-1, 1]. height: rows of tokens, by
-        default √L. Raises ValueError for tokens that fill no rows, or are no codes (MASK = V)."""
+        """Tokens int64 (B, L) → x float32 (B, 3, H, W), about in [-1, 1].
+
+        height: rows of tokens, by default √L. Raises ValueError for MASK = V, which is no code."""
+        last = self.config.n_codes - 1
+        require(int(tokens.max()) <= last, f"tokens must be codes, 0 to {last}; MASK is none")
         height = height or math.isqrt(tokens.shape[1])
-        highest = int(tokens.max())
-        require(highest < self.config.n_codes,
-              f"token {highest}, but the codes are 0 to {self.config.n_codes - 1} (MASK is none)")
-        require(height > 0 and tokens.shape[1] % height == 0,
-              f"{tokens.shape[1]} tokens do not fill {height} rows")
-        e = self.quantize.vectors(tokens)                              # (B, L, E)
+        e = self.quantize.vectors(tokens)                              # (B, L, Z)
         return self.from_vectors(e.transpose(1, 2).unflatten(2, (height, -1)))
 
-    def from_vectors(self, e: Tensor) -> Tensor:                       # (B, E, h, w)
+    def from_vectors(self, e: Tensor) -> Tensor:                       # (B, Z, h, w)
         return self.decoder(self.post_quant_conv(e)).float()           # (B, 3, H, W)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction (B, 3, H, W), the codebook's loss (a scalar, β within), tokens (B, L)."""
-        z = self.latents(x).float()                                    # (B, E, h, w)
+        z = self.latents(x).float()                                    # (B, Z, h, w)
         tokens = self.quantize.nearest(z)
         e = self.quantize.vectors(tokens).transpose(1, 2).view(z.shape)
         codebook, commitment = self.quantize.losses(z, e)
@@ -325,12 +310,17 @@ def reconstruction_loss(found: Tensor, x: Tensor) -> Tensor:
 
 
 def psnr(found: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture (B,), dB: 10 log₁₀(4 / mean squared error), for
-    the range [-1, 1]."""
+    """Peak signal-to-noise ratio per picture (B,), dB; 4 is the squared range of [-1, 1]."""
     return 10 * torch.log10(4 / (found.clamp(-1, 1) - x).square().flatten(1).mean(1))
 
 
-# ---------------------------------------------------------------- load, save
+# ---------------------------------------------------------------- load, save, taming's layout
+
+save = save_model                       # float16 weights, class and config; metadata: the command
+
+# A transformer's checkpoint holds a VQ-VAE within; loss network and discriminator lie beside it.
+TAMING = r"(?:first_stage_model\.)?((?:encoder|decoder|quantize|quant_conv|post_quant_conv)\..*)"
+
 
 def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
     """A VQ-VAE in eval mode, float32, on the CPU, and its file's metadata (none for taming's).
@@ -338,22 +328,40 @@ def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
     Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
     """
     tensors, metadata = read_tensors(path)
-    if metadata.get("format") == FORMAT:
-        model, metadata = load_model(path, {"VQVAE": (VQVAE, VQVAEConfig)})
-        return model.requires_grad_(False), metadata
     try:
-        first = "first_stage_model."                                   # in a transformer's file
-        if any(name.startswith(first) for name in tensors):
-            tensors = {name.removeprefix(first): t for name, t in tensors.items()
-                       if name.startswith(first)}
-        parts = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
-        tensors = {name: t.float() for name, t in tensors.items() if name.startswith(parts)}
-        model = VQVAE(sizes_from_shapes(tensors))
-        model.load_state_dict(tensors)
-    except (LookupError, TypeError, ValueError, RuntimeError) as error:
+        if metadata.get("format") == FORMAT:
+            require(metadata["class"] == "VQVAE", f"it holds a {metadata['class']}")
+            config = VQVAEConfig(**json.loads(metadata["config"]))
+        else:
+            tensors, metadata = {found[1]: tensor for name, tensor in tensors.items()
+                                 if (found := re.fullmatch(TAMING, name))}, {}
+            config = sizes_from_shapes(tensors)
+        model = VQVAE(config)
+        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    except KeyError as error:
+        raise ValueError(f"{path} holds no VQ-VAE, ours or taming's: it lacks {error}") from None
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not fit a VQ-VAE in taming's layout: {reason}") from None
-    return model.eval().requires_grad_(False), {}
+        raise ValueError(f"{path} holds no VQ-VAE, ours or taming's: {reason}") from None
+    return model.eval().requires_grad_(False), metadata
+
+
+def sizes_from_shapes(tensors: dict[str, Tensor]) -> VQVAEConfig:
+    """The config of weights in taming's names; 32 groups, as all of theirs have."""
+    def count(pattern: str) -> int:
+        return len({found[1] for name in tensors if (found := re.match(pattern, name))})
+
+    gumbel = "quantize.embed.weight" in tensors
+    codes = tensors["quantize.embed.weight" if gumbel else "quantize.embedding.weight"]
+    channels = len(tensors["encoder.conv_in.bias"])
+    levels = [f"encoder.down.{i}." for i in range(count(r"encoder\.down\.(\d+)\."))]
+    widths = [len(tensors[level + "block.0.conv1.bias"]) for level in levels]
+    return VQVAEConfig(
+        channels=channels, multipliers=tuple(width // channels for width in widths),
+        res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
+        attention=tuple(i for i, level in enumerate(levels) if level + "attn.0.q.bias" in tensors),
+        latent_channels=len(tensors["encoder.conv_out.bias"]), n_codes=codes.shape[0],
+        embed_dim=codes.shape[1], gumbel=gumbel)
 
 
 def fingerprint(model: VQVAE) -> str:
@@ -362,28 +370,3 @@ def fingerprint(model: VQVAE) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def sizes_from_shapes(tensors: dict[str, Tensor]) -> VQVAEConfig:
-    """The config of weights in taming's names; 32 groups, as all of theirs have."""
-    def shape(name: str) -> tuple[int, ...]:
-        require(name in tensors, f"it lacks {name}")
-        return tuple(tensors[name].shape)
-
-    def has(prefix: str) -> bool:
-        return any(name.startswith(prefix) for name in tensors)
-
-    channels = shape("encoder.conv_in.weight")[0]
-    levels = [i for i in range(20) if has(f"encoder.down.{i}.")]
-    widths = [shape(f"encoder.down.{i}.block.0.conv1.weight")[0] for i in levels]
-    gumbel = "quantize.embed.weight" in tensors
-    codes = shape("quantize.embed.weight" if gumbel else "quantize.embedding.weight")
-    return VQVAEConfig(
-        channels=channels, multipliers=tuple(width // channels for width in widths),
-        res_blocks=sum(has(f"encoder.down.0.block.{j}.") for j in range(20)),
-        attention=tuple(i for i in levels if has(f"encoder.down.{i}.attn.")),
-        latent_channels=shape("encoder.conv_out.weight")[0], embed_dim=codes[1],
-        n_codes=codes[0], gumbel=gumbel)
-
-
-save = save_model                       # float16 weights, class and config; metadata: the command
