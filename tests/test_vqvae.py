@@ -1,6 +1,8 @@
 """vqvae.py: the codebook, the network against torch's own calls, taming's files."""
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +18,8 @@ TINY = VQVAEConfig(channels=8, multipliers=(1, 2), res_blocks=1, attention=(), l
 
 
 def tiny(**changes) -> vqvae.VQVAE:
-    from dataclasses import replace
     torch.manual_seed(0)
-    model = randomised(vqvae.VQVAE(replace(TINY, **changes)))
-    return model
+    return randomised(vqvae.VQVAE(replace(TINY, **changes)))
 
 
 # ---------------------------------------------------------------- the codebook
@@ -83,8 +83,8 @@ def test_restart_revives_a_code_that_nothing_uses():
     counts = torch.tensor([3, 2, 0, 0])
     before = codebook.embedding.weight[:2].clone()
     assert set(codebook.nearest(z).unique().tolist()) <= {0, 1}
-    n = vqvae.restart_dead_codes(codebook, counts, z, torch.Generator().manual_seed(0))
-    assert n == 2 and torch.equal(codebook.embedding.weight[:2], before)
+    vqvae.restart_dead_codes(codebook, counts, z, torch.Generator().manual_seed(0))
+    assert torch.equal(codebook.embedding.weight[:2], before)
     assert {2, 3} <= set(codebook.nearest(z).unique().tolist())
 
 
@@ -101,167 +101,115 @@ def test_perplexity_and_psnr_in_closed_form():
 # ---------------------------------------------------------------- taming's files
 
 
-def taming_state(c: VQVAEConfig, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Random weights under the names and shapes of taming-transformers, written out from its code's
-    description, not from our modules."""
-    state: dict[str, torch.Tensor] = {}
+class Taming:
+    """taming-transformers' forward pass, from its code's description, in torch's functional calls.
+    A weight is drawn when its name is first asked for: so `state` becomes a checkpoint."""
 
-    def conv(name: str, c_in: int, c_out: int, k: int) -> None:
-        state[f"{name}.weight"] = torch.randn(c_out, c_in, k, k, generator=generator) * (
-            c_in * k * k) ** -0.5
-        state[f"{name}.bias"] = 0.1 * torch.randn(c_out, generator=generator)
+    def __init__(self, config: VQVAEConfig) -> None:
+        self.c, self.state = config, {}
+        self.generator = torch.Generator().manual_seed(0)
 
-    def norm(name: str, width: int) -> None:
-        state[f"{name}.weight"] = 1 + 0.1 * torch.randn(width, generator=generator)
-        state[f"{name}.bias"] = 0.1 * torch.randn(width, generator=generator)
+    def drawn(self, name, *shape, scale=0.1, mean=0.0):
+        if name not in self.state:
+            self.state[name] = mean + scale * torch.randn(shape, generator=self.generator)
+        assert self.state[name].shape == shape, name
+        return self.state[name]
 
-    def block(name: str, c_in: int, c_out: int) -> None:
-        norm(f"{name}.norm1", c_in)
-        conv(f"{name}.conv1", c_in, c_out, 3)
-        norm(f"{name}.norm2", c_out)
-        conv(f"{name}.conv2", c_out, c_out, 3)
-        if c_in != c_out:
-            conv(f"{name}.nin_shortcut", c_in, c_out, 1)
-
-    def attn(name: str, width: int) -> None:
-        norm(f"{name}.norm", width)
-        for part in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.{part}", width, width, 1)
-
-    def mid(name: str, width: int) -> None:
-        block(f"{name}.block_1", width, width)
-        attn(f"{name}.attn_1", width)
-        block(f"{name}.block_2", width, width)
-
-    widths, n = [c.channels * m for m in c.multipliers], len(c.multipliers)
-    conv("encoder.conv_in", 3, c.channels, 3)
-    now = c.channels
-    for i, width in enumerate(widths):
-        for j in range(c.res_blocks):
-            block(f"encoder.down.{i}.block.{j}", now, width)
-            now = width
-            if i in c.attention:
-                attn(f"encoder.down.{i}.attn.{j}", now)
-        if i + 1 < n:
-            conv(f"encoder.down.{i}.downsample.conv", now, now, 3)
-    mid("encoder.mid", now)
-    norm("encoder.norm_out", now)
-    conv("encoder.conv_out", now, c.latent_channels, 3)
-    conv("decoder.conv_in", c.latent_channels, now, 3)
-    mid("decoder.mid", now)
-    for i in reversed(range(n)):
-        for j in range(c.res_blocks + 1):
-            block(f"decoder.up.{i}.block.{j}", now, widths[i])
-            now = widths[i]
-            if i in c.attention:
-                attn(f"decoder.up.{i}.attn.{j}", now)
-        if i > 0:
-            conv(f"decoder.up.{i}.upsample.conv", now, now, 3)
-    norm("decoder.norm_out", now)
-    conv("decoder.conv_out", now, 3, 3)
-    if c.gumbel:
-        state["quantize.embed.weight"] = torch.randn(c.n_codes, c.embed_dim, generator=generator)
-        conv("quantize.proj", c.latent_channels, c.n_codes, 1)
-    else:
-        state["quantize.embedding.weight"] = torch.randn(c.n_codes, c.embed_dim,
-                                                         generator=generator)
-    conv("quant_conv", c.latent_channels, c.latent_channels if c.gumbel else c.embed_dim, 1)
-    conv("post_quant_conv", c.embed_dim, c.latent_channels, 1)
-    return state
-
-
-class Functional:
-    """taming's forward pass composed of torch's functional calls over a state dict."""
-
-    def __init__(self, state: dict[str, torch.Tensor], c: VQVAEConfig) -> None:
-        self.s, self.c = state, c
-
-    def conv(self, name, x, **options):
-        return F.conv2d(x, self.s[f"{name}.weight"], self.s[f"{name}.bias"], **options)
+    def conv(self, name, x, width, size=3, **options):
+        fan_in = x.shape[1] * size * size
+        weight = self.drawn(f"{name}.weight", width, x.shape[1], size, size, scale=fan_in ** -0.5)
+        return F.conv2d(x, weight, self.drawn(f"{name}.bias", width), **options)
 
     def norm(self, name, x):
-        return F.group_norm(x, 32, self.s[f"{name}.weight"], self.s[f"{name}.bias"], 1e-6)
+        weight = self.drawn(f"{name}.weight", x.shape[1], mean=1.0)
+        return F.group_norm(x, 32, weight, self.drawn(f"{name}.bias", x.shape[1]), 1e-6)
 
-    def block(self, name, x):
-        h = self.norm(f"{name}.norm1", x)
-        h = self.conv(f"{name}.conv1", h * h.sigmoid(), padding=1)
-        h = self.norm(f"{name}.norm2", h)
-        h = self.conv(f"{name}.conv2", h * h.sigmoid(), padding=1)
-        if f"{name}.nin_shortcut.weight" in self.s:
-            x = self.conv(f"{name}.nin_shortcut", x)
-        return x + h
+    def swish(self, name, x):
+        x = self.norm(name, x)
+        return x * x.sigmoid()
+
+    def block(self, name, x, width):
+        h = self.conv(f"{name}.conv1", self.swish(f"{name}.norm1", x), width, padding=1)
+        h = self.conv(f"{name}.conv2", self.swish(f"{name}.norm2", h), width, padding=1)
+        return h + (x if x.shape[1] == width else self.conv(f"{name}.nin_shortcut", x, width, 1))
 
     def attn(self, name, x):
-        h = self.norm(f"{name}.norm", x)
-        q, k, v = (self.conv(f"{name}.{part}", h).flatten(2) for part in "qkv")   # (B, C, L)
-        weights = (torch.einsum("bci,bcj->bij", q, k) * x.shape[1] ** -0.5).softmax(2)
-        return x + self.conv(f"{name}.proj_out",
-                             torch.einsum("bij,bcj->bci", weights, v).view(x.shape))
+        h, c = self.norm(f"{name}.norm", x), x.shape[1]
+        q, k, v = (self.conv(f"{name}.{part}", h, c, 1).flatten(2) for part in "qkv")   # (B, C, L)
+        weights = (torch.einsum("bci,bcj->bij", q, k) * c ** -0.5).softmax(2)
+        mixed = torch.einsum("bij,bcj->bci", weights, v).view(x.shape)
+        return x + self.conv(f"{name}.proj_out", mixed, c, 1)
 
     def mid(self, name, x):
-        return self.block(f"{name}.block_2",
-                          self.attn(f"{name}.attn_1", self.block(f"{name}.block_1", x)))
+        x = self.attn(f"{name}.attn_1", self.block(f"{name}.block_1", x, x.shape[1]))
+        return self.block(f"{name}.block_2", x, x.shape[1])
+
+    def level(self, name, x, i, n):
+        for j in range(n):
+            x = self.block(f"{name}.{i}.block.{j}", x, self.c.channels * self.c.multipliers[i])
+            if i in self.c.attention:
+                x = self.attn(f"{name}.{i}.attn.{j}", x)
+        return x
+
+    def codes(self):
+        name = "quantize.embed.weight" if self.c.gumbel else "quantize.embedding.weight"
+        return self.drawn(name, self.c.n_codes, self.c.embed_dim, scale=1.0)
 
     def encode(self, x):
-        x = self.conv("encoder.conv_in", x, padding=1)
-        n = len(self.c.multipliers)
-        for i in range(n):
-            for j in range(self.c.res_blocks):
-                x = self.block(f"encoder.down.{i}.block.{j}", x)
-                if i in self.c.attention:
-                    x = self.attn(f"encoder.down.{i}.attn.{j}", x)
-            if i + 1 < n:
-                x = self.conv(f"encoder.down.{i}.downsample.conv", F.pad(x, (0, 1, 0, 1)), stride=2)
-        x = self.norm("encoder.norm_out", self.mid("encoder.mid", x))
-        z = self.conv("quant_conv", self.conv("encoder.conv_out", x * x.sigmoid(), padding=1))
-        if self.c.gumbel:
-            return self.conv("quantize.proj", z).flatten(2).argmax(1)
-        codes = self.s["quantize.embedding.weight"]
-        return torch.cdist(z.flatten(2).transpose(1, 2), codes).argmin(-1)
+        c = self.c
+        x = self.conv("encoder.conv_in", x, c.channels, padding=1)
+        for i in range(len(c.multipliers)):
+            x = self.level("encoder.down", x, i, c.res_blocks)
+            if i + 1 < len(c.multipliers):
+                x = self.conv(f"encoder.down.{i}.downsample.conv", F.pad(x, (0, 1, 0, 1)),
+                              x.shape[1], stride=2)
+        x = self.swish("encoder.norm_out", self.mid("encoder.mid", x))
+        x = self.conv("encoder.conv_out", x, c.latent_channels, padding=1)
+        z = self.conv("quant_conv", x, c.latent_channels if c.gumbel else c.embed_dim, 1)
+        if c.gumbel:
+            return self.conv("quantize.proj", z, c.n_codes, 1).flatten(2).argmax(1)
+        return torch.cdist(z.flatten(2).transpose(1, 2), self.codes()).argmin(-1)
 
     def decode(self, tokens, height):
-        key = "quantize.embed.weight" if self.c.gumbel else "quantize.embedding.weight"
-        x = self.s[key][tokens].transpose(1, 2).unflatten(2, (height, -1))
-        x = self.mid("decoder.mid", self.conv("decoder.conv_in", self.conv("post_quant_conv", x),
-                                              padding=1))
-        for i in reversed(range(len(self.c.multipliers))):
-            for j in range(self.c.res_blocks + 1):
-                x = self.block(f"decoder.up.{i}.block.{j}", x)
-                if i in self.c.attention:
-                    x = self.attn(f"decoder.up.{i}.attn.{j}", x)
+        c = self.c
+        e = self.codes()[tokens].transpose(1, 2).unflatten(2, (height, -1))
+        x = self.conv("post_quant_conv", e, c.latent_channels, 1)
+        x = self.conv("decoder.conv_in", x, c.channels * c.multipliers[-1], padding=1)
+        x = self.mid("decoder.mid", x)
+        for i in reversed(range(len(c.multipliers))):
+            x = self.level("decoder.up", x, i, c.res_blocks + 1)
             if i > 0:
                 x = self.conv(f"decoder.up.{i}.upsample.conv",
-                              x.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
-        x = self.norm("decoder.norm_out", x)
-        return self.conv("decoder.conv_out", x * x.sigmoid(), padding=1)
+                              x.repeat_interleave(2, 2).repeat_interleave(2, 3), x.shape[1],
+                              padding=1)
+        return self.conv("decoder.conv_out", self.swish("decoder.norm_out", x), 3, padding=1)
+
+
+TAMING = VQVAEConfig(channels=32, multipliers=(1, 2, 2), res_blocks=2, attention=(1, 2),
+                     latent_channels=24, embed_dim=16, n_codes=50)
 
 
 @pytest.mark.parametrize("gumbel", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 def test_tamings_checkpoints_load_and_give_its_numbers(gumbel, nested, tmp_path):
-    config = VQVAEConfig(channels=32, multipliers=(1, 2, 2), res_blocks=2, attention=(1, 2),
-                         latent_channels=24, embed_dim=16, n_codes=50, gumbel=gumbel)
-    state = taming_state(config, torch.Generator().manual_seed(0))
-    extra = {"loss.discriminator.main.0.weight": torch.zeros(3, 3),
-             "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1)}
+    theirs, x = Taming(replace(TAMING, gumbel=gumbel)), torch.rand(2, 3, 16, 24) * 2 - 1
+    tokens = theirs.encode(x)
+    picture = theirs.decode(tokens, 4)
+    file = {**theirs.state, "loss.discriminator.main.0.weight": torch.zeros(3, 3)}
     if nested:                                         # FFHQ's: inside a transformer's checkpoint
-        inside = {f"first_stage_model.{name}": t for name, t in {**state, **extra}.items()}
-        extra = {"transformer.tok_emb.weight": torch.zeros(2, 2),
+        file = {f"first_stage_model.{name}": t for name, t in file.items()}
+        file |= {"transformer.tok_emb.weight": torch.zeros(2, 2),
                  "cond_stage_model.encoder.conv_in.weight": torch.zeros(1)}
-        whole = {**inside, **extra}
-    else:
-        whole = {**state, **extra}
-    torch.save({"epoch": 1, "global_step": 7, "state_dict": whole}, tmp_path / "last.ckpt")
+    torch.save({"epoch": 1, "global_step": 7, "state_dict": file}, tmp_path / "last.ckpt")
     model, metadata = vqvae.load(tmp_path / "last.ckpt")
-    assert model.config == config and metadata == {} and not model.training
+    assert model.config == theirs.c and metadata == {} and not model.training
+    assert model.state_dict().keys() == theirs.state.keys()
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
-    wanted, x = Functional(state, config), torch.rand(2, 3, 16, 24) * 2 - 1
+        assert torch.equal(tensor, theirs.state[name]), name
     with torch.no_grad():
-        tokens = model.encode(x)
         assert tokens.shape == (2, 24) and len(tokens.unique()) > 5
-        assert torch.equal(tokens, wanted.encode(x))
-        assert torch.allclose(model.decode(tokens, 4), wanted.decode(tokens, 4), atol=1e-4)
+        assert torch.equal(model.encode(x), tokens)
+        assert torch.allclose(model.decode(tokens, 4), picture, atol=1e-4)
 
 
 def test_published_sizes():
@@ -288,23 +236,20 @@ def test_a_model_comes_back_from_its_file(tmp_path):
 
 
 def test_what_does_not_fit_is_refused(tmp_path):
-    model = tiny()
+    model, file = tiny(), tmp_path / "w.safetensors"
     with pytest.raises(ValueError, match="multiples of 2"):
         model.encode(torch.zeros(1, 3, 7, 8))
-    with pytest.raises(ValueError, match="do not fill"):
-        model.decode(torch.zeros(1, 7, dtype=torch.int64), 2)
-    with pytest.raises(ValueError, match=f"token {model.config.n_codes}, but"):
-        model.decode(torch.full((1, 4), model.config.n_codes))               # MASK
+    with pytest.raises(ValueError, match="codes, 0 to 11; MASK is none"):
+        model.decode(torch.full((1, 4), model.config.n_codes))
     with pytest.raises(FileNotFoundError):
         vqvae.load(tmp_path / "nothing.ckpt")
-    state = taming_state(VQVAEConfig(channels=32, multipliers=(1,), attention=()),
-                         torch.Generator())
-    for name in ("encoder.conv_in.weight", "quantize.embedding.weight", "decoder.mid.block_1.norm1."
-                 "weight"):
-        torch.save({k: v for k, v in state.items() if k != name}, tmp_path / "w.ckpt")
-        with pytest.raises(ValueError, match="taming") as error:
-            vqvae.load(tmp_path / "w.ckpt")
+    theirs = Taming(TAMING)
+    theirs.decode(theirs.encode(torch.zeros(1, 3, 8, 8)), 2)
+    for name in ("encoder.conv_in.bias", "quantize.embedding.weight", "decoder.conv_in.weight"):
+        write_weights(file, {k: v for k, v in theirs.state.items() if k != name}, {})
+        with pytest.raises(ValueError, match=f"holds no VQ-VAE.*{name}") as error:
+            vqvae.load(file)
         assert "\n" not in str(error.value)
-    write_weights(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {})
-    with pytest.raises(ValueError, match="lacks"):
-        vqvae.load(tmp_path / "w.safetensors")
+    shipped = Path(__file__).parent.parent / "weights/stickers/continuous.safetensors"
+    with pytest.raises(ValueError, match="it holds a UNet"):
+        vqvae.load(shipped)
