@@ -1,65 +1,158 @@
-"""README.md: its commands are ones that the scripts take, its notebook code runs, its links lead
-somewhere."""
+"""README.md, RESULTS.md, benchmarks/README.md: their commands are ones that the scripts take, their
+code runs, what they name is there, and they stay as short as they promise."""
 
 import argparse
-import importlib.util
+import ast
 import re
+import runpy
 import shlex
+import sys
+import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
+DOCS = {name: (ROOT / name).read_text("utf-8")
+        for name in ("README.md", "RESULTS.md", "benchmarks/README.md")}
+MODULES = ["clip_model", "edit", "index", "knn_diffusion", "sample", "train", "vqvae"]
 
 
-def commands() -> list[list[str]]:
-    """[script, argument, ...] of every `python script.py ...` in a bash block or between ticks."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S) + re.findall(r"`([^`]+)`", README)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    lines = [line for line in lines if re.match(r"python \S+\.py ", line)]
-    words = [shlex.split(line, comments=True) for line in lines]
-    return [parts[1:] for parts in words if "…" not in parts]
+class Parsed(BaseException):
+    """The arguments are parsed; no script catches this one."""
 
 
-class Parsed(Exception):
-    pass
+def parser_of(command: list[str], patch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
+    """Run a script until its arguments are parsed. It ends with SystemExit if it refuses them."""
+    met, parse = [], argparse.ArgumentParser.parse_args
 
-
-@pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_the_scripts_take_what_the_readme_says(command, monkeypatch):
-    parse = argparse.ArgumentParser.parse_args
-
-    def only(self, args=None, namespace=None):
+    def parse_only(self, args=None, namespace=None):
+        met.append(self)
         parse(self, args, namespace)
         raise Parsed
 
     script = ROOT / command[0]
-    spec = importlib.util.spec_from_file_location(f"readme_{script.stem}", script)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.syspath_prepend(str(script.parent))
-    monkeypatch.setitem(__import__("sys").modules, spec.name, module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only)
+    patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    patch.setattr(sys, "argv", [str(script), *command[1:]])
+    patch.setattr(sys, "path", [str(script.parent), *sys.path])
     with pytest.raises(Parsed):
-        module.main(command[1:])
+        runpy.run_path(str(script), run_name="__main__")
+    return met[0]
 
 
-def test_the_notebook_code_runs(monkeypatch):
-    """As it stands, but for two sampling steps."""
+def options_of(parser: argparse.ArgumentParser) -> set[str]:
+    """All option names of a parser and of its subcommands."""
+    found = {name for action in parser._actions for name in action.option_strings}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found = found.union(*map(options_of, action.choices.values()))
+    return found
+
+
+def code_in(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+def spans_in(text: str) -> list[str]:
+    """What stands between single ticks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+
+
+def commands() -> list[list[str]]:
+    """[script, argument, ...] of every `python SCRIPT.py ...` in a block or between ticks."""
+    found = []
+    for text in DOCS.values():
+        for code in code_in(text, "bash") + spans_in(text):
+            for line in code.replace("\\\n", " ").splitlines():
+                if re.match(r"python \S+\.py", line):
+                    found.append(shlex.split(line, comments=True)[1:])
+    return sorted(map(list, set(map(tuple, found))))
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_the_scripts_take_what_the_texts_say(command, monkeypatch):
+    parser_of(command, monkeypatch)
+
+
+def test_options_named_in_passing_exist(monkeypatch):
+    named = {span.split()[0] for text in DOCS.values() for span in spans_in(text)
+             if span.startswith("--")}
+    known = set()
+    for script in {command[0]: command for command in commands()}.values():
+        with monkeypatch.context() as patch:
+            known |= options_of(parser_of(script, patch))
+    assert len(named) >= 8 and named <= known, named - known
+
+
+@pytest.mark.parametrize("code", [c for text in DOCS.values() for c in code_in(text, "python")])
+def test_the_code_runs_as_it_stands(code, monkeypatch):
+    """Except that two sampling steps are enough."""
     import knn_diffusion
 
-    code = re.search(r"## From a notebook.*?```python\n(.*?)```", README, re.S)[1]
-    shown, sample, sample_tokens = [], knn_diffusion.sample, knn_diffusion.sample_tokens
+    shown = []
+
+    def brief(sampler, *given, **options):
+        return sampler(*given, **{**options, "steps": 2})
+
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(knn_diffusion, "sample",
-                        lambda *given, **options: sample(*given, **{**options, "steps": 2}))
-    monkeypatch.setattr(knn_diffusion, "sample_tokens",
-                        lambda *given, **options: sample_tokens(*given, **{**options, "steps": 2}))
+    for name in ("sample", "sample_tokens"):
+        monkeypatch.setattr(knn_diffusion, name, partial(brief, getattr(knn_diffusion, name)))
     exec(code, {"display": shown.append})
-    assert [picture.size for picture in shown] == [(256, 256)] * 4
+    assert code.count("display(") == 0 or len(shown) == 4
 
 
-def test_pictures_and_files_named_in_links_are_there():
-    links = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
-    assert len(links) >= 4 and all((ROOT / link).is_file() for link in links)
+@pytest.mark.parametrize("name", DOCS)
+def test_what_is_named_is_there(name):
+    folder, text = (ROOT / name).parent, DOCS[name]
+    anchors = {doc: {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+                     for heading in re.findall(r"^#+ (.*)$", found, re.M)}
+               for doc, found in DOCS.items()}
+    for link in re.findall(r"\]\(((?!http)[^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        file = (folder / path).resolve() if path else ROOT / name
+        assert file.is_file(), link
+        assert not anchor or anchor in anchors[str(file.relative_to(ROOT))], link
+    ours = r"(?<![\w/.-])(?:weights|examples|benchmarks|tests)/[\w./-]*\w|(?<![\w/.-])\w+\.py\b"
+    for path in re.findall(ours, text):
+        places = [ROOT, ROOT / "examples"]                  # evaluate.py stands for examples/'s
+        assert any((place / path).exists() for place in places), path
+
+
+def test_the_symbol_table_names_what_its_files_define():
+    rows = re.findall(r"^\|[^|]+\|([^|]+)\| (\w+\.py) \|$", DOCS["README.md"], re.M)
+    assert len(rows) >= 10
+    for names, file in rows:
+        tree = ast.walk(ast.parse((ROOT / file).read_text("utf-8")))
+        defined = {node.name for node in tree if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert set(name.split(".")) <= defined, f"{name} in {file}"
+
+
+def test_the_readme_is_short():
+    lines = DOCS["README.md"].splitlines()
+    assert len(lines) <= 170
+    for name, text in DOCS.items():
+        assert all(len(line) <= 120 for line in text.splitlines()), name
+
+
+def test_the_three_blocks_stand_as_ci_extracts_them():
+    for name in ("install", "picture", "tests"):
+        assert re.search(rf"^<!-- {name} -->\n```bash\n.+?\n```$", DOCS["README.md"], re.M | re.S)
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_tables_have_no_empty_column(name):
+    for table in re.findall(r"(?:^\|.*\|\n)+", DOCS[name], re.M):
+        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+        assert len({len(row) for row in rows}) == 1, rows[0]
+        for column in list(zip(*rows[2:]))[1:]:
+            assert any(column), rows[0]
+
+
+def test_the_package_has_all_seven_modules_and_our_requirements():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    assert settings["tool"]["setuptools"]["py-modules"] == MODULES
+    assert all((ROOT / f"{module}.py").is_file() for module in MODULES)
+    wanted = settings["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]
+    assert wanted == ["requirements.txt"] and (ROOT / wanted[0]).is_file()
