@@ -56,10 +56,6 @@ class VQVAEConfig:
     gumbel: bool = False                      # tokens by a linear layer's arg-max (DALL-E's way)
     commitment: float = 0.25                  # β, on the commitment term (1711.00937 Eq. 3)
 
-    def __post_init__(self) -> None:
-        for name in ("multipliers", "attention"):                      # JSON gives lists back
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-
     @property
     def factor(self) -> int:
         """Pixels per side of a token: H = factor·h."""
@@ -331,16 +327,16 @@ def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
     try:
         if metadata.get("format") == FORMAT:
             require(metadata["class"] == "VQVAE", f"it holds a {metadata['class']}")
-            config = VQVAEConfig(**json.loads(metadata["config"]))
+            fields = json.loads(metadata["config"])        # JSON gives lists for tuples
+            config = VQVAEConfig(**{name: tuple(value) if isinstance(value, list) else value
+                                    for name, value in fields.items()})
         else:
             tensors, metadata = {found[1]: tensor for name, tensor in tensors.items()
                                  if (found := re.fullmatch(TAMING, name))}, {}
             config = sizes_from_shapes(tensors)
         model = VQVAE(config)
         model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except KeyError as error:
-        raise ValueError(f"{path} holds no VQ-VAE, ours or taming's: it lacks {error}") from None
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{path} holds no VQ-VAE, ours or taming's: {reason}") from None
     return model.eval().requires_grad_(False), metadata
@@ -348,18 +344,16 @@ def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
 
 def sizes_from_shapes(tensors: dict[str, Tensor]) -> VQVAEConfig:
     """The config of weights in taming's names; 32 groups, as all of theirs have."""
-    def count(pattern: str) -> int:
-        return len({found[1] for name in tensors if (found := re.match(pattern, name))})
-
     gumbel = "quantize.embed.weight" in tensors
     codes = tensors["quantize.embed.weight" if gumbel else "quantize.embedding.weight"]
     channels = len(tensors["encoder.conv_in.bias"])
-    levels = [f"encoder.down.{i}." for i in range(count(r"encoder\.down\.(\d+)\."))]
-    widths = [len(tensors[level + "block.0.conv1.bias"]) for level in levels]
+    widths = [len(tensor) for name, tensor in sorted(tensors.items())
+              if re.fullmatch(r"encoder\.down\.\d\.block\.0\.conv1\.bias", name)]
     return VQVAEConfig(
         channels=channels, multipliers=tuple(width // channels for width in widths),
-        res_blocks=count(r"encoder\.down\.0\.block\.(\d+)\."),
-        attention=tuple(i for i, level in enumerate(levels) if level + "attn.0.q.bias" in tensors),
+        res_blocks=sum(f"encoder.down.0.block.{j}.conv1.bias" in tensors for j in range(20)),
+        attention=tuple(i for i in range(len(widths))
+                        if f"encoder.down.{i}.attn.0.q.bias" in tensors),
         latent_channels=len(tensors["encoder.conv_out.bias"]), n_codes=codes.shape[0],
         embed_dim=codes.shape[1], gumbel=gumbel)
 
