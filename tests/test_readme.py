@@ -85,6 +85,17 @@ def test_options_named_in_passing_exist(monkeypatch):
     assert len(named) >= 8 and named <= known, named - known
 
 
+def test_presets_named_in_commands_exist():
+    import knn_diffusion
+    import vqvae
+
+    presets = {"continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS,
+               "vqvae": vqvae.PRESETS}
+    named = [(command[1], command[command.index("--preset") + 1]) for command in commands()
+             if "--preset" in command]
+    assert named and all(preset in presets[what] for what, preset in named), named
+
+
 @pytest.mark.parametrize("code", [c for text in DOCS.values() for c in code_in(text, "python")])
 def test_the_code_runs_as_it_stands(code, monkeypatch):
     """Except that two sampling steps are enough."""
