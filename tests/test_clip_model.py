@@ -1,8 +1,14 @@
-"""clip_model.py: files, tokenizer, pictures, towers."""
+"""clip_model.py: files, tokenizer, pictures, towers, what the scripts share."""
 
+import argparse
 import json
 import struct
+import subprocess
+import sys
+import threading
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +17,7 @@ from conftest import tiny_clip
 from PIL import Image
 
 import clip_model
-from clip_model import read_weights, write_weights
+from clip_model import read_image, read_weights, write_weights
 
 # ---------------------------------------------------------------- weights on disk
 
@@ -58,15 +64,16 @@ def test_a_header_as_long_as_a_pickles_or_an_archives_first_bytes_is_no_such_fil
     assert again.fingerprint() == clip.fingerprint() and again.tokenizer is not None
 
 
-def test_a_foreign_digest_is_no_digest_of_ours(tmp_path):
-    path = tmp_path / "w.safetensors"
-    clip_model.write_weights(path, {"a": torch.ones(2)}, {})
-    raw = path.read_bytes()
-    header = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
-    header["__metadata__"] = {"digest": "sha256:00"}
-    head = json.dumps(header).encode()
-    path.write_bytes(len(head).to_bytes(8, "little") + head + raw[-8:])
-    assert clip_model.read_weights(path)[1] == {"digest": "sha256:00"}
+def with_header(path: Path, header: bytes, data: bytes = bytes(4)) -> Path:
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    return path
+
+
+def test_a_digest_in_the_metadata_is_just_metadata(tmp_path):
+    path = with_header(tmp_path / "w", b'{"__metadata__": {"digest": "0123456789abcdef"}, "a": '
+                       b'{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}')
+    tensors, metadata = read_weights(path)
+    assert tensors["a"].tolist() == [0] and metadata == {"digest": "0123456789abcdef"}
 
 
 def test_every_truncation_is_refused_with_one_sentence(tmp_path):
@@ -78,36 +85,20 @@ def test_every_truncation_is_refused_with_one_sentence(tmp_path):
             read_weights(tmp_path / "cut")
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"[]",
-        b"{",
-        b'{"x": 3}',
-        b'{"x": {"dtype": "F99", "shape": [], "data_offsets": [0, 4]}}',
-        b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
-        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
-        b'{"x": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}',
-        b'{"x": {"dtype": [], "shape": [1], "data_offsets": [0, 4]}}',
-        b'{"__metadata__": {"a": 1}}',
-        b"[" * 5000,
-        b"\xff\xfe",
-    ],
-)
-def test_damaged_headers_are_refused(tmp_path, header):
-    (tmp_path / "w").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    with pytest.raises(ValueError, match="not a whole .safetensors file"):
-        read_weights(tmp_path / "w")
-
-
-@pytest.mark.parametrize("header, sentence", [
-    (b"[]", "its header is no table"), (b'{"a": {"shape": [1]}}', "'a' lacks a field"),
-    (b'{"a": 3}', "'a' lacks a field"), (b'{"a": {"dtype": "F7", "shape": [1], "data_offsets": '
-                                         b'[0, 4]}}', "unknown dtype 'F7'")])
-def test_a_damaged_header_is_told_in_words(tmp_path, header, sentence):
-    (tmp_path / "w").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
-    with pytest.raises(ValueError, match=sentence):
-        read_weights(tmp_path / "w")
+@pytest.mark.parametrize("header", [
+    b"[]", b"{", b'{"x": 3}', b'{"__metadata__": {"a": 1}}', b"[" * 5000, b"\xff\xfe",
+    b'{"x": {"shape": [1]}}',
+    *(b'{"x": {"dtype": %s, "shape": %s, "data_offsets": %s}}' % entry for entry in (
+        (b'"F99"', b"[]", b"[0, 4]"), (b'"F32"', b"[-1]", b"[0, 4]"),
+        (b'"F32"', b"[1]", b"[4, 8]"), (b'"F32"', b"[true]", b"[0, 4]"), (b"[]", b"[1]", b"[0, 4]"),
+        (b'"F32"', b"[2]", b"[0, 4]"), (b'"F32"', b"[0]", b"[0, 0]"),
+        (b'"F32"', b"[-1]", b"[0, -4]"), (b'"F32"', b"[140737488355328, 140737488355328, 0]", b"[0, 0]"))),
+    b'{"x": {"dtype": "I16", "shape": [1], "data_offsets": [0, 2]},'          # an overlap
+    b' "y": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'])
+def test_damaged_headers_are_refused_with_one_sentence(tmp_path, header):
+    with pytest.raises(ValueError, match="not a whole .safetensors file") as error:
+        read_weights(with_header(tmp_path / "w", header))
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_overrides_what_our_own_files_say(tmp_path):
@@ -117,22 +108,16 @@ def test_nothing_overrides_what_our_own_files_say(tmp_path):
             clip_model.load(tmp_path / "c", **option)
 
 
-def test_a_changed_digit_in_the_header_is_seen(tmp_path):
+def test_a_weight_that_is_not_finite_is_neither_written_nor_loaded(tmp_path):
+    with pytest.raises(ValueError, match="not finite"):
+        write_weights(tmp_path / "x", {"x": torch.tensor(torch.inf)}, {})
+    assert not list(tmp_path.iterdir())
     clip_model.save(tmp_path / "c", tiny_clip(), {})
-    raw = (tmp_path / "c").read_bytes()
-    end = 8 + struct.unpack("<Q", raw[:8])[0]
-    for place in range(8, end, 7):
-        for bit in (1, 2):
-            damaged = bytearray(raw)
-            damaged[place] ^= bit
-            if not raw[place: end].strip():  # the padding: other blanks change nothing
-                continue
-            (tmp_path / "d").write_bytes(damaged)
-            if b"digest" not in damaged[8:end]:  # the damage hit that word: all the rest is whole
-                continue
-            with pytest.raises(ValueError) as error:
-                clip_model.load(tmp_path / "d")
-            assert "\n" not in str(error.value)
+    raw = bytearray((tmp_path / "c").read_bytes())
+    raw[-2:] = np.float16(np.nan).tobytes()
+    (tmp_path / "c").write_bytes(raw)
+    with pytest.raises(ValueError, match="not finite"):
+        clip_model.load(tmp_path / "c")
 
 
 def test_a_model_loads_from_its_path_alone(tmp_path):
@@ -159,9 +144,6 @@ def test_foreign_and_misfitting_files_are_refused(tmp_path):
     clip_model.save_model(tmp_path / "c", model, {})  # no merges
     with pytest.raises(ValueError, match="merges"):
         clip_model.load(tmp_path / "c")
-    with pytest.raises(ValueError, match="not finite"):
-        write_weights(tmp_path / "x", {"x": torch.tensor(torch.inf)}, {})
-    assert not (tmp_path / "x").exists()
     tensors, metadata = read_weights(tmp_path / "c")
     tensors.pop("ln_final.bias")
     write_weights(tmp_path / "d", tensors, metadata)
@@ -175,7 +157,7 @@ def test_foreign_and_misfitting_files_are_refused(tmp_path):
 
 
 def test_byte_symbols_are_256_different_printable_ones():
-    symbols = clip_model.byte_symbols()
+    symbols = clip_model.BYTE_SYMBOLS
     assert sorted(symbols) == list(range(256)) and len(set(symbols.values())) == 256
     assert all(s.isprintable() and not s.isspace() for s in symbols.values())
     assert symbols[ord("a")] == "a" and symbols[ord(" ")] == "Ġ"  # as GPT-2 writes it
@@ -193,12 +175,19 @@ def test_merges_apply_in_learned_order():
     assert words == ["abc</w>", "a", "b</w>"]  # (b, c) was learned before (a, b)
 
 
-def test_encoding_and_decoding_give_the_cleaned_text_back():
+def test_tokens_joined_give_the_cleaned_text_back():
     tokenizer = tiny_clip().tokenizer
-    for text in ("a red fox", "naïve café", "日本 🦊", "x"):  # one space between words and signs
-        ids = [tokenizer.start, *tokenizer.encode(text), tokenizer.end, 0, 0]
-        assert tokenizer.decode(ids) == clip_model.clean(text)
+    byte_of = {symbol: byte for byte, symbol in clip_model.BYTE_SYMBOLS.items()}
+    for text in ("a red fox", "naïve café", "日本 🦊", "x"):
+        words = "".join(tokenizer.words[i] for i in tokenizer.encode(text))
+        found = b" ".join(bytes(map(byte_of.get, word)) for word in words.split("</w>")[:-1])
+        assert found.decode() == clip_model.clean(text)
     assert tokenizer.encode("   ") == []
+
+
+def test_a_pair_is_merged_from_left_to_right():
+    assert clip_model.merge_pair(tuple("aaab"), ("a", "a")) == ("aa", "a", "b")
+    assert clip_model.merge_pair(("a", "b", "ab", "a"), ("a", "b")) == ("ab", "ab", "a")
 
 
 def test_a_cut_text_keeps_its_end_token_and_warns():
@@ -222,17 +211,13 @@ def test_fit_square_is_pillows_antialiased_bicubic_and_a_centre_crop():
     assert clip_model.fit_square(Image.new("RGB", (1, 500)), 16).size == (16, 16)
 
 
-def test_thin_pictures_are_not_blown_up(monkeypatch):
+def test_thin_pictures_are_not_blown_up():
     """1 x 60000 would become 64 x 3,840,000; what is kept equals the crop of that."""
     assert clip_model.fit_square(Image.new("RGB", (1, 60_000)), 64).size == (64, 64)
-    rng = np.random.default_rng(0)
-    thin = Image.fromarray(rng.integers(0, 256, (3, 100, 3), np.uint8))
-    whole = thin.resize((int(16 * 100 / 3), 16), Image.Resampling.BICUBIC)
-    left = round((whole.width - 16) / 2)
-    wanted = np.asarray(whole.crop((left, 0, left + 16, 16))).astype(int)
+    thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1, 2000, 3), np.uint8))
+    whole = thin.resize((32_000, 16), Image.Resampling.BICUBIC)
+    wanted = np.asarray(whole.crop((15_992, 0, 16_008, 16))).astype(int)
     assert np.abs(np.asarray(clip_model.fit_square(thin, 16)) - wanted).max() <= 1
-    monkeypatch.setattr(clip_model, "MAX_PIXELS", 0)
-    assert np.abs(np.asarray(clip_model.fit_square(thin, 16)).astype(int) - wanted).max() <= 1
 
 
 def test_pixels_are_normalised_with_clips_statistics():
@@ -243,21 +228,76 @@ def test_pixels_are_normalised_with_clips_statistics():
 
 def test_transparency_goes_on_white_and_exif_turns(tmp_path):
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert clip_model.read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
-    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert clip_model.read_image(tmp_path / "turned.jpg").size == (4, 8)
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
     deep = Image.fromarray(np.full((3, 3), 65535, np.uint16))
     deep.save(tmp_path / "deep.png")
-    assert clip_model.read_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
+    assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # turn by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (4, 8)
+    broken = (b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIf", 0x100, 11, 1, 8.0)
+              + struct.pack("<HHII", 0x112, 3, 1, 6) + bytes(4))        # a FLOAT as image width
+    Image.new("RGB", (8, 4)).save(tmp_path / "broken.jpg", exif=broken)
+    assert read_image(tmp_path / "broken.jpg").size == (4, 8)
+    with Image.open(tmp_path / "broken.jpg") as picture:                # the caller's is left alone
+        assert clip_model.to_rgb(picture).size == clip_model.to_rgb(picture).size == (4, 8)
+
+
+@pytest.mark.parametrize("bits, kind, row, key", [
+    (2, 0, bytes([0b00011011]), [1]), (4, 0, bytes([0x01, 0xAF]), [1]),
+    (16, 0, struct.pack(">4H", 0, 1000, 40000, 65535), [1000]),
+    (8, 2, bytes([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]), [4, 5, 6]),
+    (16, 2, struct.pack(">12H", *range(0, 60000, 5000)), [15000, 20000, 25000])])
+def test_a_colour_that_stands_for_transparency_becomes_white(bits, kind, row, key, tmp_path):
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, kind, 0, 0, 0)),
+                       (b"tRNS", struct.pack(f">{len(key)}H", *key)),
+                       (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")):
+        check = zlib.crc32(name + data)
+        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
+    (tmp_path / "k.png").write_bytes(content)
+    found = np.asarray(read_image(tmp_path / "k.png"))[0]
+    assert found[1].tolist() == [255, 255, 255] and found[[0, 2]].max() < 255
+
+
+def test_only_a_profile_of_rgb_outlives_its_mode(tmp_path):
+    for mode, space, kept in (("CMYK", b"CMYK", {}), ("L", b"GRAY", {}),
+                              ("RGB", b"RGB ", {"icc_profile": bytes(16) + b"RGB " + bytes(108)})):
+        profile = bytes(16) + space + bytes(108)
+        Image.new(mode, (4, 4)).save(tmp_path / "p.jpg", icc_profile=profile)
+        assert read_image(tmp_path / "p.jpg").info == kept
+
+
+def test_kinds_of_files_are_named_so_that_no_data_runs_as_a_program(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    with pytest.raises(ValueError, match="no readable picture"):
+        read_image(tmp_path / "x.png")
+    picture = Image.new("RGB", (9, 5), "red")
+    picture.save(tmp_path / "phone.jpg", "MPO", save_all=True, append_images=[picture])
+    for suffix in (".avif", ".jfif", ".webp", ".bmp", ".gif", ".tif"):
+        picture.save(tmp_path / f"p{suffix}")
+    for path in tmp_path.glob("p*"):
+        assert read_image(path).size == (9, 5) and path.suffix in clip_model.IMAGE_SUFFIXES
+
+
+def test_what_can_not_be_meant_is_refused_and_any_mode_embedded():
+    model, red = tiny_clip(), Image.new("RGB", (20, 20), "red")
+    for texts in ("a red heart", [b"a"], [], None):
+        with pytest.raises(ValueError, match="list of texts"):
+            model.embed_texts(texts)
+    for pictures in (red, ["red.png"], np.zeros((1, 16, 16, 3), np.uint8)):
+        with pytest.raises(ValueError, match="list of Pillow's pictures"):
+            model.embed_pictures(pictures)
+    found = model.embed_pictures([red, red.convert("RGBA"), red.convert("P")])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\x89PNG\r\n\x1a\n broken"])
 def test_unreadable_pictures_give_one_sentence(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match="no readable picture"):
-        clip_model.read_image(tmp_path / "x.png")
+        read_image(tmp_path / "x.png")
 
 
 def test_grid_places_pictures_row_by_row():
@@ -337,7 +377,72 @@ def test_layer_norm_is_computed_in_float32():
     assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()).bfloat16())
 
 
+# ---------------------------------------------------------------- what the scripts share
+
+
 def test_devices_that_are_not_there_are_refused():
     assert clip_model.pick_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="no device"):
         clip_model.pick_device("abacus")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "f"
+
+    def write(letter: bytes) -> None:
+        with clip_model.replacing(path) as file:
+            file.write(letter * 100_000)
+
+    write(b"a")
+    with pytest.raises(KeyError), clip_model.replacing(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_bytes() == b"a" * 100_000
+    threads = [threading.Thread(target=write, args=(bytes([i]),)) for i in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(path.read_bytes())) == 1 and list(path.parent.iterdir()) == [path]
+    with pytest.raises(ValueError, match="no plain file"), clip_model.replacing(path.parent):
+        pass
+
+
+@pytest.mark.parametrize("error, status, said", [
+    (ValueError("k is\n-1"), 2, "k is -1"), (FileNotFoundError("no x"), 2, "no x"),
+    (OverflowError("too large"), 2, "too large"), (OSError("disk full"), 1, "disk full"),
+    (FloatingPointError("loss is nan"), 1, "loss is nan"), (OSError(), 1, "OSError"),
+    (MemoryError(), 1, "--batch-size"), (torch.OutOfMemoryError("CUDA out of memory."), 1, "--n"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+     1, "not enough memory"), (None, 0, "")])
+def test_a_command_ends_with_one_sentence_and_a_status(error, status, said, capsys):
+    def run(args: argparse.Namespace) -> None:
+        if error is not None:
+            raise error
+
+    assert clip_model.run_command(argparse.ArgumentParser(), run, []) == status
+    found = capsys.readouterr().err
+    assert said in found and found.count("\n") == (status > 0)
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    def run(args: argparse.Namespace) -> None:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        clip_model.run_command(argparse.ArgumentParser(), run, [])
+
+
+def test_a_warning_shows_no_source_line_and_a_full_device_no_traceback():
+    program = ("import argparse, sys, warnings, clip_model\n"
+               "def run(args):\n    warnings.warn('cut')\n    print('ü' * 9)\n"
+               "sys.exit(clip_model.run_command(argparse.ArgumentParser(), run, []))")
+    done = {}
+    for name, device in (("fine", "/dev/null"), ("full", "/dev/full")):
+        with open(device, "w") as stdout:
+            done[name] = subprocess.run(
+                [sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, text=True,
+                cwd=Path(clip_model.__file__).parent, env={"PYTHONIOENCODING": "ascii"})
+    assert (done["fine"].returncode, done["fine"].stderr) == (0, "cut\n")
+    assert done["full"].returncode == 1 and "No space left" in done["full"].stderr
+    assert done["full"].stderr.count("\n") == 2

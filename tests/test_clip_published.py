@@ -6,12 +6,10 @@ random: nothing is downloaded.
 
 import gzip
 import importlib.util
-import io
 import json
 import pickle
 import random
 import sys
-import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -111,7 +109,7 @@ def test_towers_equal_openais_own_code(tower, activation, tmp_path):
     assert_same_embeddings(ours, theirs, TOWERS[tower]["image_resolution"])
     other = "gelu" if activation == "quick_gelu" else "quick_gelu"
     wrong = clip_model.load(tmp_path / "w.pt", activation=other)
-    pixels, tokens = example(theirs, TOWERS[tower]["image_resolution"])
+    tokens = example(theirs, TOWERS[tower]["image_resolution"])[1]
     with torch.no_grad():
         assert (wrong.embed_tokens(tokens) - ours.embed_tokens(tokens)).abs().max() > 1e-4
 
@@ -176,120 +174,114 @@ def test_every_layout_and_wrapper_gives_the_same_model(tmp_path):
     torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     write_weights(tmp_path / "hf.safetensors", in_hugging_faces_layout(state), {"format": "pt"})
     write_weights(tmp_path / "openclip.safetensors", state, {})
-    for name in ("openclip.pt", "lightning.ckpt", "old.bin", "hf.safetensors",
-                 "openclip.safetensors"):
-        ours = clip_model.load(tmp_path / name, activation="quick_gelu")
-        assert_same_embeddings(ours, theirs, 32)
-
-
-def test_resnet_in_openclips_wrapper(tmp_path):
-    theirs = openai_model("resnet")
-    torch.save({"state_dict": {f"module.{k}": v
-                               for k, v in in_custom_text_layout(theirs.state_dict()).items()}},
-               tmp_path / "w.pt")
-    ours = clip_model.load(tmp_path / "w.pt", activation="quick_gelu")
-    assert_same_embeddings(ours, theirs, 64)
+    for path in list(tmp_path.iterdir()):
+        assert_same_embeddings(clip_model.load(path, activation="quick_gelu"), theirs, 32)
+    resnet = openai_model("resnet")
+    state = in_custom_text_layout(resnet.state_dict())
+    torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "rn")
+    ours = clip_model.load(tmp_path / "rn", activation="quick_gelu")
+    assert_same_embeddings(ours, resnet, 64)
     assert not ours.visual.bn1.training and "ResNet" in ours.describe()
 
 
-def test_hugging_faces_own_model_and_folder(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    for activation in ("quick_gelu", "gelu"):
-        torch.manual_seed(0)
-        config = transformers.CLIPConfig(
-            text_config=dict(vocab_size=200, hidden_size=64, intermediate_size=96,
-                             num_hidden_layers=2, num_attention_heads=4, eos_token_id=199,
-                             max_position_embeddings=16, hidden_act=activation),
-            vision_config=dict(hidden_size=96, intermediate_size=160, num_hidden_layers=2,
-                               num_attention_heads=3, image_size=32, patch_size=8,
-                               hidden_act=activation),
-            projection_dim=24)
-        theirs = transformers.CLIPModel(config).eval()
-        with torch.no_grad():
-            for parameter in theirs.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-        theirs.vocab_size, theirs.context_length = 200, 16
-        pixels, tokens = example(theirs, 32)
-        with torch.no_grad():
-            output = theirs(input_ids=tokens, pixel_values=pixels)
-        for shards in ("1GB", "100KB"):
-            folder = tmp_path / f"{activation}-{shards}"
-            theirs.save_pretrained(folder, max_shard_size=shards)
-            assert (folder / "model.safetensors.index.json").exists() == (shards == "100KB")
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")           # the config tells: nothing is guessed
-                ours = clip_model.load(folder)
-            assert ours.config.activation == activation and ours.config.vision_heads == 3
-            with torch.no_grad():
-                found = ours.embed_images(pixels), ours.embed_tokens(tokens)
-            assert (found[0] - output.image_embeds).abs().max() <= TOLERANCE
-            assert (found[1] - output.text_embeds).abs().max() <= TOLERANCE
+def openclip_folder(folder: Path, vision: dict, text: dict, pixels: dict) -> Path:
+    config = {"model_cfg": {"embed_dim": 24, "quick_gelu": False, "text_cfg": {"heads": 2} | text,
+                            "vision_cfg": {"layers": 2, "width": 128, "head_width": 32} | vision},
+              "preprocess_cfg": {"mean": clip_model.PIXEL_MEAN, "size": 32,
+                                 "interpolation": "bicubic", "resize_mode": "shortest"} | pixels}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
 
 
-def test_openclips_config_beside_the_weights_is_heeded(tmp_path):
-    state = openai_model("vit").state_dict()
+def hugging_face_folder(folder: Path, vision: dict, text: dict, pixels: dict) -> Path:
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
+    config = {"vision_config": {"num_attention_heads": 4, "hidden_act": "gelu"} | vision,
+              "text_config": {"num_attention_heads": 2, "hidden_act": "gelu"} | text}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(
+        sizes | {"do_resize": True, "rescale_factor": 0.00392156862745098} | pixels))
+    return folder
+
+
+def test_settings_beside_the_weights_are_heeded_in_both_forms(tmp_path):
+    state = openai_model("vit", vocab_size=514).state_dict()
     write_weights(tmp_path / "open_clip_model.safetensors", state, {})
-    config = {"model_cfg": {"embed_dim": 24, "quick_gelu": False,
-                            "vision_cfg": {"layers": 2, "width": 128, "head_width": 32},
-                            "text_cfg": {"heads": 2}},
-              "preprocess_cfg": {"mean": clip_model.PIXEL_MEAN, "std": clip_model.PIXEL_STD}}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    ours = clip_model.load(tmp_path)
-    assert (ours.config.activation, ours.config.vision_heads, ours.config.text_heads) == (
-        "gelu", 4, 2)
-    for part, name, value in (("preprocess_cfg", "mean", [0.5, 0.5, 0.5]),
-                              ("preprocess_cfg", "resize_mode", "squash"),
-                              ("preprocess_cfg", "interpolation", "bilinear")):
-        odd = {**config, part: {**config[part], name: value}}
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(odd))
-        with pytest.raises(ValueError, match=name):
-            clip_model.load(tmp_path)
-    for name, value in (("no_causal_mask", True), ("pool_type", "last")):
-        config["model_cfg"]["text_cfg"] = {"heads": 2, name: value}
-        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="looks ahead or is pooled"):
-            clip_model.load(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+    half = {"mean": [0.5] * 3, "std": [0.25, 0.5, 1]}
+    for write, names in ((hugging_face_folder, {f"image_{k}": v for k, v in half.items()}),
+                         (openclip_folder, half)):
+        ours = clip_model.load(write(tmp_path, {}, {}, names))
+        config = ours.config
+        assert (config.activation, config.vision_heads, config.text_heads) == ("gelu", 4, 2)
+        pixels = (torch.from_numpy(np.asarray(picture) / 255).float() - 0.5) / torch.tensor(
+            half["std"])
+        assert torch.allclose(ours.embed_pictures([picture]),
+                              ours.embed_images(pixels.permute(2, 0, 1)[None]), atol=1e-6)
+        ours.tokenizer = clip_model.Tokenizer([], 16)
+        clip_model.save(tmp_path / "ours", ours, {})                    # our own files keep them
+        assert clip_model.load(tmp_path / "ours").config == config
+        plain = clip_model.load(write(tmp_path, {}, {}, {}))
+        assert plain.config.pixel_mean == clip_model.PIXEL_MEAN
+        assert plain.fingerprint() != ours.fingerprint()
+    nested = {"image_processor": {"image_mean": 0.5, "image_std": 0.5}}
+    hugging_face_folder(tmp_path, {}, {}, {})
+    (tmp_path / "open_clip_config.json").unlink()
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    assert clip_model.load(tmp_path).config.pixel_mean == 0.5
 
 
-def test_towers_of_another_make_are_refused_by_name(tmp_path):
+@pytest.mark.parametrize("write, part, name, value", [
+    *((openclip_folder, 2, name, value) for name, value in (
+        ("mean", [0.5, 0.5]), ("std", [1, 0, 1]), ("mean", [1e999] * 3), ("size", 64),
+        ("resize_mode", "squash"), ("interpolation", "bilinear"))),
+    *((openclip_folder, 0, name, value) for name, value in (
+        ("pool_type", "avg"), ("norm_kwargs", {"eps": 1e-6}), ("act_kwargs", {"a": 1}),
+        ("timm_model_name", "vit"), ("image_size", [32, 64]))),
+    *((openclip_folder, 1, name, value) for name, value in (
+        ("no_causal_mask", True), ("pool_type", "last"), ("hf_model_name", "bert"))),
+    *((hugging_face_folder, 2, name, value) for name, value in (
+        ("size", {"height": 32, "width": 32}), ("crop_size", 64), ("resample", 2),
+        ("do_center_crop", False), ("do_normalize", False), ("rescale_factor", 0.5))),
+    (hugging_face_folder, 0, "layer_norm_eps", 1e-6),
+    (hugging_face_folder, 0, "hidden_act", "relu"),
+    (hugging_face_folder, 1, "hidden_act", "gelu_new")])
+def test_settings_that_are_not_built_here_are_refused(write, part, name, value, tmp_path):
     write_weights(tmp_path / "open_clip_model.safetensors", openai_model("vit").state_dict(), {})
-    for name, value in (("pool_type", "avg"), ("norm_kwargs", {"eps": 1e-6}), ("act_kwargs", {})):
-        config = {"embed_dim": 24, "vision_cfg": {"layers": 2, "width": 128, name: value},
-                  "text_cfg": {"heads": 2}}
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-        with pytest.raises(ValueError, match="pooling" if name == "pool_type" else name):
-            clip_model.load(tmp_path)
+    parts = [{}, {}, {}]
+    parts[part][name] = value
+    write(tmp_path, *parts)
+    with pytest.raises(ValueError, match="does not fit a CLIP") as error:
+        clip_model.load(tmp_path)
+    assert "\n" not in str(error.value)
 
 
-def test_a_config_of_something_else_does_not_matter_to_a_single_file(tmp_path):
-    write_weights(tmp_path / "w.safetensors", openai_model("vit").state_dict(), {})
-    (tmp_path / "config.json").write_text('{"learning_rate": 1}')
-    assert clip_model.load(tmp_path / "w.safetensors", activation="gelu").config.activation == (
-        "gelu")
-    norms = {"vision_config": {"layer_norm_eps": 1e-6}, "text_config": {}}
-    (tmp_path / "config.json").write_text(json.dumps(norms))
-    with pytest.raises(ValueError, match="layer_norm_eps"):
-        clip_model.load(tmp_path / "w.safetensors")
+def test_shards_and_a_config_of_something_else(tmp_path):
+    theirs = openai_model("vit")
+    state = in_hugging_faces_layout(theirs.state_dict())
+    where = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(state)}
+    for shard in set(where.values()):
+        write_weights(tmp_path / shard, {n: state[n] for n in state if where[n] == shard}, {})
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert_same_embeddings(clip_model.load(tmp_path, activation="quick_gelu"), theirs, 32)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not fit"):
+        clip_model.load(tmp_path)
+    write_weights(tmp_path / "w.safetensors", state, {})
+    (tmp_path / "config.json").write_text('{"learning_rate": 1}')           # another model's
+    assert clip_model.load(tmp_path / "w.safetensors", activation="gelu").config.text_heads == 1
 
 
 PUBLISHED = {  # the published widths, and millions of parameters as OpenCLIP's model table counts
     "ViT-B/32": (dict(), 151.28),
-    "ViT-L/14": (dict(embed_dim=768, patch_size=14, vision_width=1024, vision_layers=24,
-                      vision_heads=16, text_width=768, text_heads=12), 427.62),
-    "RN50": (dict(embed_dim=1024, vision_width=64, vision_layers=(3, 4, 6, 3), vision_heads=32),
-             102.01),
     "RN50x4": (dict(embed_dim=640, image_size=288, vision_width=80, vision_layers=(4, 6, 10, 6),
                     vision_heads=40, text_width=640, text_heads=10), 178.30),
     "H/14": (dict(embed_dim=1024, patch_size=14, vision_width=1280, vision_layers=32,
                   vision_heads=16, text_width=1024, text_layers=24, text_heads=16,
                   activation="gelu"), 986.11),
-    "g/14": (dict(embed_dim=1024, patch_size=14, vision_width=1408, vision_layers=40,
-                  vision_heads=16, vision_hidden=6144, text_width=1024, text_layers=24,
-                  text_heads=16, activation="gelu"), 1366.68),
     "bigG/14": (dict(embed_dim=1280, patch_size=14, vision_width=1664, vision_layers=48,
                      vision_heads=16, vision_hidden=8192, text_width=1280, text_layers=32,
-                     text_heads=20, activation="gelu"), 2539.57),
-}
+                     text_heads=20, activation="gelu"), 2539.57)}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -298,11 +290,11 @@ def test_sizes_of_the_published_models_are_read_off_their_shapes(name):
     config = clip_model.ClipConfig(**changes)
     with torch.device("meta"):
         model = clip_model.CLIP(config)
-    found = clip_model.sizes_from_shapes(model.state_dict(), config.activation, {})
-    ours = clip_model.CLIP.describe(model)
-    for field in ("embed_dim", "image_size", "vision_width", "vision_layers", "vision_heads",
-                  "text_width", "text_layers", "text_heads", "vocab_size", "context_length"):
-        assert getattr(found, field) == getattr(config, field), (field, ours)
+    found = clip_model.sizes_from_shapes(model.state_dict())
+    for field, value in found.items():
+        if not field.endswith("hidden"):
+            assert getattr(config, field) == value, field
+    assert len(found) >= 11
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
 
 
@@ -310,20 +302,14 @@ def test_a_guessed_activation_warns_and_a_told_one_does_not(tmp_path):
     state = openai_model("vit").state_dict()
     torch.save(state, tmp_path / "full.pt")
     torch.save({name: t.half() for name, t in state.items()}, tmp_path / "half.pt")
-    with pytest.warns(UserWarning, match="guessed gelu"):
+    with pytest.warns(UserWarning, match=": gelu is guessed"):
         assert clip_model.load(tmp_path / "full.pt").config.activation == "gelu"
-    with pytest.warns(UserWarning, match="guessed quick_gelu"):
+    with pytest.warns(UserWarning, match="quick_gelu is guessed"):
         half = clip_model.load(tmp_path / "half.pt")
     assert half.config.activation == "quick_gelu" and half.ln_final.weight.dtype == torch.float32
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        asked = clip_model.load(tmp_path / "half.pt", activation="gelu", dtype=torch.bfloat16)
-    assert asked.config.activation == "gelu" and asked.text_projection.dtype == torch.bfloat16
-    pixels = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        close = (asked.embed_images(pixels) * clip_model.load(
-            tmp_path / "half.pt", activation="gelu").embed_images(pixels)).sum(1)
-    assert (close > 0.99).all()
+        assert clip_model.load(tmp_path / "half.pt", activation="gelu").config.activation == "gelu"
 
 
 def test_what_is_no_clip_is_refused_with_one_sentence(tmp_path):
@@ -359,8 +345,8 @@ def test_torchscript_archives_load_without_torch_jit(tower, tmp_path, monkeypatc
                        tmp_path / "w.pt")
     monkeypatch.setattr(torch.jit, "load", None)
     monkeypatch.setattr(torch, "load", None)
-    found, is_torchscript = read_tensors(tmp_path / "w.pt")
-    assert is_torchscript
+    found, metadata = read_tensors(tmp_path / "w.pt")
+    assert metadata == {"format": "TorchScript"}
     for name, tensor in state.items():
         if "num_batches" not in name:
             assert torch.equal(found[name].float(), tensor.half().float()), name
@@ -381,179 +367,119 @@ class Bomb:
         return (Path.touch, (self.marker,))
 
 
-@pytest.mark.parametrize("kind", ["zip", "legacy", "torchscript"])
-def test_a_pickle_that_would_run_a_command_is_refused(kind, tmp_path):
+def archive_of(path: Path, program: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("top/data.pkl", program)
+    return path
+
+
+def harmless(path: Path, marker: Path) -> None:
+    """It loads with a placeholder or is refused in one sentence; in no case does anything run."""
+    try:
+        read_tensors(path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    assert not marker.exists()
+
+
+def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "w.pt"
-    if kind == "legacy":
-        torch.save({"a": Bomb(marker)}, path, _use_new_zipfile_serialization=False)
-    elif kind == "zip":
-        torch.save({"a": Bomb(marker)}, path)
-    else:                                    # a TorchScript class whose state calls something
-        command = f"touch {marker}".encode()
-        program = (b"\x80\x02c__torch__\nModule\n)\x81}X\x01\x00\x00\x00acposix\nsystem\nX"
-                   + len(command).to_bytes(4, "little") + command + b"\x85Rsb.")
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("top/data.pkl", program)
-    with pytest.raises(ValueError, match="call|Path|Unsupported") as error:
-        clip_model.load(path)
-    assert not marker.exists() and "\n" not in str(error.value)
-    if kind == "torchscript":
-        assert "posix system" in str(error.value)
+    bomb = {"a": Bomb(marker), "w": torch.ones(2)}
+    torch.save(bomb, path, _use_new_zipfile_serialization=False)
+    harmless(path, marker)
+    torch.save(bomb, path)
+    harmless(path, marker)
+    assert read_tensors(path)[0].keys() == {"w"}                # what it would have made is missing
+    touch = f"touch {marker}".encode()
+    command = b"X" + len(touch).to_bytes(4, "little") + touch
+    system, module, name = b"cposix\nsystem\n", b"X\x05\0\0\0posix", b"X\x06\0\0\0system"
+    node = b"c__torch__\nM\n)\x81"                             # a module without attributes
+    programs = {
+        "REDUCE": system + command + b"\x85R.", "NEWOBJ": system + command + b"\x85\x81.",
+        "NEWOBJ_EX": b"\x80\x04" + system + command + b"\x85}\x92.",
+        "INST": b"(" + command + b"iposix\nsystem\n.", "OBJ": b"(" + system + command + b"o.",
+        "STACK_GLOBAL": b"\x80\x04" + module + name + b"\x93" + command + b"\x85R.",
+        "dotted": b"X\x02\0\0\0osX\x0b\0\0\0path.system\x93" + command + b"\x85R.",
+        "EXT": b"\x82\x01" + command + b"\x85R.",
+        "BUILD": node + b"}X\x01\0\0\0a" + system + command + b"\x85Rsb.",
+        "__setstate__": node + b"}X\x0c\0\0\0__setstate__" + system + b"sb" + command + b"b.",
+        "append": node + b"}X\x06\0\0\0extend" + system + b"sb(" + command + b"e.",
+        "BINPERSID": command + system + b"0Q."}
+    for program in programs.values():
+        harmless(archive_of(path, b"\x80\x02" + program), marker)
+        nested = b"\x80\x02}X\x01\0\0\0a" + program[:-1] + b"s."
+        harmless(archive_of(path, nested), marker)
 
 
-def test_the_small_machine_agrees_with_pickle_itself():
-    value = {"a": [1, 2.5, None, True, False, "é", (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), ()],
-             "big": 2**40, "neg": -7, "shared": None, "more": list(range(2000)), 5: {}}
+class Callback:
+    """Stands for a class of some training library."""
+
+
+def test_what_is_neither_tensor_nor_container_becomes_a_placeholder(tmp_path):
+    """As a checkpoint of Lightning 1.0, whose callbacks are keyed by their classes."""
+    tensors = {"w": torch.arange(6.0).view(2, 3).T, "p": nn.Parameter(torch.ones(2)),
+               "h": torch.ones(3).half(), "n": torch.arange(3), "e": torch.empty(0)}
+    odd = {"callbacks": {Callback: {}, dict: Callback()}, "path": Path("x"), "kinds": {1, 2},
+           "random": np.float64(3), "function": Callback.__init__}
+    torch.save({"state_dict": tensors} | odd, tmp_path / "w.pt")
+    found = read_tensors(tmp_path / "w.pt")[0]
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert torch.load(tmp_path / "w.pt", weights_only=False)["callbacks"].keys() == {Callback, dict}
+
+
+def test_plain_containers_come_as_pickle_itself_gives_them(tmp_path):
+    value = {"a": [1, 2.5, None, True, "é", (1,), (1, 2, 3, 4), ()], "big": 2**40, 5: {}}
     value["shared"] = value["a"]
     for protocol in (2, 4):
-        found = clip_model.run_pickle(pickle.dumps(value, protocol), None)
+        with zipfile.ZipFile(archive_of(tmp_path / "w", pickle.dumps(value, protocol))) as archive:
+            found = clip_model.ArchiveReader(archive).load()
         assert found == value and found["shared"] is found["a"]
 
 
 def test_tensors_can_not_reach_beyond_their_storage(tmp_path):
-    buffer = io.BytesIO()
-    torch.save({"a": torch.arange(6.0)}, buffer)
-    with zipfile.ZipFile(buffer) as archive:
+    torch.save({"a": torch.arange(6.0)}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as archive:
         parts = {info.filename: archive.read(info) for info in archive.infolist()}
     name = next(name for name in parts if name.endswith("data.pkl"))
-    program = parts[name]
-    assert program.count(b"K\x06\x85") == 1                     # the size, (6,)
-    assert program.count(b"K\x01\x85") == 1                     # the stride, (1,)
-    longer = program.replace(b"K\x06\x85", b"K\x07\x85")
-    # a stride of 0 shows one number again and again: small in the file, huge once it is copied
-    endless = program.replace(b"K\x06\x85", b"J\xff\xff\xff\x7f\x85").replace(
-        b"K\x01\x85", b"K\x00\x85")
-    for changed in (longer, endless):
-        parts[name] = changed
-        with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
-            for entry, content in parts.items():
-                archive.writestr(entry, content)
-        with pytest.raises(ValueError, match="storage"):
-            read_tensors(tmp_path / "w.pt")
-
-
-def write_archive(path: Path, program: bytes, compression: int = zipfile.ZIP_STORED,
-                  **entries: bytes) -> None:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        archive.writestr(zipfile.ZipInfo("top/data.pkl"), program)
-        for name, content in entries.items():
-            archive.writestr(f"top/{name}", content)
-
-
-def test_crafted_archives_are_refused_in_time(tmp_path):
-    """What would recurse in C, double at every level, or unpack to far more than the file."""
-    path = tmp_path / "w.pt"
-    node = b"c__torch__\nM\n)\x81"                             # a module without attributes
-    doubling = node
-    for i in range(40):                                        # each holds the one before twice
-        doubling = (node + b"}(X\x01\x00\x00\x00a" + doubling + b"q" + bytes([i])
-                    + b"X\x01\x00\x00\x00bh" + bytes([i]) + b"ub")
-    for name, program, entries in (
-            ("names", b"\x80\x02}N" + b"\x85" * 400_000 + b"Ns.", {}),
-            ("names", b"\x80\x02}N\x85Ns.", {}),
-            ("deeply", b"\x80\x02" + doubling + b".", {}),
-            ("tuple", b"\x80\x02N" + b"\x85q\x00h\x00\x86" * 30 + b")R.", {}),
-            ("argument", b"\x80\x02ccollections\nOrderedDict\n]N" + b"\x85" * 400_000
-             + b"N\x86a\x85R.", {}),                           # a key whose hash recurses in C
-            ("compressed", b"\x80\x02}.", {"byteorder": b"little" + b" " * 2**20})):
-        write_archive(path, program, zipfile.ZIP_DEFLATED, **entries)
-        start = time.monotonic()
-        with pytest.raises(ValueError, match=name) as error:
-            read_tensors(path)
-        assert time.monotonic() - start < 5 and len(str(error.value)) < 500
-    storage = (b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000"
-               b"X\x03\x00\x00\x00cpuK\x01tQ")
-    axes = b"(" + b"K\x01" * 100_000 + b"t"                     # each tensor would keep its own
-    write_archive(path, b"\x80\x02}X\x01\x00\x00\x00actorch._utils\n_rebuild_tensor_v2\n("
-                  + storage + b"K\x00" + 2 * axes + b"\x89}tRs.", **{"data/0": bytes(4)})
-    with pytest.raises(ValueError, match="odd size"):
-        read_tensors(path)
-    write_archive(path, b"\x80\x02}.", a=bytes(1000), b=bytes(1000))
-    raw = path.read_bytes()
-    size = (1000).to_bytes(4, "little")                        # both are to be nearly all of it
-    path.write_bytes(raw.replace(size, (len(raw) - 100).to_bytes(4, "little")))
-    with pytest.raises(ValueError, match="overlap"):
-        read_tensors(path)
-
-
-def test_a_shape_beyond_all_numbers_is_refused(tmp_path):
-    header = json.dumps({"a": {"dtype": "F32", "shape": [2**47, 2**47, 0],
-                               "data_offsets": [0, 0]}}).encode()
-    (tmp_path / "w.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
-    with pytest.raises(ValueError, match="odd shape"):
-        clip_model.read_weights(tmp_path / "w.safetensors")
-
-
-def corrupted(raw: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """A truncation, a burst of random bytes, or a few flipped ones."""
-    kind = rng.choice(["cut", "burst", "flip"])
-    if kind == "cut":
-        return raw[: rng.randrange(len(raw))], kind
-    damaged = bytearray(raw)
-    # Half of the damage goes where the structure is: the first and the last kilobyte.
-    def place() -> int:
-        return rng.choice([rng.randrange(len(raw)), rng.randrange(min(1000, len(raw))),
-                           len(raw) - 1 - rng.randrange(min(1000, len(raw)))])
-    if kind == "burst":
-        at = place()
-        damaged[at: at + 8] = rng.randbytes(8)
-    else:
-        for _ in range(3):
-            damaged[place()] ^= 1 << rng.randrange(8)
-    return bytes(damaged[: len(raw)]), kind
+    assert parts[name].count(b"K\x06\x85") == 1                 # the size, (6,)
+    parts[name] = parts[name].replace(b"K\x06\x85", b"K\x07\x85")
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        for entry, content in parts.items():
+            archive.writestr(entry, content)
+    with pytest.raises(ValueError, match="storage"):
+        read_tensors(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "torchscript", "legacy"])
-def test_five_hundred_corruptions_give_one_sentence_or_the_tensors(kind, tmp_path):
+def test_damaged_files_give_one_sentence_or_the_tensors(kind, tmp_path):
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    state, path = model.state_dict(), tmp_path / "w"
+    state, path, rng, refused = model.state_dict(), tmp_path / "w", random.Random(0), 0
     if kind == "safetensors":
         write_weights(path, state, {"a": "b"})
     elif kind == "torchscript":
         torch.jit.save(torch.jit.script(model), path)
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
-    raw, rng, refused = path.read_bytes(), random.Random(0), 0
+    raw = path.read_bytes()
     assert read_tensors(path)[0].keys() >= state.keys()
-    for _ in range(500):
-        damaged, how = corrupted(raw, rng)
-        path.write_bytes(damaged)
+    for i in range(200):
+        damaged, ends = bytearray(raw), min(1000, len(raw))    # the structure is at both ends
+        for _ in range(rng.choice([1, 3])):
+            place = rng.choice([rng.randrange(len(raw)), rng.randrange(ends),
+                                len(raw) - 1 - rng.randrange(ends)])
+            damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged[: rng.randrange(len(raw))] if i % 4 == 0 else damaged)
         try:
             found = read_tensors(path)[0]
-            # Damage in the tensors' own bytes can't be seen where the format has no checksum, and
-            # damage in code, padding or names of entries that are not read does no harm.
-            assert how != "cut"
-            if kind != "legacy":
+            assert i % 4 > 0                                   # no cut goes unseen
+            if kind in ("zip", "torchscript"):                 # the others have no checksum
                 assert found.keys() == state.keys()
-            if kind in ("zip", "torchscript"):
                 assert all(torch.equal(found[name], state[name]) for name in state)
         except ValueError as error:
             refused += 1
             assert "\n" not in str(error) and str(path) in str(error)
-    assert refused > 150
-
-
-@pytest.mark.parametrize("kind", ["zip", "torchscript"])
-def test_a_damaged_pickle_or_tensor_is_always_seen_in_archives(kind, tmp_path):
-    """A zip has a checksum for each entry: whatever is read is either whole or refused."""
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    path = tmp_path / "w.pt"
-    torch.save(model.state_dict(), path) if kind == "zip" else torch.jit.save(
-        torch.jit.script(model), path)
-    raw, rng = path.read_bytes(), random.Random(0)
-    with zipfile.ZipFile(path) as archive:
-        entries = [info for info in archive.infolist()
-                   if info.filename.endswith("data.pkl") or "/data/" in info.filename]
-    for _ in range(100):
-        info = rng.choice(entries)
-        name_and_extra = raw[info.header_offset + 26: info.header_offset + 30]
-        start = info.header_offset + 30 + int.from_bytes(name_and_extra[:2], "little") + \
-            int.from_bytes(name_and_extra[2:], "little")
-        damaged = bytearray(raw)
-        damaged[start + rng.randrange(info.file_size)] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="not a whole archive"):
-            read_tensors(path)
+    assert refused > 60
 
 
 # ---------------------------------------------------------------- the published vocabulary
@@ -593,31 +519,20 @@ def test_tokens_equal_the_public_tokenizers_on_20_000_strings():
         assert ours.encode(text) == theirs.encode(text), repr(text)
 
 
-def test_vocabulary_files_of_every_kind_give_one_tokenizer(tmp_path):
+def test_vocabulary_files_of_both_kinds_give_one_tokenizer(tmp_path):
     found = clip_model.find_vocabulary(Path("/nowhere"))
     if found is None:
         pytest.skip("no CLIP package is installed")
     whole = clip_model.read_vocabulary(found)
-    lines = gzip.open(found / clip_model.VOCABULARY, "rt", encoding="utf-8").read().split("\n")
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(lines[1:48895]) + "\n")
-    (tmp_path / "vocab.json").write_text(json.dumps(whole.ids))
-    ours = clip_model.read_vocabulary(tmp_path)
-    assert ours.ids == whole.ids and ours.merges == whole.merges
-    # each pads as its source does; the embedding is blind to it
-    assert whole(["a cat"])[0, 4:].unique().tolist() == [0]
-    assert ours(["a cat"])[0, 4:].unique().tolist() == [49407]
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
-    assert clip_model.read_vocabulary(tmp_path)(["a cat"])[0, 4:].unique().tolist() == [0]
-    (tmp_path / "vocab.json").write_text(json.dumps({**whole.ids, "!": 5}))
-    with pytest.raises(ValueError, match="disagree"):
-        clip_model.read_vocabulary(tmp_path)
-    (tmp_path / "merges.txt").write_text("#version: 0.2\na b\n")
-    with pytest.raises(ValueError, match="2 different merges"):
-        clip_model.read_vocabulary(tmp_path)
-    bomb = tmp_path / clip_model.VOCABULARY
-    bomb.write_bytes(gzip.compress(b"a b\n" * 20_000_000)[:-9])
-    with pytest.raises(ValueError, match="list of merges"):
-        clip_model.read_vocabulary(bomb)
+    lines = gzip.open(found, "rt", encoding="utf-8").read().split("\n")
+    merges = tmp_path / "merges.txt"
+    merges.write_text("#version: 0.2\n" + "\n".join(lines[1:48895]) + "\n", "utf-8")
+    assert clip_model.find_vocabulary(tmp_path) == merges
+    assert clip_model.read_vocabulary(merges).ids == whole.ids
+    for content in (b"#version: 0.2\na b\n", found.read_bytes()[:-9], b"\xff\xfe", b""):
+        merges.write_bytes(content)
+        with pytest.raises(ValueError, match="list of merges"):
+            clip_model.read_vocabulary(merges)
 
 
 def test_a_vocabulary_is_found_beside_the_weights_or_its_lack_is_said(tmp_path, monkeypatch):
