@@ -6,9 +6,9 @@ The retrieval model of kNN-Diffusion Sec. 3 is frozen. This is its pair of encod
 
 Both are divided by their norm, so that an inner product is a cosine. Some of the published models
 have a ResNet in place of the ViT. Modules and parameters have the names of OpenAI's release.
-`load` reads the checkpoints of OpenAI, OpenCLIP and Hugging Face, and this repository's own small
-sticker CLIP. Shapes: B batch, C channels, H W picture, L tokens (M keys), D width (d per head),
-E CLIP dimension.
+`load` reads the checkpoints of OpenAI, OpenCLIP and Hugging Face, and our small sticker CLIP.
+
+Shapes: B batch, C channels, H W picture, L tokens (M keys), D width (d per head), E CLIP dimension.
 
 Left out: other projects' towers (timm's, Hugging Face's text models), CoCa's and SigLIP's heads.
 """
@@ -218,19 +218,16 @@ class Bottleneck(nn.Module):
         self.conv1, self.bn1 = nn.Conv2d(c_in, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
         self.conv3, self.bn3 = nn.Conv2d(width, c_out, 1, bias=False), nn.BatchNorm2d(c_out)
-        self.stride, self.downsample = stride, None
+        self.stride, self.downsample = stride, nn.Sequential()           # as it is
         if stride > 1 or c_in != c_out:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False),
                                             nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:                              # (B, C, h, w)
-        short = x
+        short = self.downsample(F.avg_pool2d(x, self.stride))            # (B, C', h', w')
         x = F.relu(self.bn1(self.conv1(x)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        if self.stride > 1:
-            x, short = F.avg_pool2d(x, self.stride), F.avg_pool2d(short, self.stride)
-        x = self.bn3(self.conv3(x))                                      # (B, C', h', w')
-        return F.relu(x + (short if self.downsample is None else self.downsample(short)))
+        x = F.avg_pool2d(F.relu(self.bn2(self.conv2(x))), self.stride)
+        return F.relu(self.bn3(self.conv3(x)) + short)                   # (B, C', h', w')
 
 
 class AttentionPool(nn.Module):
@@ -282,10 +279,8 @@ class ModifiedResNet(nn.Module):
 # ---------------------------------------------------------------- CLIP
 
 class CLIP(nn.Module):
-    """Both towers and the learned temperature. `tokenizer` belongs to the weights.
-
-    The text tower's modules sit at the top level, as in OpenAI's release.
-    """
+    """Both towers and the learned temperature. The text tower's modules sit at the top level, as in
+    OpenAI's release. `tokenizer` belongs to the weights."""
 
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
@@ -369,8 +364,8 @@ class CLIP(nn.Module):
         # Fields that came later count only where they differ: older files keep their fingerprint.
         config = {name: value for name, value in asdict(self.config).items()
                   if value not in (0, PIXEL_MEAN, PIXEL_STD)}
-        digest = hashlib.sha256(json.dumps(
-            [config, self.tokenizer.merges if is_own else []]).encode())
+        said = json.dumps([config, self.tokenizer.merges if is_own else []])
+        digest = hashlib.sha256(said.encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -417,10 +412,8 @@ def merge_pair(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
 
 
 class Tokenizer:
-    """Texts -> token ids. Vocabulary: 256 bytes, the same with "</w>", merges, start, end.
-
-    The end token has the largest id, since the text tower finds it by arg-max.
-    """
+    """Texts -> token ids. Vocabulary: 256 bytes, the same with "</w>", merges, start, end. The end
+    token has the largest id, since the text tower finds it by arg-max."""
 
     def __init__(self, merges: list[tuple[str, str]], context_length: int = 77) -> None:
         symbols = list(BYTE_SYMBOLS.values())
@@ -640,34 +633,30 @@ def settings_beside(folder: Path, is_single: bool, n: int) -> dict[str, object]:
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder as Hugging Face lays it out: one file, or shards and their table."""
-    table = folder / "model.safetensors.index.json"
     names = [name for name in ("model.safetensors", "open_clip_model.safetensors",
              "pytorch_model.bin", "open_clip_pytorch_model.bin") if (folder / name).is_file()][:1]
+    table = folder / "model.safetensors.index.json"
     if not names and table.is_file():
         names = sorted(set(json.loads(table.read_text("utf-8"))["weight_map"].values()))
     if not names:
         raise FileNotFoundError(f"no model.safetensors, nor shards of it, in {folder}")
-    return {name: tensor for shard in names
-            for name, tensor in read_tensors(folder / shard)[0].items()}
+    shards = [read_tensors(folder / name)[0] for name in names]
+    return {name: tensor for shard in shards for name, tensor in shard.items()}
 
 
 def load_published(path: Path, tensors: dict[str, Tensor], told: dict[str, object]) -> CLIP:
-    """A CLIP from weights that this project did not write, without its tokenizer. told: what the
-    caller knows of ClipConfig's fields."""
+    """A CLIP without its tokenizer. told: the fields of ClipConfig that the caller knows."""
     folder = path if path.is_dir() else path.parent
-    try:
-        tensors = to_openai_names(tensors or weights_in(path))
-        sizes = sizes_from_shapes(tensors)
-        told = settings_beside(folder, path != folder, sizes["image_size"]) | told
-        if "activation" not in told:
-            is_half = tensors["token_embedding.weight"].dtype == torch.float16
-            told["activation"] = "quick_gelu" if is_half else "gelu"
-            warnings.warn(f"nothing beside {path} names its activation: {told['activation']} is "
-                          "guessed from its dtype; say activation=... if you know", stacklevel=3)
-        model = CLIP(ClipConfig(**(sizes | told)))
-        model.load_state_dict(tensors)
-    except MISFITS as error:
-        raise ValueError(f"{path} does not fit a CLIP: {reason(error)}") from None
+    tensors = to_openai_names(tensors or weights_in(path))
+    sizes = sizes_from_shapes(tensors)
+    told = settings_beside(folder, path != folder, sizes["image_size"]) | told
+    if "activation" not in told:
+        is_half = tensors["token_embedding.weight"].dtype == torch.float16
+        told["activation"] = "quick_gelu" if is_half else "gelu"
+        warnings.warn(f"nothing beside {path} names its activation: {told['activation']} is "
+                      "guessed from its dtype; say activation=... if you know", stacklevel=3)
+    model = CLIP(ClipConfig(**(sizes | told)))
+    model.load_state_dict(tensors)
     return model
 
 
@@ -915,7 +904,10 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
         told = {"activation": activation} if activation else {}
         if metadata.get("format") == "TorchScript":      # OpenAI's, and all of them use QuickGELU
             told = {"activation": "quick_gelu"} | told
-        model = load_published(path, tensors, told)
+        try:
+            model = load_published(path, tensors, told)
+        except MISFITS as error:
+            raise ValueError(f"{path} does not fit a CLIP: {reason(error)}") from None
         where = Path(tokenizer or (path if path.is_dir() else path.parent))
         where = find_vocabulary(where) if where.is_dir() else where
         if where and model.config.vocab_size == PUBLISHED_SIZE:
@@ -974,13 +966,13 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
         return 0
     except (ValueError, OverflowError, FileNotFoundError) as error:
         said, status = reason(error), 2
-    except (OSError, FloatingPointError) as error:
-        said, status = reason(error), 1
-    except (MemoryError, RuntimeError) as error:
-        no_memory = "MemoryError|out of memory|allocate|ALLOC_FAILED|size calculation overflowed"
-        if not re.search(no_memory, repr(error)):
+    except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
+        no_memory = re.search("MemoryError|out of memory|alloc|overflowed", repr(error), re.I)
+        if isinstance(error, RuntimeError) and not no_memory:
             raise
-        said, status = f"not enough memory: lower --batch-size or --n ({reason(error)})", 1
+        said, status = reason(error), 1
+        if no_memory:
+            said = f"not enough memory: lower --batch-size or --n ({said})"
     print(said, file=sys.stderr)
     try:
         sys.stdout.flush()
