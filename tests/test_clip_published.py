@@ -413,13 +413,12 @@ def test_what_is_neither_tensor_nor_container_becomes_a_placeholder(tmp_path):
     """As a checkpoint of Lightning 1.0, whose callbacks are keyed by their classes."""
     tensors = {"w": torch.arange(6.0).view(2, 3).T, "p": nn.Parameter(torch.ones(2)),
                "h": torch.ones(3).half(), "n": torch.arange(3), "e": torch.empty(0)}
-    odd = {"callbacks": {Callback: {}, dict: Callback()}, "path": Path("x"), "kinds": {1, 2},
+    odd = {"callbacks": {Callback: {}, Callback(): dict}, "path": Path("x"), "kinds": {1, 2},
            "random": np.float64(3), "function": Callback.__init__}
     torch.save({"state_dict": tensors} | odd, tmp_path / "w.pt")
     found = read_tensors(tmp_path / "w.pt")[0]
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    assert torch.load(tmp_path / "w.pt", weights_only=False)["callbacks"].keys() == {Callback, dict}
 
 
 def test_tensors_can_not_reach_beyond_their_storage(tmp_path):
