@@ -257,11 +257,8 @@ def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -
 
 def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
                     ) -> tuple[Tensor, Tensor, Tensor]:
-    """Which samples lose their query, their neighbours and the picture to edit: three bool (B,).
-
-    As `draw_drops`; and half of those that lose the whole condition lose the picture with it. So
-    e(∅,∅), e(I,∅) and e(I,T) of `guided` are all trained. The picture is never dropped alone.
-    """
+    """As `draw_drops`, and which samples lose the picture to edit: half of those that lose the whole
+    condition. So e(∅,∅), e(I,∅) and e(I,T) of `guided` are all trained."""
     drop_query, drop_neighbors = draw_drops(batch, generator, condition)
     drop_picture = torch.rand(batch, generator=generator) < 0.5
     return drop_query, drop_neighbors, drop_picture & drop_query & drop_neighbors
@@ -366,10 +363,7 @@ class ResBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """GLIDE's joint attention: queries from the pixels, keys and values from the condition's tokens
-    and the pixels together.
-
-    with_self=False leaves the pixels' own keys out: cheap at large feature maps.
-    """
+    and the pixels together; from the tokens alone, at large feature maps, without with_self."""
 
     def __init__(self, config: UNetConfig, channels: int, with_self: bool) -> None:
         super().__init__()
@@ -509,8 +503,7 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
 
 @dataclass(frozen=True)
 class Guide:
-    """What steers a sampler. query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or
-    None; picture: what to edit, as x_t, or None."""
+    """What steers a sampler; see `sample`."""
     query: Tensor | None
     neighbors: Tensor | None
     scale: float = 1.0
@@ -620,11 +613,9 @@ SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "ddpm": ddpm}         # the first i
 
 def noise_source(seeds: list[int], device: torch.device | str = "cpu",
                  draw: Callable[..., Tensor] = torch.randn) -> Callable[..., Tensor]:
-    """A function (*shape) → the next standard normal (B, *shape), or uniform with torch.rand.
-
-    Every sample has a generator of its own on the CPU, so that its noise depends on its seed alone:
-    not on the batch, not on the device.
-    """
+    """A function (*shape) → the next standard normal (B, *shape), or uniform with torch.rand. Every
+    sample has a generator of its own on the CPU: its noise depends on its seed alone, not on the
+    batch or the device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda *shape: torch.stack([draw(shape, generator=g) for g in generators]).to(device)
 
@@ -696,10 +687,6 @@ class TransformerConfig:
     query_hidden: int = 1024
     edit: bool = False                        # Sec. 3.3: the tokens of a picture to edit, too
 
-    def __post_init__(self) -> None:
-        require(self.schedule in ("released", "paper"),
-                f"schedule {self.schedule!r}: wanted released or paper")
-
 
 DISCRETE_PRESETS = {
     "paper": TransformerConfig(),
@@ -724,6 +711,7 @@ class MaskSchedule:
     def __init__(self, T: int, n_codes: int, kind: str = "released",
                  device: torch.device | str = "cpu") -> None:
         t = torch.arange(T + 1, dtype=torch.float64)
+        require(kind in ("released", "paper"), f"schedule {kind!r}: wanted released or paper")
         if kind == "released":
             alpha_bar = 0.99999 + (t - 1) / (T - 1) * (0.000009 - 0.99999)
             gamma_bar = 0.000009 + (t - 1) / (T - 1) * (0.99999 - 0.000009)
@@ -731,7 +719,6 @@ class MaskSchedule:
             alpha_bar, gamma_bar = (1 - t / T).clamp(min=self.FLOOR), 0.9 * t / T
         alpha_bar[0], gamma_bar[0] = 1, 0
         beta_bar = (1 - alpha_bar - gamma_bar) / n_codes
-        assert (alpha_bar.diff() < 0).all() and (gamma_bar.diff() > 0).all()
         # β_t ≥ 0 in every step: (1 − γ̄)/ᾱ = 1 + Vβ̄/ᾱ may not fall.
         assert (beta_bar >= 0).all() and ((beta_bar / alpha_bar).diff() > -1e-18).all()
         self.T, self.n_codes = T, n_codes
@@ -936,56 +923,19 @@ def quick_posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Ten
 
 def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, xt: Tensor,
                   t: Tensor, query: Tensor, neighbors: Tensor, drop_query: Tensor,
-                  drop_neighbors: Tensor, picture: Tensor | None = None
-                  ) -> tuple[Tensor, Tensor]:
-    """The variational term and the auxiliary one of each sample, nats per token: two (B,).
+                  drop_neighbors: Tensor, picture: Tensor | None = None) -> Tensor:
+    """The variational term and the auxiliary one, nats per token, the mean over the batch.
 
     KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 q is certain and
-    this is −log p(x_0 | x_1). Then −log p(x_0 | x_t), which teaches x_0 at once, with the code's
-    adaptive weight 2 − (t−1)/T. Neither is divided by the probability of t yet: see `TimeSampler`.
+    this is −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with the
+    code's adaptive weight 2 − (t−1)/T. Departs: t is uniform in 1 … T; their code draws it by the
+    size of the loss.
     """
     log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)     # (B, L, V)
     kl = quick_posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)    # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
-    return kl, model.config.auxiliary * (2 - (t - 1) / schedule.T) * auxiliary
-
-
-class TimeSampler(nn.Module):
-    """Steps t drawn in proportion to √E[loss²], where the sum over t is least noisy (2102.09672
-    Sec. 3.3).
-
-    As in VQ-Diffusion's code: a running mean of 0.9 and 0.1; t = 1 takes the value of t = 2;
-    uniform until every t was seen more than ten times. Ours: the mean begins at the first value,
-    not at 0.
-    """
-
-    def __init__(self, T: int) -> None:
-        super().__init__()
-        self.register_buffer("mean_square", torch.zeros(T + 1, dtype=torch.float64))   # 0: unused
-        self.register_buffer("seen", torch.zeros(T + 1, dtype=torch.int64))
-
-    def probabilities(self) -> Tensor:
-        """float64 (T+1,), 0 at t = 0; they sum to 1."""
-        p = torch.ones_like(self.mean_square)
-        if (self.seen[1:] > 10).all():
-            p = self.mean_square.sqrt() + 1e-4
-            p[1] = p[2]
-        p[0] = 0
-        return p / p.sum()
-
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n steps int64 (n,), and their weights 1/(T·p) float32 (n,), whose mean is 1."""
-        p = self.probabilities()
-        t = torch.multinomial(p, n, replacement=True, generator=generator)
-        return t, (1 / ((len(p) - 1) * p[t])).float()
-
-    def update(self, t: Tensor, loss: Tensor) -> None:
-        """Note the variational terms (n,) of the steps t (n,)."""
-        for step, value in zip(t.tolist(), loss.detach().double().tolist()):
-            if math.isfinite(value):
-                self.mean_square[step] = (value ** 2 if self.seen[step] == 0 else
-                                          0.9 * self.mean_square[step] + 0.1 * value ** 2)
-                self.seen[step] += 1
+    weight = model.config.auxiliary * (2 - (t - 1) / schedule.T)
+    return (kl + weight * auxiliary).mean()
 
 
 # ---------------------------------------------------------------- guidance and sampling
@@ -994,9 +944,8 @@ def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt:
                    ) -> Tensor:
     """Guided, truncated log p(x_0 | x_t), normalised: (B, L, V).
 
-    Guidance acts on log p, which is normalised again (Improved VQ-Diffusion, 2205.16007).
-    truncation r is top-p sampling: the likeliest codes stay, each that has less than r of the mass
-    before it, so always one (VQ-Diffusion's truncation; 1 is off).
+    Guidance acts on log p (Improved VQ-Diffusion, 2205.16007). truncation r is top-p sampling: the
+    codes stay that have less than r of the mass before them, so always one; 1 is off.
     """
     log_p = guided(model, xt, t, guide).log_softmax(-1).clamp(min=LOG_ZERO)
     if truncation < 1.0:
@@ -1034,9 +983,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
                   guidance_picture: float = 1.0) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
 
-    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture:
-    tokens (B, L) of what to edit, for a model with `config.edit`. truncation: see
-    `predict_tokens`. Raises ValueError for what does not fit.
+    As `sample`; picture: tokens (B, L) of what to edit; truncation: see `predict_tokens`.
     """
     require(0 < truncation <= 1, f"truncation is {truncation}, wanted more than 0, at most 1")
     config, device = model.config, model.token.weight.device
@@ -1050,10 +997,8 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
 # ---------------------------------------------------------------- load, save
 
 def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, str]]:
-    """A model of either backbone in eval mode, float32, on the CPU, and its file's metadata.
-
-    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
-    """
+    """A model of either backbone in eval mode, float32, on the CPU, and its file's metadata. Raises
+    FileNotFoundError, or ValueError for a file that does not fit."""
     model, metadata = load_model(path, {"UNet": (UNet, UNetConfig),
                                         "TokenTransformer": (TokenTransformer, TransformerConfig)})
     return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata

@@ -159,14 +159,13 @@ def test_loss_is_zero_for_the_true_x0_and_positive_else(kind):
     t = torch.arange(1, 11)
     xt = kd.mask_and_replace(x0, t, schedule, torch.rand(10, 9, generator=generator),
                              torch.randint(7, (10, 9), generator=generator))
-    ideal = fixed(one_hot_log(x0, 7), CONFIG)
-    terms, auxiliary = kd.discrete_loss(ideal, schedule, x0, xt, t, None, None, None, None)
-    assert terms.abs().max() < 1e-5 and auxiliary.abs().max() == 0
-    blind = fixed(torch.full((10, 9, 7), -math.log(7)), CONFIG)
-    terms, auxiliary = kd.discrete_loss(blind, schedule, x0, xt, t, None, None, None, None)
+    assert kd.posterior_kl(one_hot_log(x0, 7), x0, xt, t, t - 1, schedule).abs().max() < 1e-5
+    blind = torch.full((10, 9, 7), -math.log(7))
+    terms = kd.posterior_kl(blind, x0, xt, t, t - 1, schedule).mean(1)
     assert (terms[1:][(xt[1:] == 7).any(1)] > 1e-4).all()
-    wanted = CONFIG.auxiliary * math.log(7) * (2 - (t - 1) / 10)           # from 2 down to 1.1
-    assert torch.allclose(auxiliary, wanted, rtol=1e-5)
+    weight = CONFIG.auxiliary * (2 - (t - 1) / 10)                         # from 2 down to 1.1
+    loss = kd.discrete_loss(fixed(blind, CONFIG), schedule, x0, xt, t, None, None, None, None)
+    assert loss.item() == pytest.approx((terms + weight * math.log(7)).mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -231,26 +230,8 @@ def test_kl_term_by_hand():
 
     q, p = posterior([1.0, 0.0]), posterior([0.3, 0.7])
     wanted = sum(a * math.log(a / b) for a, b in zip(q, p))
-    terms, _ = kd.discrete_loss(fixed(log_x0, CONFIG), schedule, x0, xt, t, None, None, None, None)
-    assert terms.item() == pytest.approx(wanted, rel=1e-4)
-
-
-def test_times_are_drawn_by_their_loss_and_weighed_back():
-    times = kd.TimeSampler(5)
-    assert times.probabilities().tolist() == [0, 0.2, 0.2, 0.2, 0.2, 0.2]
-    for _ in range(11):
-        times.update(torch.tensor([1, 2, 3, 4, 5]), torch.tensor([9.0, 1.0, 2.0, 3.0, 4.0]))
-    p = times.probabilities()
-    wanted = torch.tensor([1.0, 1.0, 2.0, 3.0, 4.0]).double() + 1e-4       # t = 1 takes t = 2's
-    assert torch.allclose(p[1:], wanted / wanted.sum()) and p[0] == 0
-    t, weight = times.draw(20_000, torch.Generator().manual_seed(0))
-    assert t.min() == 1 and t.max() == 5
-    assert torch.allclose(t.bincount(minlength=6) / 20_000.0, p.float(), atol=0.015)
-    assert torch.allclose(weight, (1 / (5 * p[t])).float()) and abs(weight.mean() - 1) < 0.02
-    times.update(torch.tensor([3]), torch.tensor([0.0]))
-    assert times.mean_square[3] == pytest.approx(0.9 * 4)
-    times.update(torch.tensor([3]), torch.tensor([math.nan]))              # skipped, not poisoned
-    assert times.mean_square[3] == pytest.approx(0.9 * 4)
+    found = kd.posterior_kl(log_x0, x0, xt, t, t - 1, schedule)
+    assert found.item() == pytest.approx(wanted, rel=1e-4)
 
 
 # ---------------------------------------------------------------- samplers
