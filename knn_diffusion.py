@@ -257,8 +257,8 @@ def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -
 
 def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
                     ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `draw_drops`, and which samples lose the picture to edit: half of those that lose the whole
-    condition. So e(∅,∅), e(I,∅) and e(I,T) of `guided` are all trained."""
+    """As `draw_drops`, and which samples lose the picture to edit: half of those that lose the
+    whole condition. So e(∅,∅), e(I,∅) and e(I,T) of `guided` are all trained."""
     drop_query, drop_neighbors = draw_drops(batch, generator, condition)
     drop_picture = torch.rand(batch, generator=generator) < 0.5
     return drop_query, drop_neighbors, drop_picture & drop_query & drop_neighbors
@@ -868,7 +868,7 @@ class TokenTransformer(nn.Module):
 
 def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
                  schedule: MaskSchedule) -> Tensor:
-    """KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) of each token, nats: (B, L). p as in `log_posterior`."""
+    """KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) per token, nats: (B, L). p as in `log_posterior`."""
     certain = F.one_hot(x0, schedule.n_codes).to(log_x0).log().clamp(min=LOG_ZERO)     # (B, L, V)
     log_q = log_posterior(certain, xt, t, s, schedule)                     # (B, L, V+1)
     log_p = log_posterior(log_x0, xt, t, s, schedule)
