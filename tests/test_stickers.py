@@ -170,6 +170,18 @@ def test_the_whole_world_renders_twice_to_the_same_bytes(tmp_path):
         assert row["path"].startswith("heldout/") == (held and "parts" not in row)
 
 
+def test_single_pictures_are_rendered_as_the_whole_world_renders_them(tmp_path, monkeypatch):
+    """One of the corner, one of another folder; a drawing that nobody asked for is not drawn."""
+    drawn = [drawing(), drawing(style="flat"), drawing("pig", "flat")]
+    monkeypatch.setattr(stickers, "all_drawings", lambda only: (
+        [d for d in drawn if (d.style, d.concept) in only], {}))
+    wanted = ["heldout/outlined/fox_face-2.png", "images/flat/fox_face-0.png"]
+    assert stickers.main(["--out", str(tmp_path), "--only", *wanted]) == 0
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.png")) == wanted
+    found = Image.open(tmp_path / wanted[0])
+    assert found.tobytes() == stickers.variants(drawing(), 7, 0)[2][1].tobytes()
+
+
 def test_bad_numbers_give_status_2(tmp_path, capsys):
     assert stickers.main(["--out", str(tmp_path / "x"), "--variants", "0"]) == 2
     assert not (tmp_path / "x").exists() and capsys.readouterr().err.strip()
