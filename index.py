@@ -18,7 +18,6 @@ An index is a folder of plain files that numpy opens:
     neighbors-K.npy   int32 (N, min(K, N−1)), the table for training, and its key; optional
 
 Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows of a block, C lists.
-Left out: compressed rows (product quantisation), graphs, adding or removing rows.
 """
 from __future__ import annotations
 
@@ -69,12 +68,16 @@ def unit(vectors: Tensor, what: str) -> Tensor:
     return F.normalize(vectors / largest, dim=1)
 
 
+def is_unit(rows: Tensor) -> Tensor:
+    """Which rows (n, E) have unit norm, to float16's precision: bool (n,)."""
+    return (rows.float().norm(dim=1) - 1).abs() < 2e-3
+
+
 def stored(rows: Rows, key: slice | Tensor, device: torch.device) -> Tensor:
     """Some rows as they are stored, float16 (n, E). Raises ValueError for one without unit norm:
     a single flipped bit can make a row the nearest one to every query."""
     found = torch.from_numpy(rows[key]).to(device)
-    has_unit_norm = (found.float().norm(dim=1) - 1).abs() < 2e-3
-    require(has_unit_norm.all(), f"a row in {rows.files[0].parent} is damaged: its norm is not 1")
+    require(is_unit(found).all(), f"a row in {rows.files[0].parent} is damaged: its norm is not 1")
     return found
 
 
@@ -109,22 +112,17 @@ def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 # ---------------------------------------------------------------- the same rows, faster
 #
-# Nearly all of the work is the product of all rows with all queries, and low precision makes it two
-# to five times as fast. Its scores are wrong in the third digit, so they can't tell the best row.
-# But the error is bounded, so they tell which rows cannot be among the best:
-#
-#     scan      of each group of 16 rows keep the best low-precision score; list the best groups
-#     rescore   score the rows of the listed groups as the definition does
-#     certify   no other group holds a row above its best score + the bound; where that is less than
-#               the k-th score found, the answer is the definition's
-#
-# A query that is not certified is scanned again with more groups, and in the end searched exactly.
+# Low precision makes the product of all rows with all queries two to five times as fast. Its scores
+# are wrong in the third digit, but by a bounded error, so they tell which rows are *not* the best:
+# keep the best score of each group of 16 rows, list the best groups, and score their rows again as
+# the definition does. No other group holds a row above its best score + the bound. Where that is
+# less than the k-th score found, the answer is the definition's. Else more groups are listed.
 
 def scan_dtype(device: torch.device) -> torch.dtype:
     """float16 on a GPU; bfloat16 on a CPU that multiplies it natively, else float32."""
-    able = torch.cpu.get_capabilities()
     if device.type == "cuda":
         return torch.float16
+    able = torch.cpu.get_capabilities()
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
@@ -186,12 +184,6 @@ class Lists:
     centroids: Tensor            # float32 (C, E), unit norm
     order: Tensor                # int64 (N,)
     offsets: Tensor              # int64 (C+1,)
-
-
-def default_lists(n: int) -> int:
-    """4·√N lists of at least 39 rows each (faiss's rule of thumb); 0 below 50,000 rows, where an
-    exact search is as quick."""
-    return 0 if n < 50_000 else min(round(4 * math.sqrt(n)), n // 39)
 
 
 def nearest_centroid(rows: Tensor, centroids: Tensor) -> Tensor:
@@ -346,9 +338,8 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
     An unknown encoder of the right dimension passes with a warning."""
     E, its_hash = index.rows.shape[1], index.manifest.get("encoder_hash")
     require(E == dim and its_hash in (fingerprint, None, ""), f"the index at {index.folder} was "
-            f"made by encoder {index.manifest.get('encoder', 'unknown')} "
-            f"({its_hash or 'no fingerprint'}, {E} dimensions), not by {name} ({fingerprint}, "
-            f"{dim} dimensions)")
+            f"made by encoder {index.manifest.get('encoder')} ({its_hash or 'no fingerprint'}, {E} "
+            f"dimensions), not by {name} ({fingerprint}, {dim} dimensions)")
     if not its_hash:
         warnings.warn(f"{index.folder} does not say which encoder made it", stacklevel=2)
 
@@ -356,56 +347,47 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
 def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> np.ndarray:
     """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by its id.
 
-    Read from neighbors-<k>.npy, or computed and written there: N²·E multiplications, or, where the
-    index has inverted lists, a search of TABLE_NPROBE lists per row. neighbors-<k>.key holds a
-    digest of the rows and the table: a damaged table, or one of other rows, is computed anew.
-    device: where the search runs. Raises ValueError for k < 1.
+    Read from neighbors-<k>.npy, or computed on `device` and written there: N²·E multiplications,
+    or, with inverted lists, a search of TABLE_NPROBE lists per row. neighbors-<k>.key is a digest
+    of the rows and the table: a damaged table, or one of other rows, is computed anew.
     """
     require(k >= 1, f"k is {k}, wanted 1 or more")
     path, key_path = (index.folder / f"neighbors-{k}.{kind}" for kind in ("npy", "key"))
-    how = f"{rows_digest(index.rows)} {TABLE_NPROBE if index.lists else 'exact'} ".encode()
+    how = rows_digest(index.rows) + (f" nprobe {TABLE_NPROBE}" if index.lists else "")
 
     def key() -> bytes:
-        return hashlib.sha256(how + path.read_bytes()).hexdigest().encode()
+        return hashlib.sha256(how.encode() + path.read_bytes()).hexdigest().encode()
 
     if path.is_file() and key_path.is_file() and key_path.read_bytes() == key():
-        return np.load(path, allow_pickle=False)
-    N = len(index)
-    table = np.empty((N, min(k, N - 1)), np.int32)
-    for own in torch.arange(N).split(1024):
+        return np.load(path)
+    table = np.empty((len(index), min(k, len(index) - 1)), np.int32)
+    for own in torch.arange(len(index)).split(1024):
         queries = torch.from_numpy(index.rows[own]).to(device)
         table[own] = index.search(queries, k, nprobe=TABLE_NPROBE, exclude=own)[1].cpu()
-        show_progress("neighbours of rows", int(own[-1]) + 1, N)
     write_array(path, table.shape, np.int32, [table])
     with replacing(key_path) as file:
         file.write(key())
     return table
 
 
-def show_progress(what: str, done: int, of: int) -> None:
-    if sys.stderr.isatty():
-        print(f"\r{what}: {done:,} of {of:,}", end="\n" if done == of else "", file=sys.stderr)
-
-
 # ---------------------------------------------------------------- files
 
 class Rows:
-    """A matrix (N, E) of floats in one .npy file or several. Files are mapped anew for each read,
-    so that what was read leaves memory again."""
+    """A matrix (N, E) of floats in one .npy file or several. Each read maps its file anew, so that
+    what was read leaves memory again. Raises ValueError for files that are damaged or differ."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        """Raises ValueError where a file is no matrix of the others' width and type."""
         try:
-            arrays = [np.load(path, mmap_mode="r", allow_pickle=False) for path in files]
+            arrays = [np.load(path, mmap_mode="r") for path in files]
+            (self.dtype, width), = {(array.dtype, *array.shape[1:]) for array in arrays}
         except Exception as error:           # numpy's reader raises many kinds on a damaged file
-            raise ValueError(f"{files[0]} … {files[-1]}: {error}".replace("\n", " ")) from None
-        self.files, first = list(files), arrays[0]
-        self.starts = np.cumsum([0] + [len(array) for array in arrays])    # first row of each, N
-        self.dtype, self.shape = first.dtype, (int(self.starts[-1]), *first.shape[1:])
-        require(len(self.shape) == 2 and all(self.shape) and first.dtype.kind == "f"
-                and len({(array.dtype, array.shape[1:]) for array in arrays}) == 1,
-                f"{files[0]} holds {first.dtype} {first.shape}, wanted floats (N, E), and the same "
-                "in all files")
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(f"{files[0]} ({len(files)} files) is no matrix, or they have several "
+                             f"widths or types: {reason}") from None
+        self.files, self.starts = list(files), np.cumsum([0] + [len(array) for array in arrays])
+        self.shape = (int(self.starts[-1]), width)
+        require(all(self.shape) and self.dtype.kind == "f", f"{files[0]} holds {self.shape} "
+                f"{self.dtype}, wanted floats, and at least one row")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -420,17 +402,21 @@ class Rows:
         out = np.empty((*ids.shape, self.shape[1]), self.dtype)
         file = np.searchsorted(self.starts, ids, side="right") - 1         # of each row
         for i in np.unique(file):
-            rows = np.load(self.files[i], mmap_mode="r", allow_pickle=False)
-            out[file == i] = rows[ids[file == i] - self.starts[i]]
+            out[file == i] = np.load(self.files[i], mmap_mode="r")[ids[file == i] - self.starts[i]]
         return out
 
 
 def rows_digest(rows: Rows) -> str:
     """64 hex digits of all rows, read block by block."""
     digest = hashlib.sha256()
-    for start in range(0, len(rows), BLOCK):
-        digest.update(rows[start:start + BLOCK])
+    for i in range(0, len(rows), BLOCK):
+        digest.update(rows[i:i + BLOCK])
     return digest.hexdigest()
+
+
+def read_names(folder: Path) -> list[str]:
+    """The lines of paths.txt; a byte-order mark and Windows' line ends do no harm."""
+    return (folder / "paths.txt").read_text("utf-8-sig").removesuffix("\n").split("\n")
 
 
 def open_index(folder: str | os.PathLike) -> Index:
@@ -438,8 +424,7 @@ def open_index(folder: str | os.PathLike) -> Index:
     missing, or its files disagree."""
     folder, lists = Path(folder), None
     if not os.path.isfile(folder / "manifest.json"):
-        raise FileNotFoundError(f"no index at {folder} (no manifest.json); `python index.py build` "
-                                "makes one")
+        raise FileNotFoundError(f"no index at {folder}; `python index.py build` makes one")
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8-sig"))
         require(manifest["format"] == FORMAT, f"format {manifest['format']} is not {FORMAT}")
@@ -451,12 +436,11 @@ def open_index(folder: str | os.PathLike) -> Index:
                 and np.diff(rows.starts).tolist() == [entry["rows"] for entry in files],
                 f"{N} x {E} in its manifest, {rows.shape} in its files, {len(paths)} paths")
         if manifest.get("lists"):
-            lists = Lists(*(torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False))
+            lists = Lists(*(torch.from_numpy(np.load(folder / f"{name}.npy"))
                             for name in ("centroids", "lists", "offsets")))
-            ends = lists.offsets.tolist()
-            require(lists.centroids.isfinite().all() and ends == [0, *sorted(ends)[1:-1], N]
-                    and lists.centroids.shape == (len(ends) - 1, E)
-                    and lists.offsets.dtype == lists.order.dtype == torch.int64
+            ends, shape = lists.offsets.tolist(), tuple(lists.centroids.shape)
+            require(ends == [0, *sorted(ends)[1:-1], N] and shape == (len(ends) - 1, E)
+                    and lists.centroids.isfinite().all() and lists.offsets.dtype == torch.int64
                     and torch.equal(lists.order.sort().values, torch.arange(N)), "inverted lists")
     except Exception as error:               # a damaged file makes its reader raise any kind
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -464,84 +448,67 @@ def open_index(folder: str | os.PathLike) -> Index:
     return Index(folder, rows, paths, manifest, lists)
 
 
-def read_names(folder: Path) -> list[str]:
-    """The lines of paths.txt; a byte-order mark and Windows' line ends do no harm."""
-    try:
-        return (folder / "paths.txt").read_text("utf-8-sig").removesuffix("\n").split("\n")
-    except UnicodeDecodeError:
-        raise ValueError(f"{folder / 'paths.txt'} is not in UTF-8") from None
-
-
-def write_index(out: str | os.PathLike, embeddings: Tensor | Rows, paths: Sequence, encoder: str,
+def write_index(out: str | os.PathLike, rows: Tensor | Rows, paths: Sequence, encoder: str,
                 encoder_hash: str, root: str | os.PathLike, n_lists: int | None = 0) -> Index:
     """Write an index of embeddings (N, E), one name per row, and open it. It takes the place of an
     older index at `out` when it is whole.
 
     Float16 rows of unit norm in files stay where they are, and the manifest names them; all others
-    are copied, normalised. n_lists: so many inverted lists, None for `default_lists`. Raises
-    ValueError for no rows, rows that are zero or not finite, more lists than rows, or an `out` that
-    holds anything but an index.
+    are copied, normalised. n_lists: so many inverted lists; None: 4·√N, or none below 50,000 rows.
+    Raises ValueError for no rows, rows that are zero or not finite, more lists than rows, or an
+    `out` that holds anything but an index.
     """
-    N, E = embeddings.shape
+    N, E = rows.shape
     require(N == len(paths) > 0, f"{len(paths)} names for {N} rows, wanted one each, and one row")
-    n_lists = default_lists(N) if n_lists is None else n_lists
+    if n_lists is None:     # 4·√N, faiss's rule of thumb; of few rows exact search is as quick
+        n_lists = round(4 * math.sqrt(N)) if N >= 50_000 else 0
     require(n_lists <= N, f"{n_lists} lists for {N} rows: wanted one per row at most")
     manifest = {"format": FORMAT, "rows": N, "dim": E, "dtype": "float16", "normalised": True,
                 "encoder": encoder, "encoder_hash": encoder_hash, "root": relative(root, out)}
+    blocks = [slice(i, i + BLOCK) for i in range(0, N, BLOCK)]
     with new_folder(out) as folder:
-        rows = embeddings
-        if not (isinstance(rows, Rows) and is_unit_float16(rows)):
-            blocks = (torch.as_tensor(rows[i:i + BLOCK]) for i in range(0, N, BLOCK))
-            blocks = (unit(block, "an embedding").half().numpy() for block in blocks)
-            write_array(folder / "embeddings.npy", (N, E), np.float16, blocks)
-            rows = Rows([folder / "embeddings.npy"])
-        else:
+        if isinstance(rows, Rows) and rows.dtype == np.float16 and all(
+                is_unit(torch.from_numpy(rows[block])).all() for block in blocks):
             manifest["files"] = [{"file": relative(path, out), "rows": int(n)}
                                  for path, n in zip(rows.files, np.diff(rows.starts))]
+        else:
+            arrays = (unit(torch.as_tensor(rows[block]), "an embedding") for block in blocks)
+            write_array(folder / "embeddings.npy", (N, E), np.float16,
+                        (array.half().numpy() for array in arrays))
+            rows = Rows([folder / "embeddings.npy"])
         if isinstance(paths, range):
             manifest["paths"] = False
         else:
             (folder / "paths.txt").write_bytes("".join(path + "\n" for path in paths).encode())
         if n_lists:
-            manifest["lists"] = n_lists
-            for name, part in zip(("centroids", "lists", "offsets"),
-                                  astuple(make_lists(rows, n_lists))):
+            manifest["lists"], lists = n_lists, make_lists(rows, n_lists)
+            for name, part in zip(("centroids", "lists", "offsets"), astuple(lists)):
                 np.save(folder / f"{name}.npy", part.numpy())
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
     return open_index(out)
 
 
 def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str = "unknown",
-                encoder_hash: str = "", dim: int | None = None, n_lists: int | None = None) -> Index:
+                encoder_hash: str = "", n_lists: int | None = None) -> Index:
     """`write_index` for embeddings that are there already: one .npy file, or a folder of them in
     the order of the numbers in their names, as clip-retrieval writes them (img_emb_0.npy, …). A
-    paths.txt in the folder, or beside it, names the rows. Of a source that is an index, encoder,
-    names and picture folder are kept."""
+    paths.txt in the folder, or beside it, names the rows. A source that is an index passes its
+    encoder, names and picture folder on."""
     source, root, paths = Path(source), Path(out), None
     if (source / "manifest.json").is_file():
         made = open_index(source)
         rows, paths, root = made.rows, made.paths, made.root
-        if encoder == "unknown":
-            encoder, encoder_hash = made.manifest["encoder"], made.manifest["encoder_hash"]
+        encoder, encoder_hash = made.manifest["encoder"], made.manifest["encoder_hash"]
     else:
         files = [source] if source.is_file() else sorted(source.glob("*.npy"), key=lambda path: [
             int(number) for number in re.findall(r"\d+", path.stem)])
-        if not files:
-            raise FileNotFoundError(f"no .npy file of embeddings at {source}")
+        require(files, f"no .npy file of embeddings at {source}")
         rows = Rows(files)
         for folder in (source.parent, source):
             paths = read_names(folder) if (folder / "paths.txt").is_file() else paths
-    require(dim in (None, rows.shape[1]), f"rows of {rows.shape[1]} dimensions, wanted {dim}")
     require(Path(out).resolve() not in {path.resolve().parent for path in rows.files},
             f"the rows in {source} would make way for their index: another --out, please")
     return write_index(out, rows, paths or range(len(rows)), encoder, encoder_hash, root, n_lists)
-
-
-def is_unit_float16(rows: Rows) -> bool:
-    """Whether rows can be searched as they are."""
-    blocks = (rows[i:i + BLOCK].astype(np.float32) for i in range(0, len(rows), BLOCK))
-    return rows.dtype == np.float16 and all(
-        (abs(np.linalg.norm(block, axis=1) - 1) < 2e-3).all() for block in blocks)
 
 
 def write_array(path: Path, shape: tuple, dtype: type, blocks: Iterable[np.ndarray]) -> None:
@@ -556,7 +523,7 @@ def write_array(path: Path, shape: tuple, dtype: type, blocks: Iterable[np.ndarr
 @contextmanager
 def new_folder(out: str | os.PathLike) -> Iterator[Path]:
     """A fresh folder beside `out`. It takes the place of `out` when all went well, and is gone when
-    not. Raises ValueError where `out` holds anything but an index."""
+    not."""
     out = refuse_foreign(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=out.parent, prefix=out.name, suffix=".part"))
@@ -579,19 +546,17 @@ def refuse_foreign(out: str | os.PathLike) -> Path:
     names = [path.name for path in out.iterdir()] if out.is_dir() else []
     ours = r"(manifest|paths|embeddings|centroids|lists|offsets|neighbors|tokens|swaps|pictures)\b"
     is_index = "manifest.json" in names and b'"encoder"' in (out / "manifest.json").read_bytes()
-    require(not out.is_file() and (is_index or not names)
-            and all(re.match(ours, name) for name in names),
-            f"{out} is neither an empty folder nor an index alone: another --out, please")
+    is_ours = (is_index or not names) and all(re.match(ours, name) for name in names)
+    require(is_ours and not out.is_file(), f"{out} is neither an empty folder nor an index alone")
     return out
 
 
 def relative(path: str | os.PathLike, folder: str | os.PathLike) -> str:
     """A path as seen from a folder, links resolved; an absolute one from another Windows drive."""
-    path, folder = Path(path).resolve(), Path(folder).resolve()
     try:
-        return Path(os.path.relpath(path, folder)).as_posix()
+        return Path(os.path.relpath(Path(path).resolve(), Path(folder).resolve())).as_posix()
     except ValueError:
-        return path.as_posix()
+        return Path(path).resolve().as_posix()
 
 
 # ---------------------------------------------------------------- pictures of a folder
@@ -625,41 +590,35 @@ def list_images(folder: str | os.PathLike) -> list[str]:
 def embed_folder(clip: clip_model.CLIP, folder: str | os.PathLike, batch_size: int = 256
                  ) -> tuple[Tensor, list[str], list[str]]:
     """Embed all pictures below a folder: unit-norm float32 (N, E), their relative names, and one
-    sentence per picture that could not be read, and per kind of other files."""
+    sentence per picture that could not be read. Threads decode and resize."""
     def read(name: str) -> Image.Image | str:
         try:
-            require(len(name.splitlines()) == 1 and name.isprintable(),
-                    f"{name!r} is no file name for a list of lines in UTF-8")
+            require(name.isprintable(), f"{name!r} is no file name for a list of lines in UTF-8")
             picture = clip_model.read_image(Path(folder) / name)
             return clip_model.fit_square(picture, clip.config.image_size)
         except (ValueError, FileNotFoundError) as error:
             return str(error)
 
-    files = list_files(folder)
-    others = Counter(Path(name).suffix.lower() for name in files if not is_image(name))
-    bad = [f"{n} files *{suffix}: no kind of picture that is read" for suffix, n in others.items()]
-    files, names, found = [name for name in files if is_image(name)], [], []
-    with ThreadPoolExecutor() as workers:                  # they decode and resize
+    files, names, bad, found = list_images(folder), [], [], [torch.zeros(0, clip.config.embed_dim)]
+    with ThreadPoolExecutor() as workers:
         for i in range(0, len(files), batch_size):
             batch = files[i:i + batch_size]
-            read_ones = dict(zip(batch, workers.map(read, batch)))
-            bad += [sentence for sentence in read_ones.values() if isinstance(sentence, str)]
-            good = {name: p for name, p in read_ones.items() if not isinstance(p, str)}
-            names += good
-            found += [clip.embed_pictures(list(good.values())).cpu()] if good else []
-            show_progress("pictures embedded", i + len(batch), len(files))
-    return torch.cat([torch.zeros(0, clip.config.embed_dim), *found]), names, bad
+            pictures = dict(zip(batch, workers.map(read, batch)))
+            bad += [pictures.pop(name) for name in batch if isinstance(pictures[name], str)]
+            names += pictures
+            if pictures:
+                found.append(clip.embed_pictures(list(pictures.values())).cpu())
+    return torch.cat(found), names, bad
 
 
 def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
     """The pictures of rows; None where a file is not at hand."""
-    pictures = []
-    for i in ids:
+    def read(i: int) -> Image.Image | None:
         try:
-            pictures.append(clip_model.read_image(index.root / str(index.paths[i])))
+            return clip_model.read_image(index.root / str(index.paths[i]))
         except (FileNotFoundError, ValueError):
-            pictures.append(None)
-    return pictures
+            return None
+    return [read(i) for i in ids]
 
 
 # ---------------------------------------------------------------- the command
@@ -667,40 +626,37 @@ def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
 def build(args: argparse.Namespace) -> None:
     """Embed a folder of pictures, or take embeddings that are there, and write the index."""
     start, encoder, bad = time.time(), (), []
-    require((args.images is None) != (args.embeddings is None),
-            "wanted one of a folder of pictures and --embeddings")
-    require(re.fullmatch("auto|none|[1-9][0-9]*", args.ivf),
-            f"--ivf is {args.ivf!r}, wanted auto, none or a number of lists")
+    require(not args.images != (not args.embeddings), "wanted either pictures or --embeddings")
+    require(re.fullmatch("auto|none|[1-9][0-9]*", args.ivf), f"--ivf is {args.ivf!r}, see --help")
     n_lists = {"auto": None, "none": 0}[args.ivf] if args.ivf.isalpha() else int(args.ivf)
     refuse_foreign(args.out)
-    if args.images and not args.clip:
-        args.clip = SHIPPED / "clip.safetensors"
-    if args.clip:
-        clip = clip_model.load(args.clip).to(clip_model.pick_device(args.device))
-        encoder = clip.describe(), clip.fingerprint(), clip.config.embed_dim
-        print(f"CLIP {args.clip} ({encoder[0]}, {encoder[1]}, {encoder[2]} dimensions)")
+    path = args.clip or (SHIPPED / "clip.safetensors" if args.images else None)
+    if path:
+        clip = clip_model.load(path).to(clip_model.pick_device(args.device))
+        encoder = clip.describe(), clip.fingerprint()
+        print(f"CLIP {path} ({encoder[0]}, {encoder[1]}, {clip.config.embed_dim} dimensions)")
     if args.images:
         embeddings, names, bad = embed_folder(clip, args.images)
-        for sentence in bad:
-            print(f"skipped: {sentence}", file=sys.stderr)
+        others = Counter(Path(name).suffix.lower() for name in list_files(args.images)
+                         if not is_image(name))
+        bad += [f"{n} files of kind {kind!r}, never tried" for kind, n in others.items()]
+        print(*(f"skipped: {sentence}\n" for sentence in bad), sep="", end="", file=sys.stderr)
         require(names, f"no readable picture below {args.images}")
-        index = write_index(args.out, embeddings, names, *encoder[:2], args.images, n_lists)
+        index = write_index(args.out, embeddings, names, *encoder, args.images, n_lists)
     else:
         index = index_files(args.out, args.embeddings, *encoder, n_lists=n_lists)
-    skipped = len(list_files(args.images)) - len(index) if args.images else 0
     print(f"{len(index):,} rows of {index.rows.shape[1]} dimensions in {args.out}, "
-          f"{index.manifest.get('lists', 'no')} inverted lists, {skipped} files skipped, "
+          f"{index.manifest.get('lists', 'no')} inverted lists, {len(bad)} files skipped, "
           f"{time.time() - start:.0f} s")
 
 
 def search(args: argparse.Namespace) -> None:
     """Print the nearest rows of a text or a picture, one per line, and draw them on request."""
-    is_picture = os.path.isfile(args.query)
+    is_picture, out = os.path.isfile(args.query), args.out
     require(args.query.strip(), "the text to search for is empty")
     require(is_picture or not is_image(args.query), f"no picture at {args.query}")
-    require(not args.out or args.out.parent.is_dir() and is_image(args.out.name)
-            and args.out.resolve() != Path(args.query).resolve(),
-            f"{args.out} is no name for a new picture in a folder that is there")
+    require(not out or out.parent.is_dir() and is_image(out.name) and str(out) != args.query,
+            f"{out} is no name for a new picture in a folder that is there")
     index, clip = open_index(args.index), clip_model.load(args.clip)
     check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
     query = (clip.embed_pictures([clip_model.read_image(args.query)]) if is_picture
@@ -708,36 +664,33 @@ def search(args: argparse.Namespace) -> None:
     scores, ids = (found[0].tolist() for found in index.search(query, args.k, args.nprobe))
     for rank, (score, i) in enumerate(zip(scores, ids), start=1):
         print(f"{rank}\t{score:.4f}\t{i}\t{index.paths[i]}")
-    if not 0 < args.k <= len(index):
-        print(f"k is {args.k}: {len(ids)} of {len(index)} rows shown", file=sys.stderr)
-    if args.nprobe and index.lists is None:
-        print(f"the index at {args.index} has no inverted lists: searched exactly", file=sys.stderr)
-    if args.out:
-        kind = Image.registered_extensions()[args.out.suffix.lower()]
-        with replacing(args.out) as file:
-            clip_model.grid([neighbor_pictures(index, ids[:100])], 96).save(file, kind)
-        print(f"wrote {args.out}", file=sys.stderr)
+    print(f"{len(ids)} of {len(index)} rows, k is {args.k}; "
+          f"{'inverted lists' if args.nprobe and index.lists else 'exact'}", file=sys.stderr)
+    if out:
+        sheet = clip_model.grid([neighbor_pictures(index, ids[:100])], 96)
+        with replacing(out) as file:
+            sheet.save(file, Image.registered_extensions()[out.suffix.lower()])
+        print(f"wrote {out}", file=sys.stderr)
 
 
 def recall(args: argparse.Namespace) -> None:
-    """Print what inverted lists lose and gain, for 1,000 of the index's own rows, themselves
-    excluded: recall@k against exact search, the share of rows looked at, times."""
-    index = open_index(args.index)
+    """Print what inverted lists lose, for 1,000 of the index's own rows, themselves excluded:
+    recall@k against exact search, the share of rows looked at, and the time."""
+    index, k = open_index(args.index), args.k
     require(index.lists, f"the index at {args.index} has no inverted lists (build it with --ivf)")
-    require(args.k >= 1 and min(args.nprobe) >= 1, f"{args.k}, {args.nprobe}: wanted 1 or more")
+    require(k >= 1 and min(args.nprobe) >= 1, "k and nprobe: wanted 1 or more")
     own = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:1000]
     rows, sizes = torch.from_numpy(index.rows[own]).float(), index.lists.offsets.diff()
-    index.search(rows[:1], args.k)                                         # the rows are read now
-    print(f"nprobe\trecall@{args.k}\trows scanned\tms per query")
-    for nprobe in (None, *args.nprobe):
+    exact = index.search(rows, k, exclude=own)[1]
+    print(f"nprobe\trecall@{k}\trows scanned\tms per query")
+    for nprobe in args.nprobe:
         start = time.perf_counter()
-        ids = index.search(rows, args.k, nprobe=nprobe, exclude=own)[1]
+        ids = index.search(rows, k, nprobe=nprobe, exclude=own)[1]
         seconds = (time.perf_counter() - start) / len(own)
-        exact = ids if nprobe is None else exact
         hits = (ids[:, :, None] == exact[:, None]).any(1).float().mean().item()
-        near = (rows @ index.lists.centroids.T).topk(min(nprobe or len(sizes), len(sizes))).indices
+        near = (rows @ index.lists.centroids.T).topk(min(nprobe, len(sizes))).indices
         share = sizes[near].sum().item() / (len(own) * len(index))
-        print(f"{nprobe or 'exact'}\t{hits:.4f}\t{share:.2%}\t{1e3 * seconds:.3f}")
+        print(f"{nprobe}\t{hits:.4f}\t{share:.2%}\t{1e3 * seconds:.3f}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -746,9 +699,7 @@ def main(argv: list[str] | None = None) -> int:
 
     sub = commands.add_parser("build", help="embed a folder of pictures, read recursively")
     sub.add_argument("images", type=Path, nargs="?", help="folder of pictures")
-    sub.add_argument("--embeddings", type=Path, help="instead: a .npy file, or a folder of them "
-                     "(img_emb_0.npy, ...), not copied where they are float16 of unit norm; a "
-                     "paths.txt beside them names the rows")
+    sub.add_argument("--embeddings", type=Path, help="instead: a .npy file or a folder of them")
     sub.add_argument("--clip", type=Path, help="default: the stickers'; with --embeddings: unknown")
     sub.add_argument("--out", type=Path, required=True, help="folder to write")
     sub.add_argument("--ivf", default="auto", metavar="auto|none|NLIST", help="inverted lists: "
@@ -774,7 +725,6 @@ def main(argv: list[str] | None = None) -> int:
     sub = commands.add_parser("info", help="print the manifest")
     sub.add_argument("index", type=Path)
     sub.set_defaults(run=lambda args: print(json.dumps(open_index(args.index).manifest, indent=1)))
-
     return clip_model.run_command(parser, lambda args: args.run(args), argv)
 
 
