@@ -1,11 +1,15 @@
 """Text to picture with kNN-Diffusion:  python sample.py "a red heart"
 
-The text's CLIP embedding and the embeddings of its k nearest *pictures* take the place that a
-picture's own embedding and its neighbours had in training (kNN-Diffusion Sec. 3). Departs: by
-default the best neighbour stands for the text's embedding, see `condition_on`. No weight changes
-when another index is named: then the pictures come from another domain.
+In training the network is shown a picture's own CLIP embedding, the query, and the embeddings of
+its K nearest pictures. Here a text's embedding is the query, and the K *pictures* nearest to it are
+the neighbours (kNN-Diffusion Sec. 3). This bridges the gap between text and pictures. A text's
+embedding lies apart from all pictures' in CLIP's space: the network has seen nothing like it.
+Neighbours are pictures' embeddings both times: they say what the text means in words that the
+network knows. Another index gives another domain, with the same weights.
 
-Shapes: B samples, E CLIP dimension, K neighbours, N index rows.
+`run` reads from top to bottom: open, embed, search, sample, write.
+
+Shapes: B samples, E CLIP dimension, K neighbours, N index rows, H W picture.
 """
 from __future__ import annotations
 
@@ -15,12 +19,10 @@ import math
 import os
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -30,293 +32,271 @@ import knn_diffusion
 import vqvae
 from clip_model import require
 
-SHIPPED = Path(__file__).parent / "weights" / "stickers"
-SETTINGS = ("n k condition query steps sampler eta guidance dynamic_threshold truncation weights "
-            "vqvae clip index")      # what a PNG's text chunk holds
-SHOWN_NEIGHBORS = 5              # pictures of neighbours drawn in the grid, at most
+SHIPPED = Path(__file__).resolve().parent / "weights" / "stickers"
+DEFAULT_BACKBONE = "continuous"
+# What the samplers take from the command, and their defaults.
+OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
+           "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
+NEAR = 0.5                     # cosine from which on a picture is near a text
+GRID_ROWS = 100                # a grid holds so many prompts, and samples per prompt
+Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
 
+
+# ---------------------------------------------------------------- the paper's inference
 
 def open_all(weights: Path, clip_path: Path, index_path: Path
-             ) -> tuple[knn_diffusion.UNet | knn_diffusion.TokenTransformer, dict[str, str],
-                        clip_model.CLIP, retrieval.Index]:
-    """Load a generator, its file's metadata, a CLIP and an index that belong together.
-
-    Raises FileNotFoundError, or ValueError with one sentence where one is damaged or where the
-    generator or the index was made with another CLIP.
-    """
+             ) -> tuple[Network, dict[str, str], clip_model.CLIP, retrieval.Index]:
+    """A generator, its file's metadata, a CLIP and an index. Raises FileNotFoundError, or
+    ValueError where two of them were made with different CLIPs."""
     model, metadata = knn_diffusion.load(weights)
     clip, index = clip_model.load(clip_path), retrieval.open_index(index_path)
     wanted, found = metadata.get("clip", ""), clip.fingerprint()
-    if wanted not in ("", found) or model.config.embed_dim != clip.config.embed_dim:
-        raise ValueError(f"{weights} was trained with the CLIP {wanted} "
-                         f"({model.config.embed_dim} dimensions), {clip_path} is {found} "
-                         f"({clip.config.embed_dim} dimensions)")
-    retrieval.check_encoder(index, clip.describe(), found, clip.config.embed_dim)
+    dims = model.config.embed_dim, clip.config.embed_dim
+    require(wanted in ("", found) and dims[0] == dims[1],
+            f"{weights} was trained with the CLIP {wanted} ({dims[0]} dimensions), "
+            f"{clip_path} is {found} ({dims[1]} dimensions)")
+    retrieval.check_encoder(index, clip.describe(), found, dims[1])
     return model, metadata, clip, index
 
 
-def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str,
-                 query: str = "nearest") -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Search, then keep what `condition` names: query (B, E) and neighbours (B, K, E) or None, and
-    what was found: scores and row ids (B, K). queries: unit-norm (B, E).
-
-    query: "text" hands the queries on as they are, as the paper does. Departs: "nearest" puts the
-    best neighbour in a query's place, where neighbours are shown at all, and leaves it among the
-    neighbours, which are still the text's (in training a query is never its own neighbour). A
-    text's embedding lies apart from all pictures' (the sticker CLIP's: cosine 0.67 to its own
-    picture, 0.99 between that and the neighbour), where a small network that has seen pictures only
-    knows no shapes.
-    """
-    scores, ids = index.search(queries.cpu(), k)
-    rows = torch.from_numpy(index.embeddings[ids.numpy()]).float().to(queries.device)    # (B, K, E)
-    if query == "nearest" and condition == "both" and rows.shape[1]:
-        queries = rows[:, 0]                                                             # (B, E)
-    return (None if condition == "neighbors" else queries,
-            None if condition == "query" or k == 0 else rows, scores, ids)
-
-
-def open_codec(path: Path, model: knn_diffusion.UNet | knn_diffusion.TokenTransformer,
-               metadata: dict[str, str]) -> vqvae.VQVAE | None:
-    """The VQ-VAE that a transformer's tokens belong to, None for a U-Net. Raises ValueError for
-    another one."""
+def open_codec(path: Path, model: Network, metadata: dict[str, str]) -> vqvae.VQVAE | None:
+    """The VQ-VAE of a transformer's tokens, None for a U-Net. Raises ValueError for another one."""
     if isinstance(model, knn_diffusion.UNet):
         return None
     codec = vqvae.load(path)[0]
     wanted, found = metadata.get("vqvae", ""), vqvae.fingerprint(codec)
-    if wanted not in ("", found) or model.config.n_codes != codec.config.n_codes:
-        raise ValueError(f"the weights draw tokens of the VQ-VAE {wanted} ({model.config.n_codes} "
-                         f"codes), {path} is {found} ({codec.config.n_codes} codes)")
+    require(wanted in ("", found) and model.config.n_codes == codec.config.n_codes,
+            f"the weights draw tokens of the VQ-VAE {wanted} ({model.config.n_codes} codes), "
+            f"{path} is {found} ({codec.config.n_codes} codes)")
     return codec
 
 
+def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str = "both",
+                 query: str = "text") -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Search for unit-norm queries (B, E). Query (B, E) and neighbours (B, K, E), None where they
+    are not shown; then what was found, scores and row ids (B, K), K = min(k, N).
+
+    condition: "both", or "query" or "neighbors" alone. query: "text", the queries as they are, is
+    the paper's way. Departs: "nearest" puts the best neighbour in the query's place beside the
+    neighbours, for a network that knows little but pictures. Raises ValueError for other words.
+    """
+    require(condition in ("both", "query", "neighbors"), f"there is no condition {condition!r}")
+    require(query in ("text", "nearest"), f"query is {query!r}, wanted 'text' or 'nearest'")
+    require(k > 0 or condition != "neighbors", "neighbours alone need a k of 1 or more")
+    scores, ids = index.search(queries.cpu(), k)
+    if condition == "query" or k == 0:
+        return queries, None, scores, ids
+    neighbors = torch.from_numpy(index.rows[ids.numpy()]).float().to(queries.device)  # (B, K, E)
+    if query == "nearest":
+        queries = neighbors[:, 0]
+    return queries if condition == "both" else None, neighbors, scores, ids
+
+
 @torch.no_grad()
-def draw(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, query: Tensor | None,
-         neighbors: Tensor | None, seeds: list[int], codec: vqvae.VQVAE | None = None, **options
-         ) -> Tensor:
-    """One picture a seed, float32 (B, 3, H, W), about in [-1, 1]; query (B, E), neighbors
-    (B, K, E). `options` go to `knn_diffusion.sample`; with a `codec`, for a transformer, to
-    `sample_tokens`."""
+def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
+         codec: vqvae.VQVAE | None = None, **options) -> Tensor:
+    """One picture per seed, float32 (B, 3, H, W), about in [-1, 1].
+
+    query (B, E) and neighbors (B, K, E), or one of each for all seeds. codec: a transformer's
+    VQ-VAE. `options` are those of `knn_diffusion.sample`, with a codec of `sample_tokens`.
+    """
+    require((codec is None) == isinstance(model, knn_diffusion.UNet),
+            "a transformer needs its VQ-VAE as the codec, a U-Net none")
+    query, neighbors = (part if part is None else part.expand(len(seeds), *part.shape[1:])
+                        for part in (query, neighbors))
     sampler = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
-    x0 = deque(sampler(model, query, neighbors, seeds, **options), maxlen=1).pop()   # the last x_t
-    return codec.decode(x0) if codec else x0
+    for xt in sampler(model, query, neighbors, seeds, **options):
+        x0 = xt                                                # the last x_t is the sample
+    x0 = codec.decode(x0) if codec else x0
+    if not torch.isfinite(x0).all():
+        raise FloatingPointError("samples are not finite: damaged weights, or too much guidance")
+    return x0
 
 
-def generate(model: knn_diffusion.UNet | knn_diffusion.TokenTransformer, query: Tensor | None,
-             neighbors: Tensor | None, seeds: list[int], batch_size: int = 16,
-             codec: vqvae.VQVAE | None = None, **options) -> list[Image.Image]:
-    """The same in batches, as pictures."""
-    parts = [slice(start, start + batch_size) for start in range(0, len(seeds), batch_size)]
-    return [picture for part in parts for picture in clip_model.to_pictures(draw(
-        model, *(each if each is None else each[part] for each in (query, neighbors)), seeds[part],
-        codec, **options))]
+def generate(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
+             batch_size: int = 16, codec: vqvae.VQVAE | None = None, **options
+             ) -> list[Image.Image]:
+    """`draw` in batches, as 8-bit pictures."""
+    pictures = []
+    for start in range(0, len(seeds), batch_size):
+        rows = slice(start, start + batch_size)
+        shown = (part if part is None or len(part) == 1 else part[rows]
+                 for part in (query, neighbors))
+        pictures += clip_model.to_pictures(draw(model, *shown, seeds[rows], codec, **options))
+    return pictures
 
 
-def labelled_grid(labels: list[str], neighbors: list[list[Image.Image | None]],
-                  samples: list[list[Image.Image]], cell: int = 96) -> Image.Image:
-    """One row a prompt: its text above, neighbours' pictures, a gap, the samples."""
-    font, line, gap = ImageFont.load_default(14), 22, 14
-    left = [clip_model.grid([row], cell * 2 // 3) if row else None for row in neighbors]
-    right = [clip_model.grid([row], cell) for row in samples]
-    inset = max((strip.width + gap for strip in left if strip), default=0)
-    sheet = Image.new("RGB", (inset + right[0].width, len(labels) * (line + cell + 4)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, label in enumerate(labels):
-        top = i * (line + cell + 4)
-        draw.text((4, top + 4), label[:200], fill=(60, 60, 60), font=font)
-        if left[i]:
-            sheet.paste(left[i], (0, top + line + (cell - cell * 2 // 3) // 2))
-        sheet.paste(right[i], (inset, top + line))
+# ---------------------------------------------------------------- what a run writes and says
+
+def labelled_grid(labels: list[str], rows: list[list[Image.Image | None]], cell: int = 96
+                  ) -> Image.Image:
+    """A row of pictures per label, the label above it."""
+    strips = [clip_model.grid([row], cell) for row in rows]
+    height, font = cell + 26, ImageFont.load_default(14)
+    sheet = Image.new("RGB", (max(strip.width for strip in strips), len(rows) * height), "white")
+    for i, (label, strip) in enumerate(zip(labels, strips)):
+        ImageDraw.Draw(sheet).text((4, i * height + 4), label[:200], fill=(60, 60, 60), font=font)
+        sheet.paste(strip, (0, i * height + 22))
     return sheet
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The positional prompts, then the file's lines. Raises ValueError for an empty prompt."""
-    prompts = list(args.prompt)
-    if args.prompts:
-        try:
-            lines = args.prompts.read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"can't read prompts from {args.prompts} ({error})") from None
-        prompts += [line.strip() for line in lines if line.strip()]
-    if any(not prompt.strip() for prompt in prompts):
-        raise ValueError("a prompt is empty")
-    if bool(prompts) == bool(args.image):
-        raise ValueError("wanted one or more prompts, or --image" if not prompts
-                         else "--image takes the place of the prompts: give one or the other")
-    return prompts
+def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Image | None]:
+    """The five nearest rows' pictures, smaller than samples; none where no file is at hand."""
+    found = retrieval.neighbor_pictures(index, ids[:5])
+    cells = [each and ImageOps.expand(clip_model.fit_square(each, 64), 16, "white")
+             for each in found]
+    return cells if any(cells) else []
 
 
-def shared_flags(parser: argparse.ArgumentParser) -> None:
-    """What sample.py and edit.py both take."""
-    parser.add_argument("--backbone", choices=["continuous", "discrete"],
-                        help="must fit the weights (default: what they are; continuous)")
-    parser.add_argument("--weights", type=Path, help="default: the shipped ones of the backbone")
-    parser.add_argument("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors",
-                        help="discrete: what makes pictures of tokens")
-    parser.add_argument("--clip", type=Path, default=SHIPPED / "clip.safetensors")
-    parser.add_argument("--index", type=Path, default=SHIPPED / "index",
-                        help="another index gives another domain, with the same weights")
-    parser.add_argument("--k", type=int, default=10, help="neighbours (default 10); 0: none")
-    parser.add_argument("--query", choices=["nearest", "text"], default="nearest",
-                        help="beside its neighbours: the best of them in the text's place "
-                             "(default), or the text's own embedding, as in the paper")
-    parser.add_argument("--n", type=int, default=4, help="pictures a text (default 4)")
-    parser.add_argument("--steps", type=int,
-                        help="sampling steps (default: continuous 20, discrete 25)")
-    parser.add_argument("--seed", type=int, default=0, help="picture j of a text uses seed + j")
-    parser.add_argument("--singles", type=Path, metavar="DIR", help="also every picture alone, at "
-                        "the model's own resolution")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
+    """Write a picture, whole or not at all, with JSON in its text chunk "parameters". Files are
+    named without their folders: pictures travel."""
+    info = PngInfo()
+    info.add_itxt("parameters", json.dumps(parameters, default=lambda path: path.name))
+    with clip_model.replacing(path) as file:
+        picture.save(file, "PNG", pnginfo=info)
 
 
-def finish(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run a command: status 0, 2 for bad input, 1 for the rest, said in one sentence."""
-    start = time.time()
-    try:
-        run(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"wrote {args.out}, {time.time() - start:.1f} s")
-    return 0
+def check_outputs(files: list[Path | None], folder: Path | None, inputs: list[Path | None]) -> None:
+    """Raise ValueError, before the work, for an output that can't be written or is an input."""
+    taken = [path.resolve() for path in inputs if path]
+    for path in filter(None, files):
+        require(path.resolve() not in taken, f"{path} is an input, which would be lost")
+        require(os.access(path.parent, os.W_OK) and not path.is_dir(), f"can't write {path}")
+    require(not folder or folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder")
 
 
-def prepare(args: argparse.Namespace, shipped: str, edits: bool = False
-            ) -> tuple[torch.nn.Module, clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
-    """Open what a command names, on its device, fill in what hangs on it, and say what came out.
-    Raises FileNotFoundError, or ValueError where something is missing or does not fit."""
+def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
+                   listing: Path | None) -> None:
+    """Say on stderr where nothing is near a prompt. Add its neighbours to the listing."""
+    names = [str(index.paths[row]) for row in ids]               # flat/fox_face-3.png
+    if scores and scores[0] < NEAR:
+        things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ") for name in names]
+        print(f"{prompt!r} is near nothing in the index (best score {scores[0]:.2f}); nearest: "
+              + ", ".join(list(dict.fromkeys(things))[:3]), file=sys.stderr)
+    if listing:
+        with open(listing, "a") as file:
+            for rank, (score, row, name) in enumerate(zip(scores, ids, names), start=1):
+                line = {"prompt": prompt, "rank": rank, "row": row, "score": round(score, 5)}
+                file.write(json.dumps({**line, "path": name}) + "\n")
+
+
+# ---------------------------------------------------------------- the command
+
+def run(args: argparse.Namespace) -> None:
+    """Open, embed, search, sample, write."""
+    start, n = time.time(), args.n
+    lines = args.prompts.read_text("utf-8-sig").split("\n") if args.prompts else []
+    prompts = args.prompt + [line.strip() for line in lines if line.strip()]
+    total, has_grid = len(prompts) * n, max(len(prompts), n) <= GRID_ROWS
+    require(prompts != [] and all(map(str.strip, prompts)), "wanted prompts, none of them empty")
+    require(n >= 1 and args.batch_size >= 1, "--n and --batch-size: wanted 1 or more")
+    require(0 <= args.seed <= 2**63 - total, f"--seed is {args.seed}, wanted 0 to 2^63 less --n")
+    require(has_grid or args.singles, "too many pictures for a grid: --singles DIR writes each")
+    require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
+
+    # Open what belongs together.
     device = clip_model.pick_device(args.device)
-    args.weights = args.weights or SHIPPED / f"{shipped}.safetensors"
-    model, metadata, clip, index = open_all(args.weights, args.clip, args.index)
-    is_discrete = isinstance(model, knn_diffusion.TokenTransformer)
-    backbone = "discrete" if is_discrete else "continuous"
-    samplers = list(knn_diffusion.ORDERS if is_discrete else knn_diffusion.SAMPLERS)
-    args.steps = args.steps if args.steps is not None else 25 if is_discrete else 20
-    args.sampler = args.sampler or samplers[0]
-    args.condition = args.condition or metadata.get("condition", "both")
-    if model.config.edit != edits:
-        raise ValueError(f"{args.weights} draws pictures; editing wants weights of `train.py edit`"
-                         if edits else f"{args.weights} edits pictures: use edit.py")
-    require(args.backbone in (None, backbone),
-          f"{args.weights} is {backbone}, --backbone says {args.backbone}")
-    require(args.sampler in samplers, f"--sampler {args.sampler} does not go with {backbone} "
-                                    f"weights; there is {', '.join(samplers)}")
+    weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
+    model, metadata, clip, index = open_all(weights, args.clip, args.index)
     codec = open_codec(args.vqvae, model, metadata)
-    require(args.k >= 0, f"--k is {args.k}, wanted 0 or more")
-    require(args.n >= 1, f"--n is {args.n}, wanted 1 or more")
-    require(0 <= args.seed <= 2**63 - args.n, f"--seed is {args.seed}, wanted 0 to 2^63 less --n")
-    require(1 <= args.steps <= model.config.T,
-          f"--steps is {args.steps}, wanted 1 to {model.config.T}")
-    for path in (args.out, args.singles):
-        if path and not os.path.isdir(path.parent):
-            raise ValueError(f"no folder {path.parent} to write {path.name} into")
-    require(args.out.suffix.lower() == ".png" and not args.out.is_dir(),
-          f"--out is {args.out}, wanted a file name that ends with .png")
-    require(args.singles is None or not args.singles.is_file(),
-          f"--singles is {args.singles}, a file; wanted a folder")
+    backbone = "discrete" if codec else "continuous"
+    require(args.backbone in (None, backbone), f"{weights} is {backbone}, not {args.backbone}")
+    require(not model.config.edit, f"{weights} edits pictures: use edit.py")
+    model, clip, codec = (part and part.to(device) for part in (model, clip, codec))
+
+    # Settle what was left open, refuse what does not apply, and print it all.
+    condition = args.condition or metadata.get("condition", "both")
+    has_neighbors = args.k != 0 and condition != "query"
+    require(args.query == "text" or (has_neighbors and condition == "both"), "--query nearest "
+            f"needs neighbours beside a query: k is {args.k}, the condition {condition}")
+    options = dict(OPTIONS[backbone])
+    for name in OPTIONS["discrete"]:
+        given = getattr(args, name)
+        require(given is None or name in options, f"--{name} does not go with {backbone} weights")
+        options |= {} if given is None else {name: given}
+    require(math.isfinite(options["guidance"]), "--guidance: wanted a finite number")
+    settings = {"k": args.k, "condition": condition, "query": args.query, **options,
+                "seed": args.seed, "weights": weights, "clip": args.clip, "index": args.index}
+    if codec:
+        settings["vqvae"] = args.vqvae
+        require(options.pop("sampler") == "ancestral", "discrete weights: the sampler is ancestral")
+    listing = args.out.with_suffix(".neighbors.jsonl") if args.save_neighbors else None
+    check_outputs([args.out, listing], args.singles,
+                  [weights, args.clip, args.vqvae, args.prompts])
+    print(f"{backbone}, {sum(p.numel() for p in model.parameters()):,} parameters, N = "
+          f"{len(index):,}, {device},", ", ".join(f"{key} {settings[key]}" for key in settings))
     if args.k > len(index):
         print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
-    print(f"{backbone} {args.weights} ({sum(p.numel() for p in model.parameters()):,} parameters), "
-          f"{args.clip} ({clip.describe()}), {args.index} (N = {len(index)}), "
-          f"k = {min(args.k, len(index))}, condition {args.condition}, query {args.query}, "
-          f"{args.steps} {args.sampler} steps, seed {args.seed}, {device}")
-    return model.to(device), clip.to(device), index, codec.to(device) if codec else None
 
-
-def text_chunk(args: argparse.Namespace, names: str, **own: object) -> PngInfo:
-    """A PNG's text chunk "parameters", JSON: what is this picture's own, and the named settings."""
-    settings = {name: getattr(args, name) for name in names.split()}
-    info = PngInfo()
-    info.add_itxt("parameters", json.dumps({**own, **settings}, ensure_ascii=False, default=str))
-    return info
+    # Embed, search, sample, write, in batches of the run's pictures m.
+    rows = []
+    for first in range(0, total, args.batch_size):
+        numbers = range(first, min(first + args.batch_size, total))
+        texts = [prompts[m // n] for m in numbers]
+        files = [args.singles / f"{m // n:03d}-{m % n:02d}.png" for m in numbers if args.singles]
+        is_done = bool(files) and all(file.exists() for file in files)
+        if is_done and not (has_grid or listing):
+            continue
+        *shown, scores, ids = condition_on(
+            clip.embed_texts(texts), index, args.k, condition, args.query)
+        seeds = [args.seed + (m if args.singles else m % n) for m in numbers]
+        if is_done:
+            pictures = [clip_model.read_image(file) for file in files]
+        else:
+            pictures = clip_model.to_pictures(draw(model, *shown, seeds, codec, **options))
+        for b, (m, text, picture) in enumerate(zip(numbers, texts, pictures)):
+            if m % n == 0:                                       # a prompt begins
+                tell_neighbors(text, scores[b].tolist(), ids[b].tolist(), index, listing)
+                wants = has_grid and has_neighbors
+                rows.append(neighbor_pictures(index, ids[b].tolist()) if wants else [])
+            if has_grid:
+                rows[-1].append(picture)
+            if files and not files[b].exists():
+                args.singles.mkdir(exist_ok=True)
+                save_png(picture, files[b], {"prompt": text, **settings, "seed": seeds[b]})
+        if sys.stderr.isatty():
+            print(f"\r{numbers[-1] + 1} of {total} pictures ", end="", file=sys.stderr)
+    if has_grid:
+        save_png(labelled_grid(prompts, rows), args.out, {"prompts": prompts, **settings})
+        if has_neighbors and len(rows[0]) == n and "stickers" in index.manifest.get("root", ""):
+            print("the neighbours' pictures are not here: python examples/stickers.py --out "
+                  "data/stickers renders them", file=sys.stderr)
+    print(f"wrote {args.out if has_grid else args.singles}, {time.time() - start:.1f} s")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description="Draw pictures of a text with kNN-Diffusion.",
-        epilog="guidance: out = uncond + G·(cond − uncond) at every step; G = 1 is off.")
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="more prompts, one a line")
-    parser.add_argument("--image", type=Path, metavar="FILE",
-                        help="a picture as the query instead of a text: shows the modality gap")
-    shared_flags(parser)
-    parser.add_argument("--condition", choices=["both", "query", "neighbors"],
-                        help="what the model is shown (default: what it was trained with)")
-    parser.add_argument("--sampler", choices=[*knn_diffusion.SAMPLERS, *knn_diffusion.ORDERS],
-                        help="continuous: dpm, DPM-Solver++(2M) (default); ddim; ddpm wants many "
-                             "steps. Discrete: ancestral (default); purity, the surest first")
-    parser.add_argument("--eta", type=float, default=0.0, metavar="ETA",
-                        help="of ddim: 0 (default) adds no noise, 1 as much as ddpm")
-    parser.add_argument("--guidance", type=float, default=2.0, metavar="G", help="default 2")
-    parser.add_argument("--dynamic-threshold", type=float, metavar="P",
-                        help="continuous: clip x_0 at its P quantile (0.995, say), not at 1")
-    parser.add_argument("--truncation", type=float, metavar="R", default=0.6,
-                        help="discrete: only the likeliest codes, R of mass (default 0.6; 1: all)")
-    parser.add_argument("--batch-size", type=int, default=16, help="samples at once (default 16)")
-    parser.add_argument("--out", type=Path, default=Path("picture.png"), help="the grid to write")
-    parser.add_argument("--save-neighbors", action="store_true",
-                        help="also OUT.neighbors.jsonl: prompt, rank, row, score, path")
-    return finish(run, parser.parse_args(argv))
-
-
-def run(args: argparse.Namespace) -> None:
-    """Load, search, sample, write. Raises ValueError or FileNotFoundError before writing."""
-    prompts = read_prompts(args)
-    require(args.batch_size >= 1, f"--batch-size is {args.batch_size}, wanted 1 or more")
-    require(args.dynamic_threshold is None or 0 < args.dynamic_threshold <= 1,
-          f"--dynamic-threshold is {args.dynamic_threshold}, wanted 0 to 1")
-    require(0 < args.truncation <= 1, f"--truncation is {args.truncation}, wanted 0 to 1")
-    require(0 <= args.eta <= 1, f"--eta is {args.eta}, wanted 0 to 1")
-    require(math.isfinite(args.guidance), f"--guidance is {args.guidance}, wanted a finite number")
-    model, clip, index, codec = prepare(args, args.backbone or "continuous")
-    require(args.condition != "neighbors" or args.k > 0,
-          "--condition neighbors wants --k of 1 or more")
-    print(f"guidance {args.guidance:g}")
-    if args.image:
-        labels, args.query = [args.image.name], "text"         # a picture's embedding is one
-        queries = clip.embed_pictures([clip_model.read_image(args.image)])
-    else:
-        labels, queries = prompts, clip.embed_texts(prompts)                   # (prompts, E)
-    query, neighbors, scores, ids = condition_on(queries, index, args.k, args.condition,
-                                                  args.query)
-    repeat = [part if part is None else part.repeat_interleave(args.n, dim=0)
-              for part in (query, neighbors)]                                  # (prompts·n, ...)
-    seeds = [args.seed + j for _ in labels for j in range(args.n)]
-    options = {"sampler": args.sampler, "dynamic_threshold": args.dynamic_threshold,
-               "eta": args.eta}
-    if codec:
-        options = {"order": args.sampler, "truncation": args.truncation}
-    pictures = generate(model, *repeat, seeds, args.batch_size, codec, steps=args.steps,
-                        guidance=args.guidance, **options)
-    samples = [pictures[i * args.n:(i + 1) * args.n] for i in range(len(labels))]
-    write(args, labels, samples, scores, ids, index)
-
-
-def write(args: argparse.Namespace, labels: list[str], samples: list[list[Image.Image]],
-          scores: Tensor, ids: Tensor, index: retrieval.Index) -> None:
-    """The grid, the single pictures and the list of neighbours, as asked for."""
-    shown = [[] if args.condition == "query" else
-             retrieval.neighbor_pictures(index, row[:SHOWN_NEIGHBORS]) for row in ids.tolist()]
-    if all(picture is None for row in shown for picture in row):
-        shown = [[] for _ in shown]                          # the index's pictures are not at hand
-    labelled_grid(labels, shown, samples).save(
-        args.out, pnginfo=text_chunk(args, SETTINGS, prompts=labels, seed=args.seed))
-    if args.singles:
-        args.singles.mkdir(exist_ok=True)
-        for i, row in enumerate(samples):
-            for j, picture in enumerate(row):
-                info = text_chunk(args, SETTINGS, prompt=labels[i], seed=args.seed + j)
-                picture.save(args.singles / f"{i:03d}-{j:02d}.png", pnginfo=info)
-    if args.save_neighbors:
-        with open(args.out.with_suffix(".neighbors.jsonl"), "w", encoding="utf-8") as file:
-            for label, row_scores, row in zip(labels, scores.tolist(), ids.tolist()):
-                for rank, (score, i) in enumerate(zip(row_scores, row), start=1):
-                    file.write(json.dumps({"prompt": label, "rank": rank, "row": i,
-                                           "score": round(score, 5), "path": index.paths[i]},
-                                          ensure_ascii=False) + "\n")
+    parser = argparse.ArgumentParser(description="Draw pictures of a text with kNN-Diffusion.")
+    flag = parser.add_argument
+    flag("prompt", nargs="*", metavar="PROMPT")
+    flag("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
+    flag("--backbone", choices=["continuous", "discrete"], help="default: what the weights are")
+    flag("--weights", type=Path, help="default: the shipped ones of the backbone")
+    flag("--clip", type=Path, default=SHIPPED / "clip.safetensors")
+    flag("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors", help="of discrete weights")
+    flag("--index", type=Path, default=SHIPPED / "index", help="another gives another domain")
+    flag("--k", type=int, default=10, help="neighbours (default 10); 0: none")
+    flag("--query", choices=["text", "nearest"], default="text", help="beside the neighbours: the "
+         "text's own embedding (default, the paper's way), or the best neighbour's")
+    flag("--condition", choices=["both", "query", "neighbors"],
+         help="what the network is shown (default: what it was trained with)")
+    flag("--n", type=int, default=4, help="pictures per prompt (default 4)")
+    flag("--steps", type=int, help="default: continuous 20, discrete 25")
+    flag("--sampler", help="continuous: dpm (DPM-Solver++(2M), default), ddim or ddpm; discrete: "
+         "ancestral")
+    flag("--guidance", type=float, metavar="G", help="classifier-free guidance: "
+         "uncond + G·(cond − uncond) at every step (default 2; 1: off)")
+    flag("--truncation", type=float, metavar="R",
+         help="discrete, top-p: the likeliest codes up to this mass (default 0.6; 1: all)")
+    flag("--seed", type=int, default=0, help="sample j of a prompt uses seed + j; with --singles "
+         "picture m of the run uses seed + m")
+    flag("--batch-size", type=int, default=16, help="pictures at once (default 16)")
+    flag("--out", type=Path, default=Path("picture.png"), help="a grid, a row per prompt")
+    flag("--singles", type=Path, metavar="DIR", help="every picture alone, as it comes, at the "
+         "model's resolution; one that is there is skipped, so that a stopped run goes on")
+    flag("--save-neighbors", action="store_true", help="OUT.neighbors.jsonl beside OUT")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    return clip_model.run_command(parser, run, argv)
 
 
 if __name__ == "__main__":
