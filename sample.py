@@ -162,8 +162,11 @@ def check_outputs(files: list[Path | None], folder: Path | None, inputs: list[Pa
     taken = [path.resolve() for path in inputs if path]
     for path in filter(None, files):
         require(path.resolve() not in taken, f"{path} is an input, which would be lost")
-        require(os.access(path.parent, os.W_OK) and not path.is_dir(), f"can't write {path}")
-    require(not folder or folder.is_dir() or not os.path.lexists(folder), f"{folder} is no folder")
+        is_possible = path.parent == folder or os.access(path.parent, os.W_OK)
+        require(is_possible and not path.is_dir(), f"can't write {path}")
+    if folder and not folder.is_dir():
+        is_possible = os.access(folder.parent, os.W_OK) and not os.path.lexists(folder)
+        require(is_possible, f"can't make the folder {folder}")
 
 
 def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
@@ -183,6 +186,41 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
 
 # ---------------------------------------------------------------- the command
 
+def open_models(args: argparse.Namespace, weights: Path, edits: bool
+                ) -> tuple[Network, dict[str, str], clip_model.CLIP, retrieval.Index,
+                           vqvae.VQVAE | None]:
+    """What sample.py and edit.py both open, on its device. Raises ValueError for what both refuse:
+    models that do not belong together, and numbers and names out of range."""
+    require(args.n >= 1, f"--n is {args.n}, wanted 1 or more")
+    require(0 <= args.seed < 2**62, f"--seed is {args.seed}, wanted 0 to 2^62")
+    require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
+    device = clip_model.pick_device(args.device)
+    model, metadata, clip, index = open_all(weights, args.clip, args.index)
+    codec = open_codec(args.vqvae, model, metadata)
+    backbone = "discrete" if codec else "continuous"
+    require(args.backbone in (None, backbone), f"{weights} is {backbone}, not {args.backbone}")
+    require(model.config.edit == edits, f"{weights} edits pictures: use edit.py" if not edits else
+            f"{weights} draws pictures, and editing needs those of `train.py edit`")
+    if args.k > len(index):
+        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
+    return model.to(device), metadata, clip.to(device), index, codec and codec.to(device)
+
+
+def sampler_options(args: argparse.Namespace, codec: vqvae.VQVAE | None, condition: str) -> dict:
+    """The sampler's options: those asked for, else the defaults. Refuses what does not apply."""
+    options = dict(OPTIONS["discrete" if codec else "continuous"])
+    for name in OPTIONS["discrete"]:
+        given = getattr(args, name)
+        require(given is None or name in options, f"--{name} goes with discrete weights only")
+        options |= {} if given is None else {name: given}
+    require(math.isfinite(options["guidance"]), "--guidance: wanted a finite number")
+    require(not codec or options.pop("sampler") == "ancestral",
+            "discrete weights have one sampler, ancestral")
+    require(args.query == "text" or (args.k != 0 and condition == "both"), "--query nearest "
+            f"needs neighbours beside a query: k is {args.k}, the condition {condition}")
+    return options
+
+
 def run(args: argparse.Namespace) -> None:
     """Open, embed, search, sample, write."""
     start, n = time.time(), args.n
@@ -190,44 +228,22 @@ def run(args: argparse.Namespace) -> None:
     prompts = args.prompt + [line.strip() for line in lines if line.strip()]
     total, has_grid = len(prompts) * n, max(len(prompts), n) <= GRID_ROWS
     require(prompts != [] and all(map(str.strip, prompts)), "wanted prompts, none of them empty")
-    require(n >= 1 and args.batch_size >= 1, "--n and --batch-size: wanted 1 or more")
-    require(0 <= args.seed <= 2**63 - total, f"--seed is {args.seed}, wanted 0 to 2^63 less --n")
+    require(args.batch_size >= 1, f"--batch-size is {args.batch_size}, wanted 1 or more")
     require(has_grid or args.singles, "too many pictures for a grid: --singles DIR writes each")
-    require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
+    listing = args.out.with_suffix(".neighbors.jsonl") if args.save_neighbors else None
 
-    # Open what belongs together.
-    device = clip_model.pick_device(args.device)
+    # Open what belongs together, and settle what was left open.
     weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
-    model, metadata, clip, index = open_all(weights, args.clip, args.index)
-    codec = open_codec(args.vqvae, model, metadata)
-    backbone = "discrete" if codec else "continuous"
-    require(args.backbone in (None, backbone), f"{weights} is {backbone}, not {args.backbone}")
-    require(not model.config.edit, f"{weights} edits pictures: use edit.py")
-    model, clip, codec = (part and part.to(device) for part in (model, clip, codec))
-
-    # Settle what was left open, refuse what does not apply, and print it all.
+    model, metadata, clip, index, codec = open_models(args, weights, edits=False)
     condition = args.condition or metadata.get("condition", "both")
     has_neighbors = args.k != 0 and condition != "query"
-    require(args.query == "text" or (has_neighbors and condition == "both"), "--query nearest "
-            f"needs neighbours beside a query: k is {args.k}, the condition {condition}")
-    options = dict(OPTIONS[backbone])
-    for name in OPTIONS["discrete"]:
-        given = getattr(args, name)
-        require(given is None or name in options, f"--{name} does not go with {backbone} weights")
-        options |= {} if given is None else {name: given}
-    require(math.isfinite(options["guidance"]), "--guidance: wanted a finite number")
+    options = sampler_options(args, codec, condition)
+    check_outputs([args.out, listing], args.singles, [weights, args.clip, args.vqvae, args.prompts])
     settings = {"k": args.k, "condition": condition, "query": args.query, **options,
                 "seed": args.seed, "weights": weights, "clip": args.clip, "index": args.index}
-    if codec:
-        settings["vqvae"] = args.vqvae
-        require(options.pop("sampler") == "ancestral", "discrete weights: the sampler is ancestral")
-    listing = args.out.with_suffix(".neighbors.jsonl") if args.save_neighbors else None
-    check_outputs([args.out, listing], args.singles,
-                  [weights, args.clip, args.vqvae, args.prompts])
-    print(f"{backbone}, {sum(p.numel() for p in model.parameters()):,} parameters, N = "
-          f"{len(index):,}, {device},", ", ".join(f"{key} {settings[key]}" for key in settings))
-    if args.k > len(index):
-        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
+    settings |= {"vqvae": args.vqvae} if codec else {}
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,},",
+          ", ".join(f"{key} {settings[key]}" for key in settings))
 
     # Embed, search, sample, write, in batches of the run's pictures m.
     rows = []
@@ -247,9 +263,9 @@ def run(args: argparse.Namespace) -> None:
             pictures = clip_model.to_pictures(draw(model, *shown, seeds, codec, **options))
         for b, (m, text, picture) in enumerate(zip(numbers, texts, pictures)):
             if m % n == 0:                                       # a prompt begins
+                near = ids[b].tolist() if has_neighbors and has_grid else []
+                rows.append(neighbor_pictures(index, near))
                 tell_neighbors(text, scores[b].tolist(), ids[b].tolist(), index, listing)
-                wants = has_grid and has_neighbors
-                rows.append(neighbor_pictures(index, ids[b].tolist()) if wants else [])
             if has_grid:
                 rows[-1].append(picture)
             if files and not files[b].exists():
