@@ -356,15 +356,14 @@ def run(args: argparse.Namespace) -> None:
     # Open what belongs together, and settle what was left open.
     default = "edit-discrete" if args.backbone == "discrete" else "edit"
     weights = args.weights or sample.SHIPPED / f"{default}.safetensors"
-    model, metadata, clip, index, codec = sample.open_models(args, weights, edits=True)
+    model, condition, clip, index, codec = sample.open_models(args, weights, edits=True)
     names = [f"{i:03d}-{j:02d}.png" for i in range(len(args.text)) for j in range(n)]
     singles = [args.singles / name for name in names if args.singles]
     pasted = [args.out.with_name(f"{args.out.stem}-{name}") for name in names if args.paste]
     sample.check_outputs([args.out, *singles, *pasted], args.singles,
                          [args.image, weights, args.clip, args.vqvae])
-    condition, steps = metadata.get("condition", "both"), args.steps
-    if steps is None:
-        steps = sample.OPTIONS["discrete" if codec else "continuous"]["steps"]
+    default = sample.OPTIONS["discrete" if codec else "continuous"]["steps"]
+    steps = default if args.steps is None else args.steps
     settings = {"k": args.k, "query": args.query, "steps": steps, "seed": args.seed,
                 "guidance_text": args.guidance_text, "guidance_image": args.guidance_image,
                 "start": args.start, "paste": args.paste, "image": args.image, "weights": weights,
@@ -373,8 +372,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,},",
           ", ".join(f"{key} {settings[key]}" for key in settings))
     if picture.width != picture.height:
-        print(f"{args.image} is {picture.width}x{picture.height}: the square in its centre is "
-              "edited", file=sys.stderr)
+        print(f"{args.image} is {picture.width}x{picture.height}: its central square is edited")
 
     # Embed and search, then a row of the grid per text.
     size = model.config.image_size

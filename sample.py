@@ -187,11 +187,10 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
 # ---------------------------------------------------------------- the command
 
 def open_models(args: argparse.Namespace, weights: Path, edits: bool
-                ) -> tuple[Network, dict[str, str], clip_model.CLIP, retrieval.Index,
-                           vqvae.VQVAE | None]:
-    """What sample.py and edit.py both open, on its device. Raises ValueError for what both refuse:
-    models that do not belong together, and numbers and names out of range."""
-    require(args.n >= 1, f"--n is {args.n}, wanted 1 or more")
+                ) -> tuple[Network, str, clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
+    """What sample.py and edit.py both open, on its device, and the condition to show. Raises
+    ValueError for what both refuse."""
+    require(args.n >= 1 and args.k >= 0, f"--n is {args.n}, --k {args.k}: wanted 1, 0 or more")
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}, wanted 0 to 2^62")
     require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
     device = clip_model.pick_device(args.device)
@@ -201,12 +200,15 @@ def open_models(args: argparse.Namespace, weights: Path, edits: bool
     require(args.backbone in (None, backbone), f"{weights} is {backbone}, not {args.backbone}")
     require(model.config.edit == edits, f"{weights} edits pictures: use edit.py" if not edits else
             f"{weights} draws pictures, and editing needs those of `train.py edit`")
+    condition = vars(args).get("condition") or metadata.get("condition", "both")
+    require(args.query == "text" or (args.k > 0 and condition == "both"), "--query nearest needs "
+            f"neighbours beside a query: k is {args.k}, the condition {condition}")
     if args.k > len(index):
         print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
-    return model.to(device), metadata, clip.to(device), index, codec and codec.to(device)
+    return model.to(device), condition, clip.to(device), index, codec and codec.to(device)
 
 
-def sampler_options(args: argparse.Namespace, codec: vqvae.VQVAE | None, condition: str) -> dict:
+def sampler_options(args: argparse.Namespace, codec: vqvae.VQVAE | None) -> dict[str, object]:
     """The sampler's options: those asked for, else the defaults. Refuses what does not apply."""
     options = dict(OPTIONS["discrete" if codec else "continuous"])
     for name in OPTIONS["discrete"]:
@@ -214,10 +216,7 @@ def sampler_options(args: argparse.Namespace, codec: vqvae.VQVAE | None, conditi
         require(given is None or name in options, f"--{name} goes with discrete weights only")
         options |= {} if given is None else {name: given}
     require(math.isfinite(options["guidance"]), "--guidance: wanted a finite number")
-    require(not codec or options.pop("sampler") == "ancestral",
-            "discrete weights have one sampler, ancestral")
-    require(args.query == "text" or (args.k != 0 and condition == "both"), "--query nearest "
-            f"needs neighbours beside a query: k is {args.k}, the condition {condition}")
+    require(not codec or options["sampler"] == "ancestral", "discrete weights: sampler ancestral")
     return options
 
 
@@ -234,14 +233,14 @@ def run(args: argparse.Namespace) -> None:
 
     # Open what belongs together, and settle what was left open.
     weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
-    model, metadata, clip, index, codec = open_models(args, weights, edits=False)
-    condition = args.condition or metadata.get("condition", "both")
-    has_neighbors = args.k != 0 and condition != "query"
-    options = sampler_options(args, codec, condition)
+    model, condition, clip, index, codec = open_models(args, weights, edits=False)
+    options = sampler_options(args, codec)
     check_outputs([args.out, listing], args.singles, [weights, args.clip, args.vqvae, args.prompts])
     settings = {"k": args.k, "condition": condition, "query": args.query, **options,
                 "seed": args.seed, "weights": weights, "clip": args.clip, "index": args.index}
-    settings |= {"vqvae": args.vqvae} if codec else {}
+    if codec:
+        settings["vqvae"] = args.vqvae
+        del options["sampler"]                                   # there is one
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,},",
           ", ".join(f"{key} {settings[key]}" for key in settings))
 
@@ -263,9 +262,10 @@ def run(args: argparse.Namespace) -> None:
             pictures = clip_model.to_pictures(draw(model, *shown, seeds, codec, **options))
         for b, (m, text, picture) in enumerate(zip(numbers, texts, pictures)):
             if m % n == 0:                                       # a prompt begins
-                near = ids[b].tolist() if has_neighbors and has_grid else []
-                rows.append(neighbor_pictures(index, near))
-                tell_neighbors(text, scores[b].tolist(), ids[b].tolist(), index, listing)
+                found = ids[b].tolist()
+                tell_neighbors(text, scores[b].tolist(), found, index, listing)
+                is_shown = has_grid and condition != "query"
+                rows.append(neighbor_pictures(index, found) if is_shown else [])
             if has_grid:
                 rows[-1].append(picture)
             if files and not files[b].exists():
@@ -275,7 +275,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"\r{numbers[-1] + 1} of {total} pictures ", end="", file=sys.stderr)
     if has_grid:
         save_png(labelled_grid(prompts, rows), args.out, {"prompts": prompts, **settings})
-        if has_neighbors and len(rows[0]) == n and "stickers" in index.manifest.get("root", ""):
+        if args.k and len(rows[0]) == n and "stickers" in index.manifest.get("root", ""):
             print("the neighbours' pictures are not here: python examples/stickers.py --out "
                   "data/stickers renders them", file=sys.stderr)
     print(f"wrote {args.out if has_grid else args.singles}, {time.time() - start:.1f} s")

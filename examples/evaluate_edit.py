@@ -344,7 +344,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--n", type=int, default=200, help="pairs (default 200)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--k", type=int, default=10)
-    parser.add_argument("--query", choices=["nearest", "text"], default="nearest")
+    parser.add_argument("--query", choices=["text", "nearest"], default="text")
     parser.add_argument("--guidance-text", type=float, default=2.0)
     parser.add_argument("--guidance-image", type=float, default=1.0)
     parser.add_argument("--strengths", type=float, nargs="+", metavar="S",

@@ -1,8 +1,9 @@
 """sample.py: the command from a prompt to files."""
 
-import argparse
 import inspect
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,18 +19,13 @@ import vqvae
 
 
 def run(world, *extra):
-    return sample.main(
-        [
-            *map(str, extra),
-            "--weights",
-            str(world / "continuous.safetensors"),
-            "--clip",
-            str(world / "clip.safetensors"),
-            "--steps",
-            "3",
-        ]
-        + ([] if "--index" in extra else ["--index", str(world / "index")])
-    )
+    """The command with the tiny world's files, where nothing else is named; its status."""
+    argv = list(map(str, extra))
+    defaults = {"--weights": world / "continuous.safetensors", "--steps": 3,
+                "--clip": world / "clip.safetensors", "--index": world / "index"}
+    for flag, value in defaults.items():
+        argv += [] if flag in argv else [flag, str(value)]
+    return sample.main(argv)
 
 
 def pixels(path):
@@ -37,67 +33,51 @@ def pixels(path):
 
 
 def test_a_prompt_gives_a_grid_singles_and_neighbours(world, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("blue\n\n  fox \n")
-    assert (
-        run(
-            world,
-            "a red fox",
-            "--prompts",
-            tmp_path / "prompts.txt",
-            "--n",
-            2,
-            "--k",
-            4,
-            "--out",
-            tmp_path / "p.png",
-            "--singles",
-            tmp_path / "s",
-            "--save-neighbors",
-        )
-        == 0
-    )
-    assert sorted(p.name for p in (tmp_path / "s").iterdir()) == [
-        f"{i:03d}-{j:02d}.png" for i in range(3) for j in range(2)
-    ]
+    (tmp_path / "prompts.txt").write_text("\ufeffblue\r\n\r\n  fox \r\n", "utf-8")
+    assert run(world, "a red fox", "--prompts", tmp_path / "prompts.txt", "--n", 2, "--k", 4,
+               "--out", tmp_path / "p.png", "--singles", tmp_path / "s", "--save-neighbors") == 0
+    names = sorted(path.name for path in (tmp_path / "s").iterdir())
+    assert names == [f"{i:03d}-{j:02d}.png" for i in range(3) for j in range(2)]
     assert Image.open(tmp_path / "s" / "000-00.png").size == (16, 16)
     lines = [json.loads(x) for x in (tmp_path / "p.neighbors.jsonl").read_text().splitlines()]
     assert len(lines) == 12 and lines[4]["prompt"] == "blue" and lines[4]["rank"] == 1
     assert set(lines[0]) == {"prompt", "rank", "row", "score", "path"}
-    parameters = json.loads(Image.open(tmp_path / "p.png").text["parameters"])
-    assert parameters["prompts"] == ["a red fox", "blue", "fox"] and parameters["seed"] == 0
-    assert "k = 4" in capsys.readouterr().out
+    told = json.loads(Image.open(tmp_path / "p.png").text["parameters"])
+    assert told["prompts"] == ["a red fox", "blue", "fox"] and told["seed"] == 0
+    assert told["weights"] == "continuous.safetensors"             # and no folder of this machine
+    assert not any(os.sep in value for value in told.values() if isinstance(value, str))
+    own = json.loads(Image.open(tmp_path / "s" / "001-01.png").text["parameters"])
+    assert own["prompt"] == "blue" and own["seed"] == 3
+    sheet = Image.open(tmp_path / "p.png")                         # four neighbours, two samples
+    assert sheet.size == (6 * 98 + 2, 3 * (96 + 26))
+    assert "k 4" in capsys.readouterr().out
 
 
 def test_every_option_reaches_the_sampler(world, tmp_path):
     """Each makes another picture of the same prompt and seed."""
     def pixels_of(*options):
-        assert run(world, *options, "--n", 1, "--k", 3, "--singles", tmp_path / "s",
-                   "--out", tmp_path / "p.png") == 0
-        return pixels(tmp_path / "s" / "000-00.png")
+        name = "-".join(map(str, options)) or "base"
+        assert run(world, "fox", *options, "--n", 1, "--singles", tmp_path / name,
+                   "--out", tmp_path / "p.png", *([] if "--k" in options else ["--k", 3])) == 0
+        return pixels(tmp_path / name / "000-00.png")
 
-    base = pixels_of("fox")
-    assert (pixels_of("fox") == base).all()
+    base = pixels_of()
     for options in (["--guidance", 5], ["--sampler", "ddpm"], ["--sampler", "ddim"],
-                    ["--dynamic-threshold", 1], ["--query", "text"],
-                    ["--condition", "neighbors"], ["--condition", "query"], ["--seed", 1]):
-        assert (pixels_of("fox", *options) != base).any(), options
-    noisy = pixels_of("fox", "--sampler", "ddim", "--eta", 1)
-    assert (noisy != pixels_of("fox", "--sampler", "ddim")).any()
-    picture = next((world / "images").rglob("*.png"))
-    assert (pixels_of("--image", picture) == pixels_of("--image", picture, "--query", "text")).all()
+                    ["--query", "nearest"], ["--condition", "neighbors"], ["--k", 9],
+                    ["--condition", "query"], ["--seed", 1], ["--steps", 4]):
+        assert (pixels_of(*options) != base).any(), options
+    assert (pixels_of("--k", 0) == pixels_of("--condition", "query")).all()
 
 
 def test_an_index_without_names_draws_too(world, tmp_path):
     """Embeddings that came without a paths.txt: row numbers stand for names."""
-    index = retrieval.open_index(world / "index")
-    np.save(tmp_path / "rows.npy", np.asarray(index.embeddings))
+    np.save(tmp_path / "rows.npy", np.asarray(retrieval.open_index(world / "index").rows))
     retrieval.index_files(tmp_path / "nameless", tmp_path / "rows.npy")
     with pytest.warns(UserWarning, match="which encoder"):
         assert run(world, "fox", "--index", tmp_path / "nameless", "--k", 2, "--save-neighbors",
                    "--out", tmp_path / "p.png") == 0
-    assert (tmp_path / "p.png").is_file()
     first = json.loads((tmp_path / "p.neighbors.jsonl").read_text().splitlines()[0])
-    assert first["path"] == first["row"]
+    assert first["path"] == str(first["row"])
 
 
 def test_the_same_command_gives_the_same_bytes(world, tmp_path):
@@ -106,47 +86,72 @@ def test_the_same_command_gives_the_same_bytes(world, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_sample_j_depends_on_seed_plus_j_alone(world, tmp_path):
-    assert (
-        run(world, "fox", "red", "--n", 3, "--singles", tmp_path / "a", "--out", tmp_path / "a.png")
-        == 0
-    )
-    assert (
-        run(
-            world,
-            "red",
-            "--n",
-            2,
-            "--seed",
-            1,
-            "--batch-size",
-            1,
-            "--singles",
-            tmp_path / "b",
-            "--out",
-            tmp_path / "b.png",
-        )
-        == 0
-    )
+def test_picture_m_of_a_run_of_singles_depends_on_seed_plus_m_alone(world, tmp_path):
+    out = ["--out", tmp_path / "p.png"]
+    assert run(world, "fox", "red", "--n", 3, "--singles", tmp_path / "a", *out) == 0
+    assert run(world, "red", "--n", 2, "--seed", 4, "--batch-size", 1,
+               "--singles", tmp_path / "b", *out) == 0
     for j in range(2):
-        one, two = (
-            pixels(tmp_path / f"a/001-{j + 1:02d}.png"),
-            pixels(tmp_path / f"b/000-{j:02d}.png"),
-        )
+        one, two = (pixels(tmp_path / name) for name in (f"a/001-{j + 1:02d}.png",
+                                                         f"b/000-{j:02d}.png"))
         assert np.abs(one - two).max() <= 2
     assert np.abs(pixels(tmp_path / "a/001-00.png") - pixels(tmp_path / "a/001-01.png")).max() > 2
+
+
+def test_without_singles_sample_j_of_every_prompt_uses_seed_plus_j(world, tmp_path, monkeypatch):
+    asked, draw = [], sample.draw
+    monkeypatch.setattr(sample, "draw", lambda model, query, neighbors, seeds, *rest, **options: (
+        asked.extend(seeds), draw(model, query, neighbors, seeds, *rest, **options))[1])
+    assert run(world, "a", "b", "--n", 3, "--seed", 7, "--batch-size", 4,
+               "--out", tmp_path / "p.png") == 0
+    assert asked == [7, 8, 9, 7, 8, 9]
+
+
+def test_a_killed_run_of_singles_goes_on_and_equals_an_undisturbed_one(
+        world, tmp_path, monkeypatch, capsys):
+    (tmp_path / "prompts.txt").write_text("".join(f"fox {i}\n" for i in range(101)))
+    argv = ["--prompts", tmp_path / "prompts.txt", "--n", 1, "--batch-size", 20, "--steps", 1,
+            "--out", tmp_path / "p.png"]
+    assert run(world, *argv, "--singles", tmp_path / "whole") == 0
+    drawn, draw = [], sample.draw
+
+    def killed(model, query, neighbors, seeds, *rest, **options):
+        drawn.append(seeds)
+        if len(drawn) in (3, 5):
+            raise KeyboardInterrupt
+        return draw(model, query, neighbors, seeds, *rest, **options)
+
+    monkeypatch.setattr(sample, "draw", killed)
+    for left in (40, 60):
+        with pytest.raises(KeyboardInterrupt):
+            run(world, *argv, "--singles", tmp_path / "parts")
+        assert len(list((tmp_path / "parts").iterdir())) == left
+    (tmp_path / "parts" / "059-00.png").unlink()                   # killed between two files
+    assert run(world, *argv, "--singles", tmp_path / "parts") == 0
+    assert [seeds[0] for seeds in drawn] == [0, 20, 40, 40, 60, 40, 60, 80, 100]
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
+    assert len(list((tmp_path / "parts").iterdir())) == 101
+    assert not (tmp_path / "p.png").exists()                       # no grid of 101 rows
+    assert "whole" in capsys.readouterr().out
+
+
+def test_a_grid_shows_singles_that_were_there(world, tmp_path, monkeypatch):
+    argv = ["fox", "red", "--n", 2, "--singles", tmp_path / "s"]
+    assert run(world, *argv, "--out", tmp_path / "a.png") == 0
+    monkeypatch.setattr(sample, "draw", None)                      # nothing is drawn again
+    assert run(world, *argv, "--out", tmp_path / "b.png") == 0
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
 def test_the_condition_is_the_texts_embedding_and_its_neighbours(world):
     clip = clip_model.load(world / "clip.safetensors")
     index = retrieval.open_index(world / "index")
-    queries = clip.embed_texts(["red fox"])
-    query, neighbors, scores, ids = sample.condition_on(queries, index, 4, "both", "text")
-    nearest = (torch.from_numpy(index.embeddings.astype(np.float32)) @ queries[0]).argsort(
-        descending=True
-    )[:4]
+    queries, rows = clip.embed_texts(["red fox"]), torch.from_numpy(np.array(index.rows)).float()
+    query, neighbors, _, ids = sample.condition_on(queries, index, 4)      # the paper's way
+    nearest = (rows @ queries[0]).argsort(descending=True)[:4]
     assert torch.equal(query, queries) and ids[0].tolist() == nearest.tolist()
-    assert torch.equal(neighbors[0], torch.from_numpy(index.embeddings[nearest]).float())
+    assert torch.equal(neighbors[0], rows[nearest])
     # or, with the same neighbours, the best of them in the text's place
     stand_in, same, _, _ = sample.condition_on(queries, index, 4, "both", "nearest")
     assert torch.equal(stand_in, neighbors[:, 0]) and torch.equal(same, neighbors)
@@ -155,89 +160,69 @@ def test_the_condition_is_the_texts_embedding_and_its_neighbours(world):
         assert none is None and torch.equal(alone, queries)
         assert torch.equal(sample.condition_on(queries, index, 0, "both", way)[0], queries)
         assert sample.condition_on(queries, index, 4, "neighbors", way)[0] is None
+    for wrong, words in (("all", ("all",)), ("txt", ("both", "txt"))):
+        with pytest.raises(ValueError, match=wrong):
+            sample.condition_on(queries, index, 4, *words)
 
 
-def test_no_neighbours_is_the_same_as_condition_query(world, tmp_path):
-    for name, extra in (("a", ["--k", 0]), ("b", ["--condition", "query"])):
-        assert (
-            run(
-                world,
-                "fox",
-                "--n",
-                1,
-                *extra,
-                "--singles",
-                tmp_path / name,
-                "--out",
-                tmp_path / "g.png",
-            )
-            == 0
-        )
-    assert (pixels(tmp_path / "a/000-00.png") == pixels(tmp_path / "b/000-00.png")).all()
-    assert (
-        run(world, "fox", "--n", 1, "--singles", tmp_path / "c", "--out", tmp_path / "g.png") == 0
-    )
-    assert (pixels(tmp_path / "a/000-00.png") != pixels(tmp_path / "c/000-00.png")).any()
+def test_one_condition_serves_many_seeds(world):
+    """In a notebook: one text, four seeds; equal to four equal texts."""
+    index, model = retrieval.open_index(world / "index"), tiny_unet()
+    query, neighbors, _, _ = sample.condition_on(torch.ones(1, 16), index, 3)
+    seeds = [0, 1, 2, 3]
+    wanted = sample.draw(model, query.repeat(4, 1), neighbors.repeat(4, 1, 1), seeds, steps=2)
+    found = sample.draw(model, query, neighbors, seeds, steps=2)
+    assert torch.allclose(found, wanted, atol=1e-5) and found.shape == (4, 3, 16, 16)
+    pictures = sample.generate(model, query, neighbors, seeds, batch_size=3, steps=2)
+    for picture, x in zip(pictures, clip_model.to_pictures(wanted)):
+        assert np.abs(np.asarray(picture, int) - np.asarray(x, int)).max() <= 2
+    with pytest.raises(ValueError, match="VQ-VAE"):
+        sample.draw(model, query, neighbors, seeds, codec=torch.nn.Identity())
+
+
+def test_weights_that_are_no_numbers_give_status_1_and_no_picture(world, tmp_path, capsys):
+    model = tiny_unet()
+    with torch.no_grad():
+        model.conv_in.bias[0] = torch.nan
+    assert not torch.isnan(tiny_unet().conv_in.bias).any()
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample.draw(model, torch.ones(1, 16), None, [0], steps=2)
 
 
 def test_another_index_changes_the_picture_with_the_same_weights(world, tmp_path):
     write_pictures(tmp_path / "other", 6, seed=9)
     clip = clip_model.load(world / "clip.safetensors")
     rows, names, _ = retrieval.embed_folder(clip, tmp_path / "other")
-    retrieval.write_index(
-        tmp_path / "idx", rows, names, "c", clip.fingerprint(), tmp_path / "other"
-    )
-    assert (
-        run(world, "fox", "--n", 1, "--singles", tmp_path / "a", "--out", tmp_path / "g.png") == 0
-    )
-    assert (
-        run(
-            world,
-            "fox",
-            "--n",
-            1,
-            "--index",
-            tmp_path / "idx",
-            "--k",
-            99,
-            "--singles",
-            tmp_path / "b",
-            "--out",
-            tmp_path / "g.png",
-        )
-        == 0
-    )
-    assert (pixels(tmp_path / "a/000-00.png") != pixels(tmp_path / "b/000-00.png")).any()
-
-
-def test_a_picture_can_be_the_query(world, tmp_path):
-    assert (
-        run(
-            world,
-            "--image",
-            world / "images" / "003.png",
-            "--save-neighbors",
-            "--out",
-            tmp_path / "g.png",
-        )
-        == 0
-    )
-    first = json.loads((tmp_path / "g.neighbors.jsonl").read_text().splitlines()[0])
-    assert first["path"] == "003.png" and first["score"] > 0.99
+    retrieval.write_index(tmp_path / "idx", rows, names, "c", clip.fingerprint(),
+                          tmp_path / "other")
+    found = []
+    for index in (world / "index", tmp_path / "idx"):
+        assert run(world, "fox", "--n", 1, "--index", index, "--k", 6,
+                   "--singles", tmp_path / index.name, "--out", tmp_path / "g.png") == 0
+        found.append(pixels(tmp_path / index.name / "000-00.png"))
+    assert (found[0] != found[1]).any()
 
 
 def test_a_no_knn_model_is_shown_what_it_was_trained_with(world, tmp_path, capsys):
     clip = clip_model.load(world / "clip.safetensors").fingerprint()
     knn_diffusion.save(tmp_path / "no-knn", tiny_unet(), {"clip": clip, "condition": "query"})
-    argv = ["fox", "--weights", str(tmp_path / "no-knn"), "--clip", str(world / "clip.safetensors")]
-    argv += ["--index", str(world / "index"), "--steps", "2", "--out", str(tmp_path / "g.png")]
-    assert sample.main(argv) == 0
+    assert run(world, "fox", "--weights", tmp_path / "no-knn", "--out", tmp_path / "g.png") == 0
     assert "condition query" in capsys.readouterr().out
 
 
-def test_k_larger_than_the_index_uses_all_rows_and_says_so(world, tmp_path, capsys):
+def test_what_a_user_should_know_is_said(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sample, "NEAR", 2.0)
     assert run(world, "fox", "--k", 99, "--n", 1, "--out", tmp_path / "g.png") == 0
-    assert "the index has 20 rows" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "the index has 20 rows" in error and "'fox' is near nothing" in error
+    monkeypatch.setattr(sample, "NEAR", -2.0)
+    index = retrieval.open_index(world / "index")
+    assert run(world, "fox", "--n", 1, "--out", tmp_path / "g.png") == 0
+    assert capsys.readouterr().err == ""
+    index.paths[:4] = ["flat/fox_face-3.png", "a/fox_face-12.png", "b/red-apple-1.png", "sun.png"]
+    monkeypatch.setattr(sample, "NEAR", 0.5)
+    sample.tell_neighbors("ein Fuchs", [0.41, 0.4, 0.3, 0.2], [0, 1, 2, 3], index, None)
+    assert "0.41); nearest: fox face, red-apple, sun" in capsys.readouterr().err
 
 
 def test_a_long_prompt_is_cut_with_a_warning(world, tmp_path):
@@ -245,114 +230,40 @@ def test_a_long_prompt_is_cut_with_a_warning(world, tmp_path):
         assert run(world, "fox " * 2500, "--n", 1, "--out", tmp_path / "g.png") == 0
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [
-        [""],
-        ["  "],
-        [],
-        ["fox", "--k", -1],
-        ["fox", "--n", 0],
-        ["fox", "--steps", 0],
-        ["fox", "--steps", 101],
-        ["fox", "--guidance", "nan"],
-        ["fox", "--eta", "1.5"],
-        ["fox", "--guidance", "inf"],
-        ["fox", "--weights", "nowhere"],
-        ["fox", "--clip", "nowhere"],
-        ["fox", "--index", "nowhere"],
-        ["fox", "--prompts", "nowhere"],
-        ["fox", "--image", "nowhere"],
-        ["--image", "nowhere"],
-        ["fox", "--seed", -1],
-        ["fox", "--seed", 2**63],
-        ["fox", "--k", 0, "--condition", "neighbors"],
-        ["fox", "--out", "picture.jpg"],
-        ["fox", "--backbone", "discrete"],
-        ["fox", "--weights", "w" * 5000],
-        ["fox", "--device", "abacus"],
-        ["fox", "--batch-size", 0],
-        ["fox", "--singles", "no/such/folder"],
-        ["fox", "--dynamic-threshold", 2],
-    ],
-)
+@pytest.mark.parametrize("extra", [
+    [""], ["  "], [], ["fox", "--k", -1], ["fox", "--n", 0], ["fox", "--steps", 0],
+    ["fox", "--steps", 101], ["fox", "--guidance", "nan"], ["fox", "--guidance", "inf"],
+    ["fox", "--weights", "nowhere"], ["fox", "--clip", "nowhere"], ["fox", "--index", "nowhere"],
+    ["fox", "--prompts", "nowhere"], ["fox", "--seed", -1], ["fox", "--seed", 2**63],
+    ["fox", "--k", 0, "--condition", "neighbors"], ["fox", "--k", 0, "--query", "nearest"],
+    ["fox", "--condition", "query", "--query", "nearest"], ["fox", "--truncation", 0.9],
+    ["fox", "--sampler", "euler"], ["fox", "--out", "picture.jpg"], ["fox", "--out", "no/g.png"],
+    ["fox", "--backbone", "discrete"], ["fox", "--weights", "w" * 5000],
+    ["fox", "--device", "abacus"], ["fox", "--batch-size", 0], ["fox", "--n", 10**10],
+    ["fox", "--singles", "no/such/folder"], ["fox", "--singles", "FILE"],
+    ["--prompts", "FILE", "--out", "FILE"]])
 def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys, monkeypatch, extra):
     monkeypatch.chdir(tmp_path)
-    defaults = {
-        "--weights": world / "continuous.safetensors",
-        "--clip": world / "clip.safetensors",
-        "--index": world / "index",
-        "--steps": 3,
-    }
-    argv = list(map(str, extra))
-    for flag, value in defaults.items():
-        argv += [] if flag in argv else [flag, str(value)]
-    assert sample.main(argv) == 2
+    Path("file.png").write_text("a fox")
+    extra = ["file.png" if part == "FILE" else part for part in extra]
+    assert run(world, *extra) == 2
     error = capsys.readouterr().err.strip()
     assert error and "Traceback" not in error and len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+    assert Path("file.png").read_text() == "a fox" and len(list(tmp_path.iterdir())) == 1
 
 
 def test_weights_clip_and_index_must_belong_together(world, tmp_path, capsys):
     clip_model.save(tmp_path / "other-clip", tiny_clip(seed=4), {})
-    argv = ["fox", "--out", str(tmp_path / "g.png"), "--steps", "2", "--weights"]
-    assert (
-        sample.main(
-            [
-                *argv,
-                str(world / "continuous.safetensors"),
-                "--clip",
-                str(tmp_path / "other-clip"),
-                "--index",
-                str(world / "index"),
-            ]
-        )
-        == 2
-    )
-    assert "was trained with the CLIP" in capsys.readouterr().err
     knn_diffusion.save(tmp_path / "any", tiny_unet(), {})
-    assert (
-        sample.main(
-            [
-                *argv,
-                str(tmp_path / "any"),
-                "--clip",
-                str(tmp_path / "other-clip"),
-                "--index",
-                str(world / "index"),
-            ]
-        )
-        == 2
-    )
-    assert "was made by encoder some clip" in capsys.readouterr().err
     (tmp_path / "damaged").write_bytes((world / "continuous.safetensors").read_bytes()[:-9])
-    assert (
-        sample.main(
-            [
-                *argv,
-                str(tmp_path / "damaged"),
-                "--clip",
-                str(world / "clip.safetensors"),
-                "--index",
-                str(world / "index"),
-            ]
-        )
-        == 2
-    )
-    assert (
-        sample.main(
-            [
-                *argv,
-                str(world / "clip.safetensors"),
-                "--clip",
-                str(world / "clip.safetensors"),
-                "--index",
-                str(world / "index"),
-            ]
-        )
-        == 2
-    )
-    assert "holds a CLIP, wanted UNet" in capsys.readouterr().err
+    for extra, words in (
+        (["--clip", tmp_path / "other-clip"], "was trained with the CLIP"),
+        (["--clip", tmp_path / "other-clip", "--weights", tmp_path / "any"],
+         "was made by encoder some clip"),
+        (["--weights", tmp_path / "damaged"], "damaged"),
+        (["--weights", world / "clip.safetensors"], "holds a CLIP, wanted UNet")):
+        assert run(world, "fox", "--out", tmp_path / "g.png", *extra) == 2
+        assert words in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the discrete backbone
@@ -380,10 +291,8 @@ def discrete_world(world, tmp_path_factory):
 
 
 def run_discrete(world, folder, *extra):
-    return sample.main([
-        "a fox", "--n", "2", "--clip", str(world / "clip.safetensors"),
-        "--index", str(world / "index"), "--weights", str(folder / "discrete.safetensors"),
-        "--vqvae", str(folder / "vqvae.safetensors"), *map(str, extra)])
+    vae = [] if "--vqvae" in extra else ["--vqvae", folder / "vqvae.safetensors"]
+    return run(world, "a fox", "--n", 2, "--weights", folder / "discrete.safetensors", *vae, *extra)
 
 
 def test_discrete_weights_draw_pictures_through_the_vqvae(world, discrete_world, tmp_path):
@@ -396,31 +305,23 @@ def test_discrete_weights_draw_pictures_through_the_vqvae(world, discrete_world,
     assert np.abs(one - pixels(tmp_path / "a" / "000-00.png")).max() > 5
     settings = json.loads(Image.open(tmp_path / "a.png").info["parameters"])
     assert (settings["sampler"], settings["steps"]) == ("ancestral", 4)
-    assert run_discrete(world, discrete_world, "--steps", 4, "--sampler", "purity",
-                        "--truncation", 0.9, "--out", tmp_path / "c.png") == 0
+    assert run_discrete(world, discrete_world, "--truncation", 0.05, "--sampler", "ancestral",
+                        "--singles", tmp_path / "c", "--out", tmp_path / "c.png") == 0
+    assert (pixels(tmp_path / "c" / "000-01.png") != one).any()
 
 
-def test_the_commands_defaults_are_the_functions(world, discrete_world, tmp_path):
+def test_the_commands_defaults_are_the_functions(world):
     """Else the figures of evaluate.py, which calls the functions, were not sample.py's."""
-    assert run_discrete(world, discrete_world, "--steps", 4, "--out", tmp_path / "d.png") == 0
-    assert run(world, "a fox", "--n", 2, "--out", tmp_path / "c.png") == 0
-    for name, function in (("d", knn_diffusion.sample_tokens), ("c", knn_diffusion.sample)):
-        settings = json.loads(Image.open(tmp_path / f"{name}.png").info["parameters"])
+    for backbone, function in (("discrete", knn_diffusion.sample_tokens),
+                               ("continuous", knn_diffusion.sample)):
         defaults = inspect.signature(function).parameters
-        for option in {"guidance", "truncation", "eta", "dynamic_threshold"} & set(defaults):
-            assert settings[option] == defaults[option].default, option
-        assert settings["sampler"] == defaults["order" if name == "d" else "sampler"].default
-        parser = argparse.ArgumentParser()
-        sample.shared_flags(parser)
-        parser.set_defaults(sampler=None, condition=None, out=tmp_path / "x.png")
-        args = parser.parse_args([])
-        sample.prepare(args, {"d": "discrete", "c": "continuous"}[name])      # the shipped weights
-        assert args.steps == defaults["steps"].default
+        for option in set(sample.OPTIONS[backbone]) - ({"sampler"} - set(defaults)):
+            assert sample.OPTIONS[backbone][option] == defaults[option].default, option
 
 
 @pytest.mark.parametrize("extra, word", [
     (["--backbone", "continuous"], "is discrete"), (["--sampler", "ddim"], "ancestral"),
-    (["--truncation", "1.5", "--steps", "4"], "truncation"), (["--steps", "7"], "1 to 6"),
+    (["--truncation", "1.5"], "truncation"), (["--steps", "7"], "1 to 6"),
     (["--vqvae", "OTHER"], "VQ-VAE"), (["--vqvae", "NONE"], "no weights")])
 def test_discrete_contradictions_are_refused(world, discrete_world, tmp_path, capsys, extra, word):
     paths = {"OTHER": discrete_world / "other.safetensors", "NONE": tmp_path / "none"}
