@@ -205,18 +205,15 @@ def region_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 
 def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: int,
                            generator: torch.Generator) -> Tensor:
-    """Boxes (B, 4) that hold where pictures (B, 3, H, W) and aligned neighbours differ, and little
-    else: the best of n_candidates random regions, whose edges are then moved, twice around, each to
-    where the region is best. n_candidates = 1 is the paper's random region.
+    """Boxes (B, 4) where pictures (B, 3, H, W) and aligned neighbours differ: the best of
+    n_candidates random regions, each edge then moved to where that is best, twice around.
+    n_candidates = 1 is the paper's random region.
 
-    Departs: most random regions show the same in both pictures, and nothing can be learned from
-    them. A region that holds a whole thing shows what its embedding stands for. Best is where the
-    region's mask correlates most with the difference. With D the difference summed inside, S
-    everywhere, and a the region's share of the area, that is, up to a factor of the picture's own,
-
-        (D − a·S) / √(a·(1 − a))
-
-    A pixel's difference counts up to 0.25, an eighth of [-1, 1]: shapes count, not contrasts.
+    Departs: from most random regions nothing can be learned, they show the same in both pictures.
+    One that holds a whole thing, and little else, shows what its embedding stands for. Best is
+    where mask and difference correlate most: up to a factor that is the picture's own, that is
+    (D − a·S) / √(a·(1 − a)), with D the difference inside, S everywhere, a the region's share of
+    the area. A pixel differs by at most 0.25, an eighth of [-1, 1]: shapes count, not contrasts.
     """
     B, (height, width) = len(pictures), pictures.shape[-2:]
     difference = (pictures - neighbors).abs().mean(1).clamp(max=0.25).double().cpu()     # (B, H, W)
@@ -304,15 +301,6 @@ def change_mask(before: Tensor, after: Tensor) -> Tensor:
     return F.avg_pool2d(F.max_pool2d(soft, 5, 1, 2), 3, 1, 1, count_include_pad=False)
 
 
-def changed_area(mask: Tensor) -> str:
-    """In words: the share of a mask (1, H, W) that is above one half, and the box around it."""
-    rows, columns = (mask[0] > 0.5).nonzero(as_tuple=True)
-    if not len(rows):
-        return "nothing changed"
-    return (f"{len(rows) / mask[0].numel():.0%} changed, x {columns.min()} to {columns.max() + 1}, "
-            f"y {rows.min()} to {rows.max() + 1}")
-
-
 def kept_box(size_before: tuple[int, int], size: int) -> tuple[int, int, int, int]:
     """What `clip_model.fit_square` keeps, in the picture's own pixels: left, top, right, bottom."""
     sides = []
@@ -369,8 +357,7 @@ def run(args: argparse.Namespace) -> None:
                 "start": args.start, "paste": args.paste, "image": args.image, "weights": weights,
                 "clip": args.clip, "index": args.index}
     settings |= {"vqvae": args.vqvae} if codec else {}
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,},",
-          ", ".join(f"{key} {settings[key]}" for key in settings))
+    sample.say_settings(model, index, settings)
     if picture.width != picture.height:
         print(f"{args.image} is {picture.width}x{picture.height}: its central square is edited")
 
@@ -391,7 +378,7 @@ def run(args: argparse.Namespace) -> None:
         for j, result in enumerate(clip_model.to_pictures(found)):
             m, own = i * n + j, {"text": text, **settings, "seed": seeds[j]}
             mask = masks[j, 0].cpu().numpy()
-            print(f"{text}, seed {seeds[j]}: {changed_area(masks[j])} of {size}x{size}")
+            print(f"{text}, seed {seeds[j]}: {(mask > 0.5).mean():.0%} changed")
             if singles:
                 args.singles.mkdir(exist_ok=True)
                 sample.save_png(result, singles[m], own)

@@ -203,9 +203,14 @@ def open_models(args: argparse.Namespace, weights: Path, edits: bool
     condition = vars(args).get("condition") or metadata.get("condition", "both")
     require(args.query == "text" or (args.k > 0 and condition == "both"), "--query nearest needs "
             f"neighbours beside a query: k is {args.k}, the condition {condition}")
-    if args.k > len(index):
-        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
     return model.to(device), condition, clip.to(device), index, codec and codec.to(device)
+
+
+def say_settings(model: Network, index: retrieval.Index, settings: dict) -> None:
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,},",
+          ", ".join(f"{name} {value}" for name, value in settings.items()))
+    if settings["k"] > len(index):
+        print(f"k is {settings['k']}, the index has {len(index)} rows: using all", file=sys.stderr)
 
 
 def sampler_options(args: argparse.Namespace, codec: vqvae.VQVAE | None) -> dict[str, object]:
@@ -240,12 +245,13 @@ def run(args: argparse.Namespace) -> None:
                 "seed": args.seed, "weights": weights, "clip": args.clip, "index": args.index}
     if codec:
         settings["vqvae"] = args.vqvae
-        del options["sampler"]                                   # there is one
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,},",
-          ", ".join(f"{key} {settings[key]}" for key in settings))
+        del options["sampler"]                                   # there is one only
+    say_settings(model, index, settings)
 
     # Embed, search, sample, write, in batches of the run's pictures m.
     rows = []
+    if listing:
+        listing.unlink(missing_ok=True)
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         texts = [prompts[m // n] for m in numbers]

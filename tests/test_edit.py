@@ -515,14 +515,6 @@ def test_the_change_mask_finds_what_changed_and_nothing_else():
     assert edit.change_mask(before, before).max() == 0
 
 
-def test_the_changed_area_is_told_in_words():
-    mask = torch.zeros(1, 64, 64)
-    assert edit.changed_area(mask) == "nothing changed"
-    mask[0, 10:26, 40:56] = 0.9
-    mask[0, 0, 0] = 0.4
-    assert edit.changed_area(mask) == "6% changed, x 40 to 56, y 10 to 26"
-
-
 def test_user_mistakes_give_status_2_and_write_nothing(editor, world, odd, capsys):
     (odd / "text.png").write_text("hello")
     (odd / "p-000-00.png").mkdir()
