@@ -357,7 +357,7 @@ def run(args: argparse.Namespace) -> None:
                 "start": args.start, "paste": args.paste, "image": args.image, "weights": weights,
                 "clip": args.clip, "index": args.index}
     settings |= {"vqvae": args.vqvae} if codec else {}
-    sample.say_settings(model, index, settings)
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
     if picture.width != picture.height:
         print(f"{args.image} is {picture.width}x{picture.height}: its central square is edited")
 

@@ -164,9 +164,8 @@ def check_outputs(files: list[Path | None], folder: Path | None, inputs: list[Pa
         require(path.resolve() not in taken, f"{path} is an input, which would be lost")
         is_possible = path.parent == folder or os.access(path.parent, os.W_OK)
         require(is_possible and not path.is_dir(), f"can't write {path}")
-    if folder and not folder.is_dir():
-        is_possible = os.access(folder.parent, os.W_OK) and not os.path.lexists(folder)
-        require(is_possible, f"can't make the folder {folder}")
+    home = folder.parent if folder and not os.path.lexists(folder) else folder
+    require(home is None or (home.is_dir() and os.access(home, os.W_OK)), f"can't write {folder}")
 
 
 def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
@@ -203,26 +202,10 @@ def open_models(args: argparse.Namespace, weights: Path, edits: bool
     condition = vars(args).get("condition") or metadata.get("condition", "both")
     require(args.query == "text" or (args.k > 0 and condition == "both"), "--query nearest needs "
             f"neighbours beside a query: k is {args.k}, the condition {condition}")
+    if args.k > len(index):
+        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,}, {device}")
     return model.to(device), condition, clip.to(device), index, codec and codec.to(device)
-
-
-def say_settings(model: Network, index: retrieval.Index, settings: dict) -> None:
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,},",
-          ", ".join(f"{name} {value}" for name, value in settings.items()))
-    if settings["k"] > len(index):
-        print(f"k is {settings['k']}, the index has {len(index)} rows: using all", file=sys.stderr)
-
-
-def sampler_options(args: argparse.Namespace, codec: vqvae.VQVAE | None) -> dict[str, object]:
-    """The sampler's options: those asked for, else the defaults. Refuses what does not apply."""
-    options = dict(OPTIONS["discrete" if codec else "continuous"])
-    for name in OPTIONS["discrete"]:
-        given = getattr(args, name)
-        require(given is None or name in options, f"--{name} goes with discrete weights only")
-        options |= {} if given is None else {name: given}
-    require(math.isfinite(options["guidance"]), "--guidance: wanted a finite number")
-    require(not codec or options["sampler"] == "ancestral", "discrete weights: sampler ancestral")
-    return options
 
 
 def run(args: argparse.Namespace) -> None:
@@ -239,14 +222,18 @@ def run(args: argparse.Namespace) -> None:
     # Open what belongs together, and settle what was left open.
     weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
     model, condition, clip, index, codec = open_models(args, weights, edits=False)
-    options = sampler_options(args, codec)
     check_outputs([args.out, listing], args.singles, [weights, args.clip, args.vqvae, args.prompts])
+    defaults = OPTIONS["discrete" if codec else "continuous"]
+    asked = {name: getattr(args, name) for name in OPTIONS["discrete"]}
+    options = defaults | {name: value for name, value in asked.items() if value is not None}
+    require(options.keys() == defaults.keys(), "--truncation goes with discrete weights only")
+    require(math.isfinite(options["guidance"]), "--guidance: wanted a finite number")
     settings = {"k": args.k, "condition": condition, "query": args.query, **options,
                 "seed": args.seed, "weights": weights, "clip": args.clip, "index": args.index}
     if codec:
         settings["vqvae"] = args.vqvae
-        del options["sampler"]                                   # there is one only
-    say_settings(model, index, settings)
+        require(options.pop("sampler") == "ancestral", "discrete weights: --sampler is ancestral")
+    print(", ".join(f"{name} {value}" for name, value in settings.items()))
 
     # Embed, search, sample, write, in batches of the run's pictures m.
     rows = []
