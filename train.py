@@ -2,17 +2,20 @@
 
 WHAT is one of
 
-    clip         a small CLIP from captions.jsonl: the only training that ever reads a word
     vqvae        pictures <-> tokens, from any folder of pictures
-    continuous   the U-Net, from pictures, cached embeddings and cached neighbours alone
-    discrete     the transformer, from the same and cached tokens
-    edit         either of them further (--init), to put back what a region swap took away
+    continuous   the U-Net, from pictures, their embeddings and their neighbours (Sec. 3.2)
+    discrete     the transformer, from the VQ-VAE's tokens and the same
+    edit         either of them further (--init), to put back what a swap took away (Sec. 3.3)
 
-Each loop is flat: draw a batch, compute the loss, step, average, log, save. All randomness of a
-step comes from a generator seeded with (seed, step), so that a resumed run goes on as if it had
-never stopped.
+No training reads a word, and only the swaps of `edit` run CLIP. Pictures, tokens, neighbours and
+swaps are made once and kept in files, which training maps into memory.
 
-Shapes: B batch, C channels, H W picture, L tokens, E CLIP dimension, K neighbours, N pictures.
+Each loop is flat: rows → x_0, query, neighbours → t, ε, drops → loss → step → average → log. All
+randomness of a step comes from generators seeded with (seed, step), so that a resumed run goes on
+as if it had never stopped. A step's gradient may be summed over parts (--accumulate).
+
+Shapes: B pictures per step, C channels, S pixels per side, L tokens, V codes, E CLIP dimension,
+K neighbours, N pictures, R rows to learn from: R = N, or several swaps per picture.
 """
 from __future__ import annotations
 
@@ -22,19 +25,21 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import shlex
+import shutil
+import signal
 import sys
 import time
-import warnings
-from collections import Counter, deque
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor, nn
 
 import clip_model
@@ -43,15 +48,23 @@ import index as retrieval
 import knn_diffusion
 import vqvae
 from clip_model import require
-from knn_diffusion import TransformerConfig, UNetConfig
+from knn_diffusion import TokenTransformer, TransformerConfig, UNet, UNetConfig
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
-CHECKPOINT_EVERY, SAMPLES_EVERY, REVIVE_EVERY = 500, 1000, 100             # steps
-DEFAULTS = {"clip": {"steps": 2600, "batch_size": 512, "lr": 1e-3},
-            "vqvae": {"steps": 10000, "batch_size": 64, "lr": 2e-3},
-            "discrete": {"steps": 20000, "batch_size": 64, "lr": 2e-3},
-            "edit": {"steps": 5000, "batch_size": 64, "lr": 1e-3},
-            "continuous": {"steps": 20000, "batch_size": 64, "lr": 2e-3}}
+SAMPLES_EVERY, REVIVE_EVERY = 1000, 100                                    # steps
+PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
+           "discrete": knn_diffusion.DISCRETE_PRESETS,
+           "edit": {"stickers": None}}                       # an editing model keeps its sizes
+# Steps and peak learning rate suit the stickers.
+DEFAULTS = {"vqvae": {"steps": 10000, "lr": 2e-3}, "continuous": {"steps": 20000, "lr": 2e-3},
+            "discrete": {"steps": 20000, "lr": 2e-3}, "edit": {"steps": 5000, "lr": 1e-3}}
+# Pictures at once, else 64. Computed, not measured: 12 GB for gpu and f16, 24 GB for paper.
+BATCH_SIZES = {("continuous", "gpu"): 32, ("continuous", "paper"): 16, ("discrete", "paper"): 8,
+               ("vqvae", "f16-1024"): 6, ("vqvae", "f16-16384"): 6}
+# The layers at a model's ends, whose weights AdamW trains: see `muon_and_adam`.
+ENDS = {vqvae.VQVAE: ("encoder.conv_in", "decoder.conv_out", "quantize"),
+        UNet: ("conv_in.", "conv_out."),
+        TokenTransformer: ("token.", "row.", "column.", "time.", "out.")}
 
 # ---------------------------------------------------------------- stages that every loop shares
 
@@ -77,7 +90,8 @@ class Muon(torch.optim.Optimizer):
     So directions that few pictures ask for move as far as those that all of them ask for: what has
     to be learned by heart is learned sooner. A convolution counts as the matrix (C', C·h·w). The
     factor 0.2 √max(rows, columns) gives AdamW's usual update size, and so its learning rates and
-    decay (Liu et al., 2502.16982 Eq. 4).
+    decay (Liu et al., 2502.16982 Eq. 4). Matrices of one shape are updated as one stack: a GPU is
+    slower at starting a hundred small products than at computing them.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float,
@@ -88,28 +102,44 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, momentum = group["lr"], group["momentum"]
-            for p in (p for p in group["params"] if p.grad is not None):
-                if "mean" not in self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-                mean = self.state[p]["mean"]
-                mean.lerp_(p.grad, 1 - momentum)
-                matrix = p.grad.lerp(mean, momentum).flatten(1)            # Nesterov's look ahead
-                scale = 0.2 * math.sqrt(max(matrix.shape))
-                p.mul_(1 - lr * group["weight_decay"])
-                p.add_(orthogonal(matrix).view(p.shape), alpha=-lr * scale)
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    alike.setdefault(p.shape, []).append(p)
+                    if "mean" not in self.state[p]:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+            for parameters in alike.values():
+                self.update(parameters, group["lr"], group["weight_decay"], group["momentum"])
+
+    def update(self, parameters: list[nn.Parameter], lr: float, weight_decay: float,
+               momentum: float) -> None:
+        """One step of parameters of one shape."""
+        gradients = [p.grad for p in parameters]
+        means = [self.state[p]["mean"] for p in parameters]
+        torch._foreach_lerp_(means, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, means, momentum)            # Nesterov's look ahead
+        stack = torch.stack(ahead)                                         # (n, C', C, h, w)
+        matrices = stack.flatten(2)                                        # (n, C', C·h·w)
+        updates = orthogonal(matrices.squeeze(0)).reshape(stack.shape).unbind()
+        scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
+        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
+        torch._foreach_add_(parameters, updates, alpha=-lr * scale)
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """U Vᵀ of the matrix U S Vᵀ, roughly: five Newton-Schulz steps in bfloat16 bring every singular
-    value to between about 0.7 and 1.2. Coefficients: Jordan et al. (2024)."""
-    x = matrix.bfloat16() if len(matrix) <= matrix.shape[1] else matrix.T.bfloat16()
-    x = x / x.norm().clamp(min=1e-7)
+def orthogonal(matrices: Tensor) -> Tensor:
+    """U Vᵀ of each matrix U S Vᵀ (..., rows, columns), roughly: five Newton-Schulz steps bring
+    every singular value to between about 0.7 and 1.2. Coefficients: Jordan et al. (2024). They bear
+    bfloat16, which is taken where the device multiplies it."""
+    is_wide = matrices.shape[-2] <= matrices.shape[-1]
+    x = matrices if is_wide else matrices.mT
+    x = x.to(torch.bfloat16 if has_bf16(x.device) else torch.float32)
+    x = x / x.flatten(-2).norm(dim=-1).clamp(min=1e-7)[..., None, None]
+    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(5):
-        gram = x @ x.T                                     # x ← (3.4445 − 4.7750 G + 2.0315 G²) x
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
-                        beta=3.4445)
-    return (x if len(matrix) <= matrix.shape[1] else x.T).to(matrix)
+        gram = x @ x.mT                                    # x ← (3.4445 − 4.7750 G + 2.0315 G²) x
+        factor = add_product(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = add_product(x, factor, x, beta=3.4445)
+    return (x if is_wide else x.mT).to(matrices)
 
 
 def muon_and_adam(model: nn.Module, lr: float, at_the_ends: tuple[str, ...]
@@ -123,20 +153,40 @@ def muon_and_adam(model: nn.Module, lr: float, at_the_ends: tuple[str, ...]
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 itself. GPUs before Ampere only imitate it, slowly."""
+    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast(device: torch.device, bf16: bool) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+
+
+def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], told: Tensor, lr: float,
+              max_norm: float) -> list[float]:
+    """One step down the gradients that backward() left, clipped to `max_norm`. No step where the
+    loss or the gradient's norm is not finite.
+
+    told: the loss and whatever else the loop has to know, (n,). Returns it, and the norm behind it,
+    from the only read-back of a step: each makes the CPU wait until the GPU has nothing to do.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    told = torch.cat([told.detach().flatten(), norm[None]]).tolist()
+    if math.isfinite(told[0] + told[-1]):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+    model.zero_grad(set_to_none=True)
+    return told
+
+
 def descend(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float,
             max_norm: float) -> bool:
-    """One optimiser step with a clipped gradient. False, and no step, where a gradient or the loss
-    is not finite."""
-    model.zero_grad(set_to_none=True)
+    """`take_step` down one loss, where nothing is accumulated. False where no step was taken."""
     loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
-        return False
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        optimizer.step()
-    return True
+    loss, norm = take_step(model, optimizers, loss, lr, max_norm)
+    return math.isfinite(loss + norm)
 
 
 @torch.no_grad()
@@ -144,11 +194,7 @@ def average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
     """ema ← d·ema + (1 − d)·weights with d = min(decay, (1 + step)/(10 + step)): early weights,
     still far off, are forgotten fast."""
     d = min(decay, (1 + step) / (10 + step))
-    for slow, fast in zip(ema.state_dict().values(), model.state_dict().values()):
-        if slow.is_floating_point():
-            slow.lerp_(fast, 1 - d)
-        else:
-            slow.copy_(fast)
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -157,54 +203,68 @@ def step_seed(seed: int, step: int) -> int:
 
 
 class Progress:
-    """log.csv, a progress line on a terminal, the clock, and the count of skipped steps."""
+    """A line per 50 steps, on stdout and in log.csv; and what ends a run early: the clock, Ctrl-C,
+    SIGTERM."""
 
     def __init__(self, out: Path, first_step: int, steps: int, minutes: float | None) -> None:
         self.path, self.first, self.steps = out / "log.csv", first_step, steps
         self.start = time.time()
         self.deadline = self.start + 60 * (math.inf if minutes is None else minutes)
-        self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = 0
         self.recent: list[float] = []
-        # A new run starts a new log; a resumed one drops what a crash wrote beyond its state.
-        rows = self.path.read_text().splitlines()[1:] if self.path.exists() else []
-        rows = [row for row in rows if int(row.split(",")[0]) <= first_step]
-        self.path.write_text("\n".join(["step,loss,lr,images_per_second", *rows, ""]))
+        self.stopped = False
+        if first_step == 0:
+            self.path.write_text("step,loss,lr,images_per_second,gradient_norm,skipped\n")
+        self.handlers = {number: signal.signal(number, self.stop)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def update(self, step: int, loss: float, lr: float, batch_size: int, finite: bool) -> None:
-        """Count a finished step; every 50th goes to the log. Raises FloatingPointError after 20
+    def stop(self, number: int, _: object) -> None:
+        """The first signal lets the step end and the run be saved; a second one ends it at once."""
+        self.stopped = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def update(self, step: int, loss: float, lr: float, batch_size: int, finite: bool,
+               norm: float = math.nan) -> None:
+        """Count a finished step; every 50th is logged. Raises FloatingPointError after 20
         non-finite steps in a row."""
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        self.skipped += not finite
         if self.skipped_in_a_row >= 20:
             raise FloatingPointError("the loss or its gradient was not finite 20 times in a row: "
-                                     "lower --lr, or resume from an earlier state")
+                                     "--resume with a lower --lr")
         if finite:
             self.recent.append(loss)
         if (step + 1) % 50 and step + 1 != self.steps:
             return
         seconds = (time.time() - self.start) / (step + 1 - self.first)
-        mean = sum(self.recent) / max(1, len(self.recent))
+        speed, mean = batch_size / seconds, sum(self.recent) / max(1, len(self.recent))
         self.recent = []
         with open(self.path, "a") as file:
-            file.write(f"{step + 1},{mean:.5f},{lr:.2e},{batch_size / seconds:.1f}\n")
-        if sys.stderr.isatty():
-            left = (self.steps - step - 1) * seconds / 60
-            print(f"\rstep {step + 1}/{self.steps}  loss {mean:.4f}  "
-                  f"{batch_size / seconds:.0f} images/s  {left:.0f} min left ", end="",
-                  file=sys.stderr, flush=True)
+            file.write(f"{step + 1},{mean:.5f},{lr:.2e},{speed:.1f},{norm:.3g},{self.skipped}\n")
+        print(f"step {step + 1}/{self.steps}  loss {mean:.4f}  gradient {norm:.3g}  "
+              f"{speed:.1f} images/s  {self.skipped} skipped  "
+              f"{(self.steps - step - 1) * seconds / 60:.0f} min left", flush=True)
 
     def out_of_time(self) -> bool:
-        return time.time() > self.deadline
+        """Whether the step just done has to be the last one."""
+        return self.stopped or time.time() > self.deadline
+
+    def finish(self, step: int, weights: Path) -> None:
+        """Say where the run ended, and hand the signals back."""
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        print(f"wrote {weights}, {(time.time() - self.start) / 60:.1f} min" if step == self.steps
+              else f"stopped at step {step}, saved; --resume goes on", flush=True)
 
 
 def save_state(path: Path, step: int, settings: dict, model: nn.Module, ema: nn.Module,
                others: list) -> None:
     """Write all that a resumed run needs, atomically; seed and step are the random state. others:
     optimisers and whatever else has a state_dict."""
-    part = path.with_name(path.name + ".part")
-    torch.save({"step": step, "settings": settings, "model": model.state_dict(),
-                "ema": ema.state_dict(),
-                "others": [other.state_dict() for other in others]}, part)
-    os.replace(part, path)
+    with clip_model.replacing(path) as file:
+        torch.save({"step": step, "settings": settings, "model": model.state_dict(),
+                    "ema": ema.state_dict(),
+                    "others": [other.state_dict() for other in others]}, file)
 
 
 def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn.Module,
@@ -215,14 +275,15 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
     was started with other settings, or has all its steps behind it.
     """
     try:
+        with zipfile.ZipFile(path) as archive:              # torch itself believes a flipped bit
+            require(archive.testzip() is None, "its checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         done, then = int(state["step"]), dict(state["settings"])
         model.load_state_dict(state["model"])
         ema.load_state_dict(state["ema"])
         for other, then_was in zip(others, state["others"], strict=True):
             other.load_state_dict(then_was)
-    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError, EOFError,
-            pickle.UnpicklingError) as error:
+    except Exception as error:                # torch's reader raises many kinds on a damaged file
         reason = " ".join(str(error).split())[:160]
         raise ValueError(f"can't resume from {path}: {reason}") from None
     changed = [f"{name} was {then[name]}, is {value}" for name, value in settings.items()
@@ -238,222 +299,141 @@ def all_commands(weights: Path | None, command: str) -> str:
     return f"{before}\n{command}".strip()
 
 
-def autocast(device: torch.device, bf16: bool) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+@dataclass(frozen=True)
+class Run:
+    """A training under way: what begins, saves and resumes alike in all loops."""
+    args: argparse.Namespace
+    model: nn.Module
+    ema: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    others: list                 # what is restored beside the weights: optimisers, a TimeSampler
+    settings: dict               # what may not change when the run is resumed
+    metadata: dict[str, str]     # what is written beside the weights
+    first: int                   # the steps done before
 
 
-# ---------------------------------------------------------------- pictures
+def begin(args: argparse.Namespace, model: nn.Module, about: str, settings: dict,
+          metadata: dict[str, str], *state: nn.Module) -> Run:
+    """Move the model to its device; make its average and optimisers; with --resume, restore all.
+    about: the data, for the first line."""
+    model = model.to(args.device, memory_format=torch.channels_last).train().requires_grad_(True)
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    optimizers = muon_and_adam(model, args.lr, ENDS[type(model)])
+    others = [*optimizers, *state]
+    settings = {"seed": args.seed, "preset": args.preset, **settings}
+    first = 0
+    if args.resume:
+        first = load_state(args.out / "state.pt", args.steps, settings, model, ema, others)
+    (args.out / "samples").mkdir(parents=True, exist_ok=True)
+    print(f"{args.what}: {args.data} ({about}) -> {args.out}, "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to "
+          f"{args.steps} of {args.accumulate} x {args.batch_size}, {args.device}, "
+          f"{'bfloat16' if args.bf16 else 'float32'}", flush=True)
+    return Run(args, model, ema, optimizers, others, settings, metadata, first)
 
-def read_pictures(folder: Path, names: list[str], size: int) -> np.ndarray:
-    """Pictures of a folder, squares of `size`: uint8 (N, H, W, 3)."""
-    pictures = np.empty((len(names), size, size, 3), np.uint8)
-    for i, name in enumerate(names):
-        picture = clip_model.read_image(folder / name)
-        pictures[i] = np.asarray(clip_model.fit_square(picture, size))
-    return pictures
+
+def save_weights(run: Run, step: int, **measured: str) -> None:
+    """WHAT.safetensors, the averaged weights; with --keep once more under the step's number."""
+    path = run.args.out / f"{run.args.what}.safetensors"
+    clip_model.save_model(path, run.ema, {"step": str(step), "command": run.args.command,
+                                          **run.metadata, **measured})
+    if run.args.keep:
+        shutil.copyfile(path, path.with_stem(f"{run.args.what}-{step:07d}"))
 
 
-def to_x(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def checkpoint(run: Run, step: int) -> None:
+    save_weights(run, step)
+    save_state(run.args.out / "state.pt", step, run.settings, run.model, run.ema, run.others)
 
 
-def is_readable(path: Path) -> bool:
+def save_grid(run: Run, step: int, rows: list[Tensor]) -> None:
+    """samples/STEP.png, a row of pictures per batch x (n, 3, S, S)."""
+    pictures = [clip_model.to_pictures(x) for x in rows]
+    sheet = clip_model.grid(pictures, rows[0].shape[-1])
+    sheet.save(run.args.out / "samples" / f"{step:07d}.png")
+
+
+# ---------------------------------------------------------------- pictures, made ready once
+
+def read_square(path: Path, size: int) -> np.ndarray:
+    """A picture as a square, uint8 (size, size, 3)."""
+    try:               # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, six times as fast.
+        with JpegImageFile(path) as picture:
+            picture.draft(None, (2 * size, 2 * size))
+            picture = ImageOps.exif_transpose(picture).convert("RGB")
+    except Exception:                                     # another format, or a damaged one
+        picture = clip_model.read_image(path)
+    return np.asarray(clip_model.fit_square(picture, size))
+
+
+def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False) -> np.ndarray:
+    """Pictures of a folder, squares of `size`: uint8 (N, S, S, 3). One that can't be read raises
+    ValueError; with `skip` it is said and left out."""
+    def read(name: str) -> np.ndarray | None:
+        try:
+            return read_square(folder / name, size)
+        except ValueError as error:
+            require(skip, str(error))
+            print(f"skipped: {error}", file=sys.stderr)
+
+    with ThreadPoolExecutor(8) as pool:                   # Pillow lets other threads run meanwhile
+        found = [picture for picture in pool.map(read, names) if picture is not None]
+    return np.array(found, np.uint8).reshape(-1, size, size, 3)
+
+
+def picture_blocks(folder: Path, names: list[str], size: int, skip: bool = False
+                   ) -> Iterator[np.ndarray]:
+    for i in range(0, len(names), 256):
+        yield read_pictures(folder, names[i:i + 256], size, skip)
+
+
+def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """An array in a .npy file, memory-mapped. Where the file is missing or damaged, or the .key
+    beside it tells of another key or shape, `blocks` makes its rows, and they are written."""
+    key_path = path.with_suffix(".key")
     try:
-        clip_model.read_image(path)
-        return True
-    except ValueError as error:
-        print(f"skipped: {error}", file=sys.stderr)
-        return False
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if key_path.read_text("utf-8") == f"{key} {array.shape} {array.dtype}\n":
+            return array
+    except Exception:                         # numpy's reader raises many kinds on a damaged file
+        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    n = 0
+    with clip_model.replacing(path) as file:
+        for block in blocks:
+            header = {"descr": block.dtype.str, "fortran_order": False}
+            if n == 0:                                    # its length leaves room for any number
+                np.lib.format.write_array_header_1_0(file, {**header, "shape": block.shape})
+            file.write(np.ascontiguousarray(block))
+            n += len(block)
+            if sys.stderr.isatty():
+                print(f"\r{path.name}: {n:,} rows ", end="", file=sys.stderr)
+        require(n > 0, f"nothing to put into {path}: no picture can be read")
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, *block.shape[1:])})
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    key_path.write_text(f"{key} {array.shape} {array.dtype}\n", encoding="utf-8")
+    return array
 
 
-# ---------------------------------------------------------------- CLIP
-
-def learn_merges(captions: list[str], n_merges: int) -> list[tuple[str, str]]:
-    """Learn byte-pair merges: again and again, join the most frequent pair of neighbours.
-
-    Source: Sennrich et al. (1508.07909) Alg. 1; ties go to the alphabetically first pair.
-    """
-    counts = Counter(word for caption in captions for word in clip_model.split_words(caption))
-    words = {word: (*word[:-1], word[-1] + "</w>") for word in counts}
-    merges: list[tuple[str, str]] = []
-    while len(merges) < n_merges:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, parts in words.items():
-            for pair in zip(parts, parts[1:]):
-                pairs[pair] += counts[word]
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        words = {word: clip_model.merge_pair(parts, best) if best[0] in parts else parts
-                 for word, parts in words.items()}
-    return merges
+def to_x(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (B, S, S, 3) → float32 (B, 3, S, S) in [-1, 1]. Bytes go to the device, not floats."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def read_captions(path: Path) -> list[dict]:
-    """Rows of captions.jsonl. Raises ValueError, naming the line, for a row that can't be used."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                rows.append(json.loads(line))
-                usable = isinstance(rows[-1]["path"], str) and len(rows[-1]["captions"]) > 0
-            except (ValueError, KeyError, TypeError):
-                usable = False
-            require(usable, f"{path} line {number} is no row with a path and captions")
-    require(len(rows) > 0, f"{path} is empty")
-    return rows
-
-
-class CaptionedPictures:
-    """Pictures with captions (captions.jsonl), drawn in batches that a contrastive loss can use."""
-
-    def __init__(self, folder: Path, size: int) -> None:
-        self.rows = read_captions(folder / "captions.jsonl")
-        self.pictures = read_pictures(folder, [row["path"] for row in self.rows], size)
-        self.members: dict[str, list[int]] = {}          # concept -> rows with one thing in them
-        self.scenes = [i for i, row in enumerate(self.rows) if "parts" in row]
-        for i, row in enumerate(self.rows):
-            if "parts" not in row:
-                self.members.setdefault(row.get("concept", row["path"]), []).append(i)
-        self.concepts = sorted(self.members)
-        self.has_twins = any(len(rows) > 1 and self.exact_captions(rows[0])
-                             for rows in self.members.values())
-
-    def exact_captions(self, i: int) -> list[str]:
-        """The captions that name style and background: they tell twins apart."""
-        style, colour = (self.rows[i].get(key, "\0") for key in ("style", "background"))
-        return [caption for caption in self.rows[i]["captions"]
-                if caption.startswith(style + " ") and caption.endswith(f" {colour} background")]
-
-    def crop_of(self, i: int, part: dict, rng: np.random.Generator) -> np.ndarray:
-        """A window around a scene's part, up to half wider than it, scaled up to a whole picture.
-
-        A square, but cut at the picture's border. The boxes are in pixels of the model's size.
-        """
-        left, top, right, bottom = part["box"]
-        half = max(right - left, bottom - top) * rng.uniform(1.0, 1.5) / 2
-        x, y = (left + right) / 2, (top + bottom) / 2
-        size = self.pictures.shape[1]
-        box = np.clip([x - half, y - half, x + half, y + half], 0, size).round().astype(int)
-        crop = Image.fromarray(self.pictures[i]).crop(tuple(box))
-        return np.asarray(crop.resize((size, size), Image.Resampling.BICUBIC))
-
-    def batch(self, n: int, rng: np.random.Generator
-              ) -> tuple[np.ndarray, list[str], list[str], np.ndarray]:
-        """n pictures uint8 (n, H, W, 3), a caption each, their concepts, and which captions are
-        exact. Half of them are pairs of twins: one concept, but another style or another
-        background, with exact captions (a concept with one picture: that one twice, no negative of
-        itself); an eighth are scenes and crops of them."""
-        n_pairs = n // 4 if self.has_twins else 0            # concepts that give two pictures
-        n_scenes = n // 8 if self.scenes else 0
-        n_concepts = n - n_pairs - n_scenes                  # 2·pairs + single ones + scenes = n
-        # A shuffled deck of concepts: none comes again before all have come.
-        deck = rng.permutation(max(n_concepts, len(self.concepts)))[:n_concepts]
-        order = [self.concepts[card % len(self.concepts)] for card in deck]
-        pictures, captions, concepts, is_exact = [], [], [], []
-
-        def add(picture: np.ndarray, options: list[str], concept: str, exact: bool) -> None:
-            pictures.append(picture)
-            captions.append(options[rng.integers(len(options))])
-            concepts.append(concept)
-            is_exact.append(exact)
-
-        for j, concept in enumerate(order):
-            rows = self.members[concept]
-            if j < n_pairs:
-                pair = rng.permutation(len(rows))[[0, -1]]     # two different ones, if there are
-                for i in (rows[p] for p in pair):
-                    exact = self.exact_captions(i) if len(rows) > 1 else []
-                    add(self.pictures[i], exact or self.rows[i]["captions"], concept, bool(exact))
-            else:
-                i = rows[rng.integers(len(rows))]
-                add(self.pictures[i], self.rows[i]["captions"], concept, False)
-        for _ in range(n_scenes):
-            i = self.scenes[rng.integers(len(self.scenes))]
-            if rng.random() < 0.3:
-                add(self.pictures[i], self.rows[i]["captions"], self.rows[i]["concept"], False)
-            else:
-                part = self.rows[i]["parts"][rng.integers(len(self.rows[i]["parts"]))]
-                add(self.crop_of(i, part, rng), part["captions"], part["concept"], False)
-        return np.stack(pictures), captions, concepts, np.array(is_exact)
-
-
-def contrastive_loss(logits: Tensor, concepts: list[str], is_exact: np.ndarray) -> Tensor:
-    """CLIP's symmetric cross-entropy over logits (B, B), the pairs on the diagonal.
-
-    Ours: a pair of the same concept that is no pair of exact captions is no negative: left out.
-    """
-    codes = torch.tensor(np.unique(concepts, return_inverse=True)[1], device=logits.device)
-    exact = torch.from_numpy(is_exact).to(logits.device)
-    same = codes[:, None] == codes[None]                                          # (B, B)
-    false_negative = same & ~(exact[:, None] & exact[None])
-    false_negative.fill_diagonal_(False)
-    logits = logits.float().masked_fill(false_negative, -torch.inf)
-    target = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-
-
-def train_clip(data: Path, out: Path, config: clip_model.ClipConfig, steps: int, batch_size: int,
-               lr: float, seed: int, resume: bool, init: Path | None, minutes: float | None,
-               device: torch.device, bf16: bool, command: str) -> None:
-    """Train a CLIP from captions.jsonl; write out/clip.safetensors (EMA) and out/state.pt."""
-    weights = out / "clip.safetensors" if resume else init
-    model = clip_model.load(weights).requires_grad_(True) if weights else None
-    require(model is None or model.tokenizer is not None, f"no vocabulary was found for {weights}")
-    pictures = CaptionedPictures(data, (model.config if model else config).image_size)
-    captions = [caption for row in pictures.rows for caption in row["captions"]]
-    if model is None:
-        torch.manual_seed(seed)
-        merges = learn_merges(captions, config.vocab_size - 514)
-        model = clip_model.CLIP(replace(config, vocab_size=514 + len(merges)))
-        model.tokenizer = clip_model.Tokenizer(merges, config.context_length)
-    model, tokenizer = model.to(device), model.tokenizer
-    ema = copy.deepcopy(model).eval()
-    optimizers = [torch.optim.AdamW(weight_groups(model, 0.1), lr=lr, betas=(0.9, 0.98), eps=1e-6,
-                                    fused=True)]
-    settings = {"seed": seed, "batch_size": batch_size, "lr": lr}
-    first = load_state(out / "state.pt", steps, settings, model, ema, optimizers) if resume else 0
-    command = all_commands(weights, command)
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"clip: {data} ({len(pictures.rows)} pictures, {len(captions)} captions) -> {out}, "
-          f"{len(tokenizer.words)} tokens, {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters, steps {first} to {steps} of {batch_size}, {device}", flush=True)
-
-    def checkpoint(step: int) -> None:
-        clip_model.save(out / "clip.safetensors", ema, {"step": str(step), "command": command})
-        save_state(out / "state.pt", step, settings, model, ema, optimizers)
-
-    progress = Progress(out, first, steps, minutes)
-    for step in range(first, steps):
-        rng = np.random.default_rng((seed, step))
-        images, texts, concepts, is_exact = pictures.batch(batch_size, rng)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")                # a few captions are cut: no news here
-            tokens = tokenizer(texts).to(device)
-        pixels = clip_model.to_pixels(images).to(device)
-        with autocast(device, bf16):
-            logits = model(pixels, tokens)
-        loss = contrastive_loss(logits, concepts, is_exact)
-        rate = learning_rate(step, lr, 200, steps)
-        finite = descend(model, optimizers, loss, rate, max_norm=1.0)
-        average(ema, model, step, 0.998)
-        progress.update(step, loss.item(), rate, batch_size, finite)
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            checkpoint(step + 1)
-        if progress.out_of_time():
-            break
-    if (step + 1) % CHECKPOINT_EVERY:
-        checkpoint(step + 1)
+def at_once(size: int) -> int:
+    """Pictures that a VQ-VAE takes in one pass: 2^20 pixels, whatever their size."""
+    return max(1, 2**20 // size**2)
 
 
 # ---------------------------------------------------------------- the VQ-VAE
 
-def split_by_drawing(names: list[str], every: int) -> tuple[list[str], list[str]]:
+def split_by_drawing(names: list[str], every: int, are_stickers: bool = True
+                     ) -> tuple[list[str], list[str]]:
     """File names to train on, and those kept out: each `every`-th drawing in all its renderings,
-    "fox-0.png", "fox-1.png", … (a drawing is a name up to its last hyphen); 0 keeps none out."""
-    drawing = {name: name.rpartition("-")[0] or name for name in names}
+    "fox-0.png", "fox-1.png", … (a drawing is a name up to its last hyphen). Of other pictures than
+    the stickers: each `every`-th file. 0 keeps none out."""
+    drawing = {name: are_stickers and name.rpartition("-")[0] or name for name in names}
     kept_out = set(sorted(set(drawing.values()))[every - 1::every]) if every else set()
     return ([name for name in names if drawing[name] not in kept_out],
             [name for name in names if drawing[name] in kept_out])
@@ -469,9 +449,9 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
                 ) -> tuple[Tensor, float, Tensor]:
     """Some reconstructions, the mean PSNR in dB, and how often each code was used (V,)."""
     counts = torch.zeros(model.config.n_codes, dtype=torch.int64)
-    first, quality = torch.zeros(0), []
-    for i in range(0, len(pictures), 128):
-        x = to_x(pictures[i:i + 128]).to(device)
+    first, quality, step = torch.zeros(0), [], at_once(pictures.shape[1])
+    for i in range(0, len(pictures), step):
+        x = to_x(pictures[i:i + step], device)
         tokens = model.encode(x)
         found = model.decode(tokens, x.shape[2] // model.config.factor)
         counts += tokens.flatten().cpu().bincount(minlength=len(counts))
@@ -480,561 +460,543 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
     return first, torch.cat(quality).mean().item(), counts
 
 
-def train_vqvae(data: Path, out: Path, config: vqvae.VQVAEConfig, keep_out: int, steps: int,
-                batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
-                minutes: float | None, device: torch.device, bf16: bool, command: str) -> None:
-    """Train the VQ-VAE on a folder of pictures; write out/vqvae.safetensors and out/state.pt.
+def picture_split(args: argparse.Namespace, size: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Pictures to train on, at most 1,000 to measure on, and what the latter are."""
+    names = retrieval.list_images(args.data)
+    are_stickers = (args.data.parent / "captions.jsonl").is_file()
+    train_names, test_names = split_by_drawing(names, args.keep_out, are_stickers)
+    require(len(train_names) > 0, f"no picture to train on below {args.data}")
+    arrays = []
+    for name, chosen in (("pictures", train_names),
+                         ("measured", some(test_names or train_names, 1000))):
+        sizes = [(each, os.path.getsize(args.data / each)) for each in chosen]
+        key = hashlib.sha256(repr(sizes).encode()).hexdigest()
+        blocks = picture_blocks(args.data, chosen, size, skip=True)
+        arrays.append(cached(args.out / f"{name}-{size}.npy", key, blocks))
+    return *arrays, "kept out" if test_names else "trained on"
 
-    keep_out: every so many drawings one is not trained on and measured instead.
-    """
-    torch.manual_seed(seed)
-    weights = out / "vqvae.safetensors" if resume else init
-    model = vqvae.load(weights)[0] if weights else vqvae.VQVAE(config)
-    config = model.config
+
+def train_vqvae(args: argparse.Namespace) -> None:
+    """Train the VQ-VAE on a folder of pictures; write out/vqvae.safetensors and out/state.pt."""
+    torch.manual_seed(args.seed)
+    model = vqvae.load(args.weights)[0] if args.weights else vqvae.VQVAE(
+        vqvae.PRESETS[args.preset])
+    config, device = model.config, args.device
     require(not config.gumbel, "the Gumbel codebook loads and runs here; training it is left out")
-    names = [name for name in retrieval.list_images(data) if is_readable(data / name)]
-    train_names, test_names = split_by_drawing(names, keep_out)
-    require(len(train_names) > 0, f"no readable picture to train on below {data}")
-    pictures = read_pictures(data, train_names, config.image_size)
-    tests = read_pictures(data, some(test_names or train_names, 1000), config.image_size)
-    model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = muon_and_adam(model, lr, ("encoder.conv_in", "decoder.conv_out", "quantize"))
-    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "keep_out": keep_out}
-    first = load_state(out / "state.pt", steps, settings, model, ema, optimizers) if resume else 0
-    command = all_commands(weights, command)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    print(f"vqvae: {data} ({len(pictures)} pictures, {len(test_names)} kept out) -> {out}, "
-          f"{config.image_size} px, factor {config.factor}, V {config.n_codes}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps} of "
-          f"{batch_size}, {device}", flush=True)
+    pictures, tests, which = picture_split(args, config.image_size)
+    run = begin(args, model, f"{len(pictures)} pictures, {config.image_size} px, factor "
+                f"{config.factor}, V {config.n_codes}", {"keep_out": args.keep_out}, {})
 
-    def draw_batch(seeded: torch.Generator) -> Tensor:
-        rows = torch.randint(len(pictures), (batch_size,), generator=seeded)
-        return to_x(pictures[rows.numpy()]).to(device, memory_format=torch.channels_last)
+    def draw(n: int, seeded: torch.Generator) -> np.ndarray:
+        return pictures[torch.randint(len(pictures), (n,), generator=seeded).numpy()]
 
-    def revive(step: int) -> int:
+    def revive(step: int) -> None:
         """Restart the codes that eight batches do not use. The weights and (seed, step) decide
         alone, so a resumed run does the same."""
-        seeded = torch.Generator().manual_seed(step_seed(seed + 1, step))
+        seeded = torch.Generator().manual_seed(step_seed(args.seed + 1, step))
         counts = torch.zeros(config.n_codes, dtype=torch.int64)
-        with torch.no_grad(), autocast(device, bf16):
+        with torch.no_grad(), autocast(device, args.bf16):
             for _ in range(8):
-                z = model.latents(draw_batch(seeded)).float()
+                z = model.latents(to_x(draw(args.batch_size, seeded), device)).float()
                 counts += model.quantize.nearest(z).flatten().cpu().bincount(minlength=len(counts))
-        return vqvae.restart_dead_codes(model.quantize, counts, z, seeded)
+        vqvae.restart_dead_codes(model.quantize, counts, z, seeded)
 
-    def checkpoint(step: int) -> None:
-        x, quality, counts = reconstruct(ema, tests, device)
-        report = (f"PSNR {quality:.2f} dB on {len(tests)} pictures of drawings "
-                  f"{'kept out' if test_names else 'trained on'}, {int((counts > 0).sum())} of "
-                  f"{len(counts)} codes used, perplexity {vqvae.perplexity(counts):.0f}")
+    def measure(step: int) -> None:
+        x, quality, counts = reconstruct(run.ema, tests, device)
+        report = (f"PSNR {quality:.2f} dB on {len(tests)} pictures {which}, "
+                  f"{int((counts > 0).sum())} of {len(counts)} codes used, perplexity "
+                  f"{vqvae.perplexity(counts):.0f}")
         print(f"step {step}: {report}", flush=True)
-        originals = to_x(tests[: len(x)])
-        clip_model.grid([clip_model.to_pictures(part) for part in (originals, x)],
-                        config.image_size).save(out / "samples" / f"{step:07d}.png")
-        vqvae.save(out / "vqvae.safetensors", ema, {"step": str(step), "command": command,
-                                                    "measured": report})
-        save_state(out / "state.pt", step, settings, model, ema, optimizers)
+        save_weights(run, step, measured=report)
+        save_grid(run, step, [to_x(tests[:len(x)]), x])
 
-    progress = Progress(out, first, steps, minutes)
-    for step in range(first, steps):
-        if step % REVIVE_EVERY == 0 and step < 0.8 * steps:      # codes settle in the last fifth
+    progress = Progress(args.out, run.first, args.steps, args.minutes)
+    for step in range(run.first, args.steps):
+        if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:       # codes settle in the end
             revive(step)
-        x = draw_batch(torch.Generator().manual_seed(step_seed(seed, step)))
-        with autocast(device, bf16):
-            found, codebook_loss, _ = model(x)
-            loss = vqvae.reconstruction_loss(found, x) + codebook_loss
-        rate = learning_rate(step, lr, 300, steps)
-        finite = descend(model, optimizers, loss, rate, max_norm=1.0)
-        average(ema, model, step, 0.999)
-        progress.update(step, loss.item(), rate, batch_size, finite)
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            checkpoint(step + 1)
-        if progress.out_of_time():
+        batch = draw(args.accumulate * args.batch_size,
+                     torch.Generator().manual_seed(step_seed(args.seed, step)))
+        total = torch.zeros((), device=device)
+        for i in range(0, len(batch), args.batch_size):
+            x = to_x(batch[i:i + args.batch_size], device)
+            with autocast(device, args.bf16):
+                found, codebook_loss, _ = model(x)
+                loss = vqvae.reconstruction_loss(found, x) + codebook_loss
+            (loss / args.accumulate).backward()
+            total += loss.detach() / args.accumulate
+        rate = learning_rate(step, args.lr, 300, args.steps)
+        loss, norm = take_step(model, run.optimizers, total, rate, max_norm=1.0)
+        average(run.ema, model, step, 0.999)
+        progress.update(step, loss, rate, len(batch), math.isfinite(loss + norm), norm)
+        last = progress.out_of_time() or step + 1 == args.steps
+        if last or (step + 1) % args.save_every == 0:
+            checkpoint(run, step + 1)
+            measure(step + 1)                             # after saving: it may run out of memory
+        if last:
             break
-    if (step + 1) % CHECKPOINT_EVERY:
-        checkpoint(step + 1)
+    progress.finish(step + 1, args.out / "vqvae.safetensors")
 
 
-# ---------------------------------------------------------------- both backbones
+# ---------------------------------------------------------------- what a diffusion may see
 
-class CachedPictures:
-    """Pictures with cached embeddings and neighbours: all that a diffusion training may see."""
+@dataclass(frozen=True)
+class Data:
+    """All that a diffusion training reads. Row i tells of picture i modulo N."""
+    x0: np.ndarray                   # what to learn: uint8 (N, S, S, 3), or tokens int32 (N, L)
+    queries: np.ndarray              # float16 (R, E): f_img(x_0), or of x_0's swapped region
+    neighbors: np.ndarray            # int32 (R, K): rows of the database
+    database: np.ndarray             # float16, E columns: the rows of an index
+    swapped: np.ndarray | None       # I_manip, as x0 but (R, ...); None where nothing is edited
 
-    def __init__(self, folder: Path, index: retrieval.Index, size: int, k: int,
-                 device: torch.device | str = "cpu") -> None:
-        check_same_files(folder, index)
-        self.pictures = read_pictures(folder, index.paths, size)
-        self.embeddings = np.array(index.embeddings)                       # (N, E), in memory
-        self.queries = self.embeddings                                     # each asks for itself
-        self.neighbors = retrieval.neighbor_table(index, k, device=device)            # (N, K)
+    def condition(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """The query (B, E) and kNN(query) (B, K, E), float32, of rows (B,)."""
+        near = self.database[self.neighbors[rows].astype(np.int64)]
+        return torch.from_numpy(self.queries[rows]).float(), torch.from_numpy(near).float()
 
-    def __len__(self) -> int:
-        return len(self.queries)
+    def pictures(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """x_0 and I_manip, or None, of rows (B,)."""
+        x0 = self.x0[rows % len(self.x0)]
+        return x0, None if self.swapped is None else self.swapped[rows]
 
-    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What to learn, x_0 in [-1, 1] (B, 3, H, W), and its conditions. A picture may stand in
-        several rows, N apart (`SwappedPictures`)."""
-        return to_x(self.pictures[rows.numpy() % len(self.pictures)]), *self.conditions(rows)
-
-    def conditions(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The query, f_img(x_0) or that of x_0's region (B, E), and kNN(query) (B, K, E),
-        float32."""
-        near = self.embeddings[self.neighbors[rows.numpy()].astype(np.int64)]
-        return torch.from_numpy(self.queries[rows.numpy()]).float(), torch.from_numpy(near).float()
+    @property
+    def about(self) -> str:
+        return f"{len(self.x0)} pictures, {len(self.queries)} rows, K {self.neighbors.shape[1]}"
 
 
-def check_same_files(folder: Path, index: retrieval.Index) -> None:
-    """Raise ValueError where a picture folder and an index do not name the same files. What is no
-    readable picture is said and does not count: the index skipped it, too."""
-    there, wanted = set(retrieval.list_images(folder)), set(index.paths)
-    more = sum(is_readable(folder / name) for name in sorted(there - wanted))
-    require(not (wanted - there or more),
-          f"{folder} and the index at {index.folder} do not name the same files: "
-          f"{len(wanted - there)} of the index's are missing, {more} of the folder's are not in it")
+def gather(args: argparse.Namespace, own: retrieval.Index, database: retrieval.Index,
+           config: UNetConfig | TransformerConfig, codec: vqvae.VQVAE | None,
+           clip: clip_model.CLIP | None) -> tuple[Data, dict]:
+    """Read or make everything for either backbone; and what may not change on --resume.
 
+    own: the index of the pictures in --data; database: the one that neighbours come from; codec:
+    makes tokens, clip: embeds swapped regions, where they are wanted. Raises ValueError where a
+    picture of the index is missing; further files of the folder are not looked at.
+    """
+    missing = [name for name in own.paths if not (args.data / str(name)).is_file()]
+    require(not missing, f"{args.data} has no {missing[:1]}, which the index at {own.folder} "
+            "names: name another index, or make one with `python index.py build`")
+    size, k, digest = config.image_size, config.n_neighbors, retrieval.rows_digest(own.rows)
+    told = {"pictures": digest[:16], "index": retrieval.rows_digest(database.rows)[:16]}
 
-def what_is_dropped(stages: Continuous | Discrete, rows: Tensor, null: int,
-                    seeded: torch.Generator) -> tuple[Tensor, ...]:
-    """Which samples lose their query and their neighbours, bool (B,); for a model that edits also
-    I_manip, `null` everywhere where it is dropped."""
-    if not stages.config.edit:
-        return knn_diffusion.draw_drops(len(rows), seeded, stages.condition)
-    *lost, is_null = knn_diffusion.draw_edit_drops(len(rows), seeded, stages.condition)
-    picture = stages.picture(rows)
-    picture[is_null] = null
-    return *lost, picture
+    def pictures() -> np.ndarray:                         # discrete: only where it has no tokens
+        return cached(own.folder / f"pictures-{size}.npy", digest,
+                      picture_blocks(args.data, own.paths, size))
 
-
-@dataclass
-class Continuous:
-    """What a step and a glance at the samples are with the U-Net."""
-    pictures: CachedPictures | SwappedPictures
-    config: UNetConfig
-    condition: str
-    device: torch.device
-    at_the_ends = ("conv_in.", "conv_out.")
-
-    def __post_init__(self) -> None:
-        self.schedule = knn_diffusion.Schedule(self.config.T, self.config.noise_shift)
-        self.state: list = []                                              # none beside the weights
-
-    def loss(self, model: nn.Module, rows: Tensor, seeded: torch.Generator) -> Tensor:
-        x0, query, neighbors = self.pictures.batch(rows)
-        t = torch.randint(1, self.config.T + 1, (len(rows),), generator=seeded)
-        eps = torch.randn(x0.shape, generator=seeded)
-        dropped = what_is_dropped(self, rows, 0, seeded)
-        return knn_diffusion.diffusion_loss(model, self.schedule, *(
-            part.to(self.device) for part in (x0, query, neighbors, t, eps, *dropped)))
-
-    def picture(self, rows: Tensor) -> Tensor:
-        """I_manip (B, 3, H, W)."""
-        return to_x(self.pictures.manipulated[rows.numpy()])
-
-    def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
-             seeds: list[int], **picture: Tensor) -> Tensor:
-        return deque(knn_diffusion.sample(model, query, neighbors, seeds, min(20, self.config.T),
-                                          **picture), maxlen=1).pop()              # the last x_t
-
-
-@dataclass
-class Discrete:
-    """The same with the transformer over the VQ-VAE's tokens, which are kept in index's folder."""
-    pictures: CachedPictures | SwappedPictures
-    config: TransformerConfig
-    condition: str
-    device: torch.device
-    codec: vqvae.VQVAE
-    index: retrieval.Index
-    at_the_ends = ("token.", "row.", "column.", "time.", "out.")
-
-    def __post_init__(self) -> None:
-        self.schedule = knn_diffusion.MaskSchedule(self.config.T, self.config.n_codes,
-                                                   self.config.schedule)
-        self.times = knn_diffusion.TimeSampler(self.config.T)
-        self.state = [self.times]
-        files = self.codec, self.index, self.device
-        self.tokens = token_table(self.pictures.pictures, *files)          # (N, L)
-        if self.config.edit:
-            self.manipulated = token_table(self.pictures.manipulated, *files)         # (S, L)
-
-    def loss(self, model: nn.Module, rows: Tensor, seeded: torch.Generator) -> Tensor:
-        x0 = self.tokens[rows % len(self.tokens)].long()                   # (B, L)
-        query, neighbors = self.pictures.conditions(rows)
-        t, weight = self.times.draw(len(rows), seeded)
-        u = torch.rand(x0.shape, generator=seeded)
-        codes = torch.randint(self.config.n_codes, x0.shape, generator=seeded)
-        dropped = what_is_dropped(self, rows, self.config.n_codes, seeded)         # MASK = V
-        xt = knn_diffusion.mask_and_replace(x0, t, self.schedule, u, codes)
-        terms, auxiliary = knn_diffusion.discrete_loss(model, self.schedule, *(
-            part.to(self.device) for part in (x0, xt, t, query, neighbors, *dropped)))
-        self.times.update(t, terms)
-        return ((terms + auxiliary) * weight.to(self.device)).mean()
-
-    def picture(self, rows: Tensor) -> Tensor:
-        """I_manip's tokens (B, L)."""
-        return self.manipulated[rows].long()
-
-    def draw(self, model: nn.Module, query: Tensor | None, neighbors: Tensor | None,
-             seeds: list[int], **picture: Tensor) -> Tensor:
-        return self.codec.decode(deque(knn_diffusion.sample_tokens(
-            model, query, neighbors, seeds, min(25, self.config.T), **picture), maxlen=1).pop())
+    queries, swapped = own.rows, None
+    if args.what == "edit":
+        told["swaps"], swapped, queries, neighbors = swaps(args, own, database, config, clip,
+                                                           pictures())
+    elif args.neighbors_from:
+        neighbors = cached(own.folder / f"neighbors-{k}-from-{told['index']}.npy", digest,
+                           neighbor_blocks(own, database, k, args.device))
+    else:
+        neighbors = retrieval.neighbor_table(own, k, device=args.device)
+    if codec is None:
+        return Data(pictures(), queries, neighbors, database.rows, swapped), told
+    told["vqvae"] = vqvae.fingerprint(codec)
+    name = f"tokens-{told['vqvae']}.npy"
+    x0 = cached(own.folder / name, digest, token_blocks(codec, pictures, args.device))
+    if swapped is not None:
+        made = swapped
+        swapped = cached(args.out / name, told["swaps"],
+                         token_blocks(codec, lambda: made, args.device))
+    require(int(x0.max()) < codec.config.n_codes, f"{own.folder / name} is damaged: delete it")
+    return Data(x0, queries, neighbors, database.rows, swapped), told
 
 
 @torch.no_grad()
-def token_table(pictures: np.ndarray, codec: vqvae.VQVAE, index: retrieval.Index,
-                device: torch.device) -> Tensor:
-    """int32 (N, L): every picture's tokens, read from tokens-<digest>.npy in the index's folder, or
-    computed and written there. The digest is of the pictures and the VQ-VAE: where one of them
-    changes, so does the name."""
-    digest = hashlib.sha256(vqvae.fingerprint(codec).encode())
-    digest.update(pictures)
-    path = index.folder / f"tokens-{digest.hexdigest()[:16]}.npy"
-    if path.is_file():
-        return torch.from_numpy(np.load(path, allow_pickle=False))
-    tokens = np.concatenate([
-        codec.encode(to_x(pictures[i:i + 256]).to(device)).cpu().numpy().astype(np.int32)
-        for i in range(0, len(pictures), 256)])
-    retrieval.save_array(path, tokens)
-    return torch.from_numpy(tokens)
+def token_blocks(codec: vqvae.VQVAE, pictures: Callable[[], np.ndarray], device: torch.device
+                 ) -> Iterator[np.ndarray]:
+    """Tokens int32 (n, L). `pictures` is called, and opens files, only where tokens are made."""
+    found = pictures()
+    step = at_once(found.shape[1])
+    for i in range(0, len(found), step):
+        yield codec.encode(to_x(found[i:i + step], device)).int().cpu().numpy()
 
 
-# ---------------------------------------------------------------- editing (Sec. 3.3)
+def neighbor_blocks(own: retrieval.Index, database: retrieval.Index, k: int,
+                    device: torch.device) -> Iterator[np.ndarray]:
+    """int32 (n, k): the rows of another index that are nearest to each own row."""
+    for i in range(0, len(own), 1024):
+        queries = torch.from_numpy(own.rows[np.arange(i, min(i + 1024, len(own)))])
+        yield database.search(queries.to(device).float(), k)[1].int().cpu().numpy()
 
-class SwappedPictures:
-    """Pictures of which a region was swapped for the aligned nearest neighbour's, row by row.
 
-    The condition is the *original* region's embedding and its neighbours in the ordinary index. No
-    text is read, and CLIP runs here once: what it says is cached in `cache`, swaps-<digest>.npz,
-    named after the pictures, their partners, the CLIP, the index, the numbers below and the rule.
+def swaps(args: argparse.Namespace, own: retrieval.Index, database: retrieval.Index,
+          config: UNetConfig | TransformerConfig, clip: clip_model.CLIP, pictures: np.ndarray
+          ) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+    """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3).
+
+    Returns a name for the lot; I_manip uint8 (R, S, S, 3); the *original* regions' embeddings
+    float16 (R, E) and their rows in the database int32 (R, K). R = --swaps times N, all pictures in
+    turn. Kept in out/swaps-NAME.npz; NAME holds a digest of all that they depend on, edit.py too.
     """
-
-    RULE = 3                    # one more whenever edit.region_swap changes: older caches are stale
-
-    def __init__(self, folder: Path, swap_index: retrieval.Index, index: retrieval.Index,
-                 clip: clip_model.CLIP, size: int, k: int, per_picture: int, seed: int,
-                 cache: Path) -> None:
-        check_same_files(folder, swap_index)
-        require(len(swap_index) > 1, f"{folder} holds one picture, and a swap wants another one")
-        self.index, self.embeddings = index, index.embeddings
-        self.pictures = read_pictures(folder, swap_index.paths, size)
-        self.partner = retrieval.neighbor_table(swap_index, 1)[:, 0]       # (N,), never itself
-        digest = hashlib.sha256(json.dumps(
-            [self.RULE, size, k, per_picture, seed, clip.fingerprint(), len(index)]).encode())
-        for array in (self.pictures, self.partner, index.embeddings):
-            digest.update(np.ascontiguousarray(array))
-        self.digest = digest.hexdigest()[:16]
-        path = cache / f"swaps-{self.digest}.npz"
-        if not path.is_file():
-            cache.mkdir(parents=True, exist_ok=True)
-            made, part = self.make(clip, k, per_picture, seed), path.with_suffix(".part")
-            with open(part, "wb") as file:
-                np.savez(file, **made)
-            os.replace(part, path)
+    require(len(own) > 1, f"{args.data} holds one picture, and a swap needs another one")
+    told = [config.image_size, config.n_neighbors, args.swaps, args.seed, clip.fingerprint(),
+            *(retrieval.rows_digest(each.rows) for each in (own, database)),
+            Path(edit.__file__).read_text("utf-8")]
+    name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    path, parts = args.out / f"swaps-{name}.npz", ("manipulated", "queries", "neighbors")
+    try:
         with np.load(path, allow_pickle=False) as found:
-            self.manipulated, self.queries, self.neighbors = (
-                found[name] for name in ("manipulated", "queries", "neighbors"))
-
-    def make(self, clip: clip_model.CLIP, k: int, per_picture: int, seed: int
-             ) -> dict[str, np.ndarray]:
-        """I_manip uint8 (S, H, W, 3), the regions' embeddings float16 (S, E), their neighbours'
-        rows int32 (S, k); S = per_picture·N swaps, pictures in turn."""
-        generator = torch.Generator().manual_seed(seed)
-        N, size = self.pictures.shape[:2]
-        manipulated, queries, failed, moved = [], [], 0, 0
-        for _ in range(per_picture):
-            for start in range(0, N, 256):
-                rows = np.arange(start, min(start + 256, N))
-                x, boxes, found = edit.region_swap(
-                    to_x(self.pictures[rows]), to_x(self.pictures[self.partner[rows]]),
-                    generator)
-                failed += int((~found.converged).sum())
-                moved += int((found.warp != torch.eye(3)).flatten(1).any(1).sum())
-                manipulated.append(np.stack([np.asarray(p) for p in clip_model.to_pictures(x)]))
-                crops = [Image.fromarray(self.pictures[row]).crop(
-                    edit.region_crop(tuple(box), size, size))
-                    for row, box in zip(rows, boxes.tolist())]
-                queries.append(clip.embed_pictures(crops).cpu())
-        queries = torch.cat(queries)
-        print(f"{len(queries)} swaps: {moved} neighbours aligned, {len(queries) - moved} left as "
-              f"they were ({failed} where ECC did not converge, else no nearer)", flush=True)
-        return {"manipulated": np.concatenate(manipulated), "queries": queries.half().numpy(),
-                "neighbors": self.index.search(queries, k)[1].numpy().astype(np.int32)}
-
-    __len__, conditions = CachedPictures.__len__, CachedPictures.conditions
-    batch = CachedPictures.batch                # the original, its region's embedding, neighbours
+            return name, *(found[part] for part in parts)
+    except Exception:                                     # missing, or damaged: made anew
+        pass
+    generator = torch.Generator().manual_seed(args.seed)
+    partner = retrieval.neighbor_table(own, 1, device=args.device)[:, 0]   # (N,), never itself
+    (N, size), step = pictures.shape[:2], at_once(config.image_size)
+    manipulated, queries, moved = [], [], 0
+    for start in list(range(0, N, step)) * args.swaps:
+        rows = np.arange(start, min(start + step, N))
+        x, boxes, is_aligned = edit.region_swap(
+            to_x(pictures[rows], args.device), to_x(pictures[partner[rows]], args.device),
+            generator)
+        moved += int(is_aligned.sum())
+        manipulated.append(np.stack(clip_model.to_pictures(x)))
+        crops = [Image.fromarray(pictures[row]).crop(edit.region_crop(tuple(box), size, size))
+                 for row, box in zip(rows, boxes.tolist())]
+        queries.append(clip.embed_pictures(crops))
+    queries = torch.cat(queries)
+    print(f"{len(queries)} swaps: {moved} neighbours aligned, the others left as they were",
+          flush=True)
+    ids = database.search(queries, config.n_neighbors)[1]
+    made = (np.concatenate(manipulated), queries.half().cpu().numpy(), ids.int().cpu().numpy())
+    args.out.mkdir(parents=True, exist_ok=True)
+    with clip_model.replacing(path) as file:
+        np.savez(file, **dict(zip(parts, made)))
+    return name, *made
 
 
-# ---------------------------------------------------------------- the loop of all three
+# ---------------------------------------------------------------- the U-Net (Sec. 3.2)
 
-def start_model(what: str, weights: Path | None, config: UNetConfig | TransformerConfig | None,
-                index: retrieval.Index, target: str | None, k: int | None
-                ) -> knn_diffusion.UNet | knn_diffusion.TokenTransformer:
-    """The model to train: a new one, or from weights, which keep their sizes, their K, and what
-    they predict, unless `target` names something else.
-
-    Raises ValueError where the weights are another kind of model, of another CLIP than the index,
-    or of another K than `k`, where that is given.
-    """
-    kind = {"continuous": knn_diffusion.UNet, "discrete": knn_diffusion.TokenTransformer}.get(what)
-    if weights is None:
-        return kind(replace(config, target=target) if target else config)
-    model, metadata = knn_diffusion.load(weights)
-    config, E = model.config, index.rows.shape[1]
-    if kind:                                                 # `edit` takes either kind
-        require(type(model) is kind and not config.edit,
-              f"{weights} holds a {type(model).__name__}{' that edits' * config.edit}, "
-              f"{what} wants a {kind.__name__}")
-    wanted, found = metadata.get("clip", ""), index.manifest.get("encoder_hash", "")
-    require(config.embed_dim == E and wanted in ("", found),
-          f"{weights} was trained with the CLIP {wanted or 'of an unknown name'} "
-          f"({config.embed_dim} dimensions), the index at {index.folder} was made by "
-          f"{found or 'an unknown one'} ({E} dimensions)")
-    require(k in (None, config.n_neighbors),
-          f"{weights} has {config.n_neighbors} neighbours, --k is {k}")
-    if what == "edit" and not config.edit:
-        return knn_diffusion.widened(model)
-    if target:
-        model.config = replace(model.config, target=target)
-    return model
-
-
-def train_diffusion(what: str, data: Path, out: Path, index: retrieval.Index,
-                    config: UNetConfig | TransformerConfig | None, condition: str, steps: int,
-                    batch_size: int, lr: float, seed: int, resume: bool, init: Path | None,
-                    minutes: float | None, device: torch.device, bf16: bool, command: str,
-                    codec: vqvae.VQVAE | None = None, swaps: dict | None = None,
-                    target: str | None = None, k: int | None = None) -> None:
-    """Train either backbone on pictures alone; write out/WHAT.safetensors (EMA) and out/state.pt.
-
-    what: "continuous", or "discrete" with a VQ-VAE as `codec`, or "edit", either of them with
-    `swaps` (swap_index, clip, per_picture: see `SwappedPictures`), from weights. condition: "both",
-    or "query" for the paper's no-kNN model, whose neighbours are always null ("neighbors" blinds
-    the query instead). target and k: see `start_model`.
-    """
-    torch.manual_seed(seed)
-    weights = out / f"{what}.safetensors" if resume else init
-    model = start_model(what, weights, config, index, target, k)
-    config, is_continuous = model.config, isinstance(model, knn_diffusion.UNet)
-    settings = {"seed": seed, "batch_size": batch_size, "lr": lr, "condition": condition,
-                "k": config.n_neighbors, "index": retrieval.rows_digest(index.rows)[:16]}
-    made_with = {"condition": condition, "clip": index.manifest.get("encoder_hash", "")}
-    if is_continuous:
-        settings["target"] = config.target
-    else:
-        check_tokens(config, codec.config)
-        made_with["vqvae"] = settings["vqvae"] = vqvae.fingerprint(codec)
-    if what == "edit":
-        pictures = SwappedPictures(data, index=index, size=config.image_size, k=config.n_neighbors,
-                                   seed=seed, cache=out, **swaps)
-        settings["swaps"] = pictures.digest
-    else:
-        pictures = CachedPictures(data, index, config.image_size, config.n_neighbors, device)
-    stages = (Continuous(pictures, config, condition, device) if is_continuous else
-              Discrete(pictures, config, condition, device, codec.to(device),
-                       swaps["swap_index"] if swaps else index))
-    model = model.to(device, memory_format=torch.channels_last).train().requires_grad_(True)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = muon_and_adam(model, lr, stages.at_the_ends)
-    others = [*optimizers, *stages.state]
-    first = load_state(out / "state.pt", steps, settings, model, ema, others) if resume else 0
-    command = all_commands(weights, command)
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    print(f"{what} ({condition}): {data} ({len(pictures)} pictures), {index.folder} -> {out}, "
-          f"K {pictures.neighbors.shape[1]}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to {steps} of "
-          f"{batch_size}, {device}", flush=True)
-
-    def checkpoint(step: int) -> None:
-        knn_diffusion.save(out / f"{what}.safetensors", ema,
-                           {"step": str(step), "command": command, **made_with})
-        save_state(out / "state.pt", step, settings, model, ema, others)
+def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings: dict,
+                     metadata: dict[str, str]) -> None:
+    """Train the U-Net; write out/WHAT.safetensors (the average), out/state.pt and samples."""
+    config, device, size = model.config, args.device, model.config.image_size
+    schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
+    draw_drops = knn_diffusion.draw_edit_drops if config.edit else knn_diffusion.draw_drops
+    run = begin(args, model, data.about, {**settings, "target": config.target}, metadata)
 
     def draw_samples(step: int) -> None:
-        # Twelve from all over; steps of a 12th could come back to a picture, in another swap.
-        rows = torch.arange(12) * (len(pictures) // 13)
-        x0, query, neighbors = (part.to(device) for part in pictures.batch(rows))
-        manipulated = {"picture": stages.picture(rows).to(device)} if what == "edit" else {}
-        with autocast(device, bf16):
-            x = stages.draw(ema, None if condition == "neighbors" else query,
-                            None if condition == "query" else neighbors, list(range(12)),
-                            **manipulated)
-        shown = [to_x(pictures.manipulated[rows.numpy()])] if what == "edit" else []
-        clip_model.grid([clip_model.to_pictures(part) for part in (x0, *shown, x)],
-                        config.image_size).save(out / "samples" / f"{step:07d}.png")
+        rows = glance(data)
+        shown = [to_x(each, device) for each in data.pictures(rows) if each is not None]
+        query, neighbors = shown_condition(args, data, rows)
+        with autocast(device, args.bf16):
+            *_, x = knn_diffusion.sample(run.ema, query, neighbors, list(range(12)),
+                                         steps=min(20, config.T), picture=(*shown, None)[1])
+        save_grid(run, step, [*shown, x])
 
-    progress = Progress(out, first, steps, minutes)
-    for step in range(first, steps):
-        # One generator a step: rows, times, noise and drops are the same after a resume.
-        seeded = torch.Generator().manual_seed(step_seed(seed, step))
-        torch.manual_seed(step_seed(seed + 1, step))                   # dropout inside the model
-        rows = torch.randint(len(pictures), (batch_size,), generator=seeded)
-        with autocast(device, bf16):
-            loss = stages.loss(model, rows, seeded)
-        rate = learning_rate(step, lr, 300, steps)
-        finite = descend(model, optimizers, loss, rate, max_norm=1.0)
-        average(ema, model, step, 0.9995)
-        progress.update(step, loss.item(), rate, batch_size, finite)
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            checkpoint(step + 1)
-        if (step + 1) % SAMPLES_EVERY == 0:
+    progress = Progress(args.out, run.first, args.steps, args.minutes)
+    n = args.accumulate * args.batch_size                                  # pictures per step
+    for step in range(run.first, args.steps):
+        seeded = torch.Generator().manual_seed(step_seed(args.seed, step))
+        torch.manual_seed(step_seed(args.seed + 1, step))                  # dropout in the model
+        rows = torch.randint(len(data.queries), (n,), generator=seeded).numpy()
+        x0, manipulated = data.pictures(rows)                              # (n, S, S, 3) each
+        query, neighbors = data.condition(rows)                            # (n, E), (n, K, E)
+        t = torch.randint(1, config.T + 1, (n,), generator=seeded)
+        eps = torch.randn(n, 3, size, size, generator=seeded)
+        drop_query, drop_neighbors, *drop_picture = draw_drops(n, seeded, args.condition)
+        if args.flip:                         # the embeddings stay those of the unflipped picture
+            flip = (torch.rand(n, generator=seeded) < 0.5).numpy()
+            for pictures in (x0, manipulated) if config.edit else (x0,):
+                pictures[flip] = pictures[flip, :, ::-1]
+        if args.query_noise:
+            query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
+        inputs = query, neighbors, t, eps, drop_query, drop_neighbors
+        total = torch.zeros((), device=device)
+        for i in range(0, n, args.batch_size):
+            part, picture = slice(i, i + args.batch_size), None
+            if config.edit:                                                # a null picture is grey
+                is_null = drop_picture[0][part].to(device)[:, None, None, None]
+                picture = to_x(manipulated[part], device).masked_fill(is_null, 0)
+            with autocast(device, args.bf16):
+                loss = knn_diffusion.diffusion_loss(
+                    model, schedule, to_x(x0[part], device),
+                    *(each[part].to(device) for each in inputs), picture)
+            (loss / args.accumulate).backward()
+            total += loss.detach() / args.accumulate
+        rate = learning_rate(step, args.lr, 300, args.steps)
+        loss, norm = take_step(model, run.optimizers, total, rate, max_norm=1.0)
+        average(run.ema, model, step, 0.9995)
+        progress.update(step, loss, rate, n, math.isfinite(loss + norm), norm)
+        last = progress.out_of_time() or step + 1 == args.steps
+        if last or (step + 1) % args.save_every == 0:
+            checkpoint(run, step + 1)
+        if step + 1 == args.steps or (step + 1) % SAMPLES_EVERY == 0:
             draw_samples(step + 1)
-        if progress.out_of_time():
+        if last:
             break
-    if (step + 1) % CHECKPOINT_EVERY:
-        checkpoint(step + 1)
-    if (step + 1) % SAMPLES_EVERY:
-        draw_samples(step + 1)
+    progress.finish(step + 1, args.out / f"{args.what}.safetensors")
 
 
-def check_tokens(config: TransformerConfig, codec: vqvae.VQVAEConfig) -> None:
-    """Raise ValueError where a transformer and a VQ-VAE do not speak the same tokens."""
-    side = config.image_size // codec.factor
-    require((config.tokens_a_side, config.n_codes) == (side, codec.n_codes),
-          f"the transformer draws {config.tokens_a_side}x{config.tokens_a_side} tokens of "
-          f"{config.n_codes}, the VQ-VAE makes {side}x{side} of {codec.n_codes} from "
-          f"{config.image_size} px")
+def glance(data: Data) -> np.ndarray:
+    """Twelve rows from all over; no two of them swaps of one picture."""
+    return np.arange(12) * (len(data.queries) // 13)
+
+
+def shown_condition(args: argparse.Namespace, data: Data, rows: np.ndarray
+                    ) -> tuple[Tensor | None, Tensor | None]:
+    """The condition to draw samples with: what --condition blinds is None."""
+    query, neighbors = (part.to(args.device) for part in data.condition(rows))
+    return (None if args.condition == "neighbors" else query,
+            None if args.condition == "query" else neighbors)
+
+
+# ---------------------------------------------------------------- the transformer
+
+def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data,
+                   codec: vqvae.VQVAE, settings: dict, metadata: dict[str, str]) -> None:
+    """Train the transformer; write out/WHAT.safetensors (the average), out/state.pt and samples."""
+    config, device, V = model.config, args.device, model.config.n_codes
+    schedule = knn_diffusion.MaskSchedule(config.T, V, config.schedule)
+    times = knn_diffusion.TimeSampler(config.T)
+    draw_drops = knn_diffusion.draw_edit_drops if config.edit else knn_diffusion.draw_drops
+    run = begin(args, model, data.about, settings, metadata, times)
+
+    def draw_samples(step: int) -> None:
+        rows = glance(data)
+        shown = [torch.from_numpy(each).long().to(device) for each in data.pictures(rows)
+                 if each is not None]
+        query, neighbors = shown_condition(args, data, rows)
+        with autocast(device, args.bf16):
+            *_, tokens = knn_diffusion.sample_tokens(
+                run.ema, query, neighbors, list(range(12)), steps=min(25, config.T),
+                picture=(*shown, None)[1])
+            save_grid(run, step, [codec.decode(each) for each in (*shown, tokens)])
+
+    progress = Progress(args.out, run.first, args.steps, args.minutes)
+    n = args.accumulate * args.batch_size                                  # pictures per step
+    for step in range(run.first, args.steps):
+        seeded = torch.Generator().manual_seed(step_seed(args.seed, step))
+        torch.manual_seed(step_seed(args.seed + 1, step))                  # dropout in the model
+        rows = torch.randint(len(data.queries), (n,), generator=seeded).numpy()
+        x0, manipulated = data.pictures(rows)                              # (n, L) each
+        x0 = torch.from_numpy(x0).long()
+        query, neighbors = data.condition(rows)                            # (n, E), (n, K, E)
+        t, weight = times.draw(n, seeded)
+        u = torch.rand(x0.shape, generator=seeded)
+        codes = torch.randint(V, x0.shape, generator=seeded)
+        drop_query, drop_neighbors, *drop_picture = draw_drops(n, seeded, args.condition)
+        xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
+        if args.query_noise:
+            query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
+        inputs = [x0, xt, t, query, neighbors, drop_query, drop_neighbors]
+        if config.edit:
+            picture = torch.from_numpy(manipulated).long()
+            picture[drop_picture[0]] = V                                   # a null picture: MASK
+            inputs.append(picture)
+        total, all_terms = torch.zeros(1, device=device), []
+        for i in range(0, n, args.batch_size):
+            part = slice(i, i + args.batch_size)
+            with autocast(device, args.bf16):
+                terms, auxiliary = knn_diffusion.discrete_loss(
+                    model, schedule, *(each[part].to(device) for each in inputs))
+                loss = ((terms + auxiliary) * weight[part].to(device)).mean()
+            (loss / args.accumulate).backward()
+            total += loss.detach() / args.accumulate
+            all_terms.append(terms.detach())
+        rate = learning_rate(step, args.lr, 300, args.steps)
+        loss, *terms, norm = take_step(model, run.optimizers, torch.cat([total, *all_terms]), rate,
+                                       max_norm=1.0)
+        times.update(t, torch.tensor(terms))
+        average(run.ema, model, step, 0.9995)
+        progress.update(step, loss, rate, n, math.isfinite(loss + norm), norm)
+        last = progress.out_of_time() or step + 1 == args.steps
+        if last or (step + 1) % args.save_every == 0:
+            checkpoint(run, step + 1)
+        if step + 1 == args.steps or (step + 1) % SAMPLES_EVERY == 0:
+            draw_samples(step + 1)
+        if last:
+            break
+    progress.finish(step + 1, args.out / f"{args.what}.safetensors")
 
 
 # ---------------------------------------------------------------- the command
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["clip", "vqvae", "continuous", "discrete", "edit"])
-    parser.add_argument("--data", type=Path, required=True,
-                        help="clip: a folder with captions.jsonl; else: a folder of pictures")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write: "
-                        "WHAT.safetensors and state.pt every 500 steps, samples/, log.csv")
-    parser.add_argument("--preset", default="stickers",
-                        help="stickers; for continuous and discrete also gpu, paper; for vqvae "
-                             "f16-1024, f16-16384")
-    for name, kind, what in (("steps", int, "total number, resumed ones included"),
-                             ("batch_size", int, "pictures a step"),
-                             ("lr", float, "peak learning rate")):
+    add = parser.add_argument
+    add("what", choices=list(PRESETS))
+    add("--data", type=Path, required=True, help="a folder of pictures")
+    add("--out", type=Path, required=True,
+        help="folder to write: WHAT.safetensors, state.pt, samples/, log.csv")
+    add("--preset", default="stickers", help="stickers; for continuous and discrete also gpu, "
+        "paper; for vqvae f16-1024, f16-16384")
+    for name, what in (("steps", "total number, resumed ones included; the learning rate falls "
+                        "towards it"), ("lr", "peak learning rate")):
         defaults = ", ".join(f"{each} {DEFAULTS[each][name]:g}" for each in DEFAULTS)
-        parser.add_argument("--" + name.replace("_", "-"), type=kind,
-                            help=f"{what} (default: {defaults}; for the stickers preset)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt, all other "
-                        "arguments as they were; --steps may differ")
-    parser.add_argument("--init", type=Path, help="start from these weights, of their sizes, k "
-                        "and target, optimiser fresh (default: none; edit: the shipped continuous "
-                        "ones)")
-    parser.add_argument("--minutes", type=float, help="stop after this long, state written; the "
-                        "learning rate still falls towards --steps")
-    parser.add_argument("--index", type=Path, default=SHIPPED / "index",
-                        help="both backbones: the index of the pictures in --data; edit: the one "
-                             "that the condition's neighbours come from")
-    parser.add_argument("--swap-index", type=Path, help="edit: the index of the pictures in "
-                        "--data, whose nearest neighbours the regions are swapped for")
-    parser.add_argument("--swaps", type=int, default=4, metavar="N",
-                        help="edit: swaps made of each picture (default 4)")
-    parser.add_argument("--vqvae", type=Path, help="discrete, and edit from discrete weights: what "
-                        "makes the tokens (default: the stickers', for their preset only)")
-    parser.add_argument("--clip", type=Path, help="edit: embeds the regions (default: the "
-                        "stickers'); both backbones: refuse an index of another CLIP; training "
-                        "itself runs none")
-    parser.add_argument("--k", type=int, help="both backbones: neighbours (default 10)")
-    parser.add_argument("--condition", choices=["both", "query", "neighbors"], default="both",
-                        help="both backbones: query trains the paper's no-kNN baseline")
-    parser.add_argument("--target", choices=["eps", "v", "x0"],
-                        help="continuous: what the U-Net predicts (default: the preset's)")
-    parser.add_argument("--keep-out", type=int, default=10, metavar="N", help="vqvae: measure on "
-                        "every N-th drawing instead of training on it; DRAWING-3.png is one of "
-                        "DRAWING's pictures (default 10; 0: none)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--no-bf16", action="store_true", help="train in float32")
+        add(f"--{name}", type=type(DEFAULTS["edit"][name]),
+            help=f"{what} (default: {defaults}; for the stickers preset)")
+    add("--batch-size", type=int, help="pictures at once (default 64, less for large presets)")
+    add("--accumulate", type=int, default=1, metavar="A",
+        help="a step's gradient is the mean of A batches: as of one, A times as large")
+    add("--seed", type=int, default=0)
+    add("--resume", action="store_true", help="go on from OUT/state.pt, arguments as they were; "
+        "--steps, --lr, --batch-size may differ")
+    add("--init", type=Path, help="start from these weights, of their sizes, k and target, "
+        "optimiser fresh (default: none; edit: the shipped continuous ones)")
+    add("--minutes", type=float, help="save and stop after this long")
+    add("--save-every", type=int, default=500, metavar="N", help="steps (default 500)")
+    add("--keep", action="store_true", help="keep the weights of every save, under their step")
+    add("--index", type=Path, default=SHIPPED / "index", help="both backbones: the index of the "
+        "pictures in --data; edit: the one that the condition's neighbours come from")
+    add("--neighbors-from", type=Path, metavar="DIR", help="both backbones: another index, whose "
+        "rows are the neighbours, none excluded")
+    add("--swap-index", type=Path, help="edit: the index of the pictures in --data, whose nearest "
+        "neighbours the regions are swapped for")
+    add("--swaps", type=int, default=4, metavar="N", help="edit: swaps per picture (default 4)")
+    add("--vqvae", type=Path, help="discrete, and edit from discrete weights: what makes the "
+        "tokens (default: the stickers', for their preset only)")
+    add("--clip", type=Path, help="edit: embeds the regions (default: the stickers'); both "
+        "backbones: refuse an index of another CLIP")
+    add("--k", type=int, help="neighbours (default 10, at most all others there are)")
+    add("--condition", choices=["both", "query", "neighbors"], default="both",
+        help="query trains the paper's no-kNN baseline")
+    add("--query-noise", type=float, default=0.0, metavar="S",
+        help="half of the queries get noise of a norm up to S (default 0)")
+    add("--flip", action="store_true", help="U-Net: mirror half of the pictures; the embeddings "
+        "stay those of the unmirrored ones")
+    add("--target", choices=["eps", "v", "x0"],
+        help="continuous: what the U-Net predicts (default: the preset's)")
+    add("--keep-out", type=int, default=10, metavar="N", help="vqvae: measure on every N-th file "
+        "(of the stickers: drawing) instead of training on it (default 10; 0: none)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--no-bf16", action="store_true", help="train in float32")
     argv = sys.argv[1:] if argv is None else argv
-    args = parser.parse_args(argv)
-    start = time.time()
-    try:
-        run(args, "python train.py " + shlex.join(argv))
-    except (ValueError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except (FloatingPointError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(f"wrote {args.out / args.what}.safetensors, {(time.time() - start) / 60:.1f} min")
-    return 0
+    parser.set_defaults(command="python train.py " + shlex.join(argv))
+    return clip_model.run_command(parser, run, argv)
 
 
-def run(args: argparse.Namespace, command: str) -> None:
-    """Check what was asked for, then train. Raises ValueError or FileNotFoundError before the first
-    step; by then only caches are written (neighbours, tokens, swaps)."""
-    presets = {"clip": {"stickers": clip_model.STICKERS}, "vqvae": vqvae.PRESETS,
-               "continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS,
-               "edit": {"stickers": None}}                     # an editing model keeps its sizes
-    require(args.preset in presets[args.what],
-          f"no preset {args.preset!r} for {args.what}; there is {', '.join(presets[args.what])}")
-    config = presets[args.what][args.preset]
-    steps, batch_size, lr = (DEFAULTS[args.what][name] if getattr(args, name) is None
-                             else getattr(args, name) for name in ("steps", "batch_size", "lr"))
-    k = 10 if args.k is None else args.k
-    require(steps >= 1 and batch_size >= 1 and lr > 0 and k >= 1 and 0 <= args.seed < 2**63 and
-          args.swaps >= 1 and args.keep_out >= 0 and args.keep_out != 1 and
-          (args.minutes is None or args.minutes > 0),
-          "--steps, --batch-size, --k, --swaps want 1 or more, --lr and --minutes more than 0, "
-          "--seed 0 to 2^63 - 1, --keep-out 0 or 2 and more")
-    require(not args.resume or (args.out / "state.pt").is_file(),
-          f"nothing to resume: {args.out / 'state.pt'} does not exist")
-    require(args.out.is_dir() or not args.out.exists(),
-          f"{args.out} is a file, wanted a folder to write")
-    device = clip_model.pick_device(args.device)
-    common = dict(steps=steps, batch_size=batch_size, lr=lr, seed=args.seed, resume=args.resume,
-                  init=args.init, minutes=args.minutes, device=device, bf16=not args.no_bf16,
-                  command=command)
-    if args.what == "clip":
-        require((args.data / "captions.jsonl").is_file(), f"no captions.jsonl in {args.data}")
-        train_clip(args.data, args.out, config, **common)
-    elif args.what == "vqvae":
-        train_vqvae(args.data, args.out, config, args.keep_out, **common)
-    elif args.what == "edit":
-        train_edit(args, common)
+def run(args: argparse.Namespace) -> None:
+    """Check and complete what was asked for, then train. Raises ValueError or FileNotFoundError
+    before the first step; by then only caches are written (pictures, neighbours, tokens, swaps)."""
+    require(args.preset in PRESETS[args.what], f"no preset {args.preset!r} for {args.what}; there "
+            f"is {', '.join(PRESETS[args.what])}")
+    for name, value in {**DEFAULTS[args.what],
+                        "batch_size": BATCH_SIZES.get((args.what, args.preset), 64)}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check(args)
+    args.device = clip_model.pick_device(args.device)
+    args.bf16 = not args.no_bf16 and has_bf16(args.device)
+    if args.device.type == "cuda":                        # for what is left in float32
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    args.weights = args.init                              # what to start from, if anything
+    if args.resume:
+        args.weights = args.out / f"{args.what}.safetensors"
+    elif args.what == "edit" and not args.init:
+        args.weights = SHIPPED / "continuous.safetensors"
+    args.command = all_commands(args.weights, args.command)
+    if args.what == "vqvae":
+        train_vqvae(args)
     else:
-        index = retrieval.open_index(args.index)
-        if args.clip:
-            clip = clip_model.load(args.clip)
-            retrieval.check_encoder(index, clip.describe(), clip.fingerprint(),
-                                    clip.config.embed_dim)
-        config, codec = replace(config, embed_dim=index.rows.shape[1], n_neighbors=k), None
-        if args.what == "discrete":
-            codec, config = open_codec(args, config)
-        train_diffusion(args.what, args.data, args.out, index, config, args.condition, **common,
-                        codec=codec, k=args.k,
-                        target=args.target if args.what == "continuous" else None)
+        train_backbone(args)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise ValueError for what can't be meant."""
+    require(1 <= args.steps and 1 <= args.batch_size <= 2**16 and 1 <= args.accumulate <= 2**16 and
+            0 < args.lr < math.inf and (args.k is None or args.k >= 1) and args.save_every >= 1 and
+            0 <= args.seed < 2**63 and args.swaps >= 1 and args.keep_out >= 0 and
+            args.keep_out != 1 and 0 <= args.query_noise < math.inf and
+            (args.minutes is None or args.minutes > 0),
+            "--steps, --k, --swaps and --save-every have to be 1 or more, --batch-size and "
+            "--accumulate 1 to 65536, --lr and --minutes above 0, --query-noise 0 or more, --seed "
+            "0 to 2^63 - 1, --keep-out 0 or 2 and more")
+    for name, those in {"swap_index": ["edit"], "target": ["continuous"],
+                        "neighbors_from": ["continuous", "discrete"],
+                        "flip": ["continuous", "edit"], "vqvae": ["discrete", "edit"]}.items():
+        require(not getattr(args, name) or args.what in those,
+                f"--{name.replace('_', '-')} is for {' and '.join(those)}")
+    require(args.what != "edit" or args.swap_index is not None, "edit needs --swap-index, an index "
+            "of the pictures in --data (python index.py build makes one)")
+    require(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file, not a folder")
+    state = args.out / "state.pt"
+    require(args.resume or not state.exists(), f"{args.out} holds a run: --resume goes on with it, "
+            "another --out begins a new one")
+    require(not args.resume or state.is_file(), f"nothing to resume: {state} does not exist")
+
+
+def train_backbone(args: argparse.Namespace) -> None:
+    """Open what a backbone is trained with, find that it belongs together, and train."""
+    own = retrieval.open_index(args.swap_index or args.index)
+    database = own
+    if args.neighbors_from or args.swap_index:
+        database = retrieval.open_index(args.neighbors_from or args.index)
+        made_by = own.manifest
+        retrieval.check_encoder(database, made_by.get("encoder", "unknown"),
+                                made_by.get("encoder_hash", ""), own.rows.shape[1])
+    clip = None
+    if args.clip or args.what == "edit":
+        clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(args.device)
+        retrieval.check_encoder(own, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
+    model, codec = start_model(args, database)
+    data, settings = gather(args, own, database, model.config, codec, clip)
+    settings |= {"condition": args.condition, "k": model.config.n_neighbors,
+                 "query_noise": args.query_noise, "flip": args.flip}
+    metadata = {"condition": args.condition, "clip": database.manifest.get("encoder_hash", "")}
+    if codec is None:
+        train_continuous(args, model, data, settings, metadata)
+    else:
+        require(not args.flip, "--flip is the U-Net's: tokens can't be mirrored")
+        train_discrete(args, model, data, codec, settings,
+                       {**metadata, "vqvae": settings["vqvae"]})
+
+
+def start_model(args: argparse.Namespace, database: retrieval.Index
+                ) -> tuple[UNet | TokenTransformer, vqvae.VQVAE | None]:
+    """The model to train, and for tokens the VQ-VAE. A new model has the preset's sizes, one from
+    weights its own, and its K and target, unless --target names another.
+
+    Raises ValueError where the weights are of another kind, CLIP, K or VQ-VAE than what was given.
+    """
+    E, found = database.rows.shape[1], database.manifest.get("encoder_hash", "")
+    k = min(args.k or 10, max(1, len(database) - 1))
+    kind = {"continuous": UNet, "discrete": TokenTransformer}.get(args.what)
+    if args.weights is None:
+        config = replace(PRESETS[args.what][args.preset], embed_dim=E, n_neighbors=k)
+    else:
+        model, metadata = knn_diffusion.load(args.weights)
+        config, wanted = model.config, metadata.get("clip", "")
+        require(kind is None or type(model) is kind and not config.edit,          # edit: either
+                f"{args.weights} holds a {type(model).__name__}{' that edits' * config.edit}, "
+                f"{args.what} trains a {kind and kind.__name__}")
+        require(config.embed_dim == E and wanted in ("", found),
+                f"{args.weights} was trained with the CLIP {wanted or 'of an unknown name'} "
+                f"({config.embed_dim} dimensions), the index at {database.folder} was made by "
+                f"{found or 'an unknown one'} ({E} dimensions)")
+        require(args.k is None or k == config.n_neighbors,
+                f"{args.weights} has {config.n_neighbors} neighbours, --k is {args.k}")
+        if args.what == "edit" and not config.edit:
+            model = knn_diffusion.widened(model)
+            config = model.config
+    if args.target:
+        config = replace(config, target=args.target)
+    codec = None
+    if isinstance(config, TransformerConfig):
+        codec, config = open_codec(args, config)
+    if args.weights is None:
+        torch.manual_seed(args.seed)
+        model = kind(config)
+    model.config = config
+    return model, codec
 
 
 def open_codec(args: argparse.Namespace, config: TransformerConfig
                ) -> tuple[vqvae.VQVAE, TransformerConfig]:
-    """The VQ-VAE, and the transformer's config with its tokens, said where they are others."""
-    wanted = f"{config.tokens_a_side}x{config.tokens_a_side} tokens of {config.n_codes}"
-    require(args.vqvae is not None or args.preset == "stickers", f"preset {args.preset} wants "
-          f"--vqvae, of {wanted} from {config.image_size} px; the stickers' is another size")
-    codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0]
+    """The VQ-VAE, and the transformer's config, for a new one with the VQ-VAE's tokens."""
+    ours = f"{config.tokens_a_side}x{config.tokens_a_side} tokens of {config.n_codes}"
+    require(args.vqvae is not None or args.preset == "stickers", f"preset {args.preset} needs "
+            f"--vqvae, of {ours} from {config.image_size} px; the stickers' is another size")
+    codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0].to(args.device)
     side, n_codes = config.image_size // codec.config.factor, codec.config.n_codes
     if (side, n_codes) != (config.tokens_a_side, config.n_codes):
-        print(f"{side}x{side} tokens of {n_codes}, as {args.vqvae} makes them; the preset "
-              f"{args.preset} has {wanted}")
+        theirs = f"{side}x{side} of {n_codes}"
+        require(args.weights is None, f"{args.weights} draws {ours}, the VQ-VAE makes {theirs}")
+        print(f"tokens: {theirs}, as {args.vqvae} makes them; the preset has {ours}")
     return codec, replace(config, n_codes=n_codes, tokens_a_side=side)
-
-
-def train_edit(args: argparse.Namespace, common: dict) -> None:
-    """`train_diffusion` with swaps, after their files are opened and found to belong together."""
-    require(args.swap_index is not None, "edit wants --swap-index, an index of the pictures in "
-                                       "--data (python index.py build makes one)")
-    common["init"] = args.init or SHIPPED / "continuous.safetensors"
-    clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(common["device"])
-    index, swap_index = retrieval.open_index(args.index), retrieval.open_index(args.swap_index)
-    for each in (index, swap_index):
-        retrieval.check_encoder(each, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
-    begin = args.out / "edit.safetensors" if args.resume else common["init"]
-    is_discrete = clip_model.read_weights(begin)[1].get("class") == "TokenTransformer"
-    codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0] if is_discrete else None
-    train_diffusion("edit", args.data, args.out, index, None, args.condition, **common, k=args.k,
-                    codec=codec, swaps={"swap_index": swap_index, "clip": clip,
-                                        "per_picture": args.swaps})
 
 
 if __name__ == "__main__":
