@@ -1,18 +1,16 @@
 """Train the parts of kNN-Diffusion on one machine:  python train.py WHAT
 
-WHAT is one of
-
     vqvae        pictures <-> tokens, from any folder of pictures
     continuous   the U-Net, from pictures, their embeddings and their neighbours (Sec. 3.2)
     discrete     the transformer, from the VQ-VAE's tokens and the same
-    edit         either of them further (--init), to put back what a swap took away (Sec. 3.3)
+    edit         either of them further, to put back what a region swap took away (Sec. 3.3)
 
 No training reads a word, and only the swaps of `edit` run CLIP. Pictures, tokens, neighbours and
-swaps are made once and kept in files, which training maps into memory.
+swaps are made once and kept in files.
 
-Each loop is flat: rows → x_0, query, neighbours → t, ε, drops → loss → step → average → log. All
-randomness of a step comes from generators seeded with (seed, step), so that a resumed run goes on
-as if it had never stopped. A step's gradient may be summed over parts (--accumulate).
+Each loop is flat: rows → x_0, query, neighbours → t, ε, drops → loss → step → average → log. The
+generators of a step are seeded with (seed, step), so a resumed run goes on as if it had never
+stopped. Left out: more than one GPU, held-out losses, float16.
 
 Shapes: B pictures per step, C channels, S pixels per side, L tokens, V codes, E CLIP dimension,
 K neighbours, N pictures, R rows to learn from: R = N, or several swaps per picture.
@@ -21,16 +19,16 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
-import json
 import math
-import os
 import shlex
 import shutil
 import signal
 import sys
 import time
 import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -48,20 +46,19 @@ import index as retrieval
 import knn_diffusion
 import vqvae
 from clip_model import require
-from knn_diffusion import TokenTransformer, TransformerConfig, UNet, UNetConfig
+from knn_diffusion import TokenTransformer, TransformerConfig, UNet
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
-SAMPLES_EVERY, REVIVE_EVERY = 1000, 100                                    # steps
+REVIVE_EVERY = 100                     # steps
+PIXELS = 2**20                         # that a VQ-VAE encodes in one pass
 PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
            "discrete": knn_diffusion.DISCRETE_PRESETS,
            "edit": {"stickers": None}}                       # an editing model keeps its sizes
-# Steps and peak learning rate suit the stickers.
-DEFAULTS = {"vqvae": {"steps": 10000, "lr": 2e-3}, "continuous": {"steps": 20000, "lr": 2e-3},
-            "discrete": {"steps": 20000, "lr": 2e-3}, "edit": {"steps": 5000, "lr": 1e-3}}
-# Pictures at once, else 64. Computed, not measured: 12 GB for gpu and f16, 24 GB for paper.
+STEPS = {"vqvae": 10000, "continuous": 20000, "discrete": 20000, "edit": 5000}
+# Pictures at once, else 64. Computed, not measured, for 12 GB (gpu, f16) and 24 GB (paper).
 BATCH_SIZES = {("continuous", "gpu"): 32, ("continuous", "paper"): 16, ("discrete", "paper"): 8,
                ("vqvae", "f16-1024"): 6, ("vqvae", "f16-16384"): 6}
-# The layers at a model's ends, whose weights AdamW trains: see `muon_and_adam`.
+# The layers at a model's ends: see `muon_and_adam`.
 ENDS = {vqvae.VQVAE: ("encoder.conv_in", "decoder.conv_out", "quantize"),
         UNet: ("conv_in.", "conv_out."),
         TokenTransformer: ("token.", "row.", "column.", "time.", "out.")}
@@ -90,40 +87,32 @@ class Muon(torch.optim.Optimizer):
     So directions that few pictures ask for move as far as those that all of them ask for: what has
     to be learned by heart is learned sooner. A convolution counts as the matrix (C', C·h·w). The
     factor 0.2 √max(rows, columns) gives AdamW's usual update size, and so its learning rates and
-    decay (Liu et al., 2502.16982 Eq. 4). Matrices of one shape are updated as one stack: a GPU is
-    slower at starting a hundred small products than at computing them.
+    decay (Liu et al., 2502.16982 Eq. 4). Matrices of one shape are one stack: a GPU needs longer to
+    start a hundred small products than to compute them.
     """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float,
                  momentum: float = 0.95) -> None:
-        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay,
-                                      "momentum": momentum})
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        for p in parameters:
+            self.state[p]["mean"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
-            for p in group["params"]:
-                if p.grad is not None:
-                    alike.setdefault(p.shape, []).append(p)
-                    if "mean" not in self.state[p]:
-                        self.state[p]["mean"] = torch.zeros_like(p)
-            for parameters in alike.values():
-                self.update(parameters, group["lr"], group["weight_decay"], group["momentum"])
-
-    def update(self, parameters: list[nn.Parameter], lr: float, weight_decay: float,
-               momentum: float) -> None:
-        """One step of parameters of one shape."""
-        gradients = [p.grad for p in parameters]
-        means = [self.state[p]["mean"] for p in parameters]
-        torch._foreach_lerp_(means, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, means, momentum)            # Nesterov's look ahead
-        stack = torch.stack(ahead)                                         # (n, C', C, h, w)
-        matrices = stack.flatten(2)                                        # (n, C', C·h·w)
-        updates = orthogonal(matrices.squeeze(0)).reshape(stack.shape).unbind()
-        scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
-        torch._foreach_mul_(parameters, 1 - lr * weight_decay)
-        torch._foreach_add_(parameters, updates, alpha=-lr * scale)
+            lr, momentum, alike = group["lr"], group["momentum"], defaultdict(list)
+            for p in (p for p in group["params"] if p.grad is not None):
+                alike[p.shape].append(p)
+            for shape, parameters in alike.items():
+                gradients = [p.grad for p in parameters]
+                means = [self.state[p]["mean"] for p in parameters]
+                torch._foreach_lerp_(means, gradients, 1 - momentum)
+                ahead = torch._foreach_lerp(gradients, means, momentum)    # Nesterov's look ahead
+                matrices = torch.stack(ahead).flatten(2)                   # (n, C', C·h·w)
+                scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
+                updates = orthogonal(matrices.squeeze(0)).reshape(-1, *shape).unbind()
+                torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(parameters, updates, alpha=-lr * scale)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
@@ -164,12 +153,9 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
 
 def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], told: Tensor, lr: float,
               max_norm: float) -> list[float]:
-    """One step down the gradients that backward() left, clipped to `max_norm`. No step where the
-    loss or the gradient's norm is not finite.
-
-    told: the loss and whatever else the loop has to know, (n,). Returns it, and the norm behind it,
-    from the only read-back of a step: each makes the CPU wait until the GPU has nothing to do.
-    """
+    """One step down the gradients that backward() left, clipped; none where the loss or their norm
+    is not finite. told: the loss and what else the loop has to know, (n,). Returns it and then the
+    norm, in the one read-back of a step: each lets a GPU run out of work."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     told = torch.cat([told.detach().flatten(), norm[None]]).tolist()
     if math.isfinite(told[0] + told[-1]):
@@ -183,10 +169,9 @@ def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], told: T
 
 def descend(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float,
             max_norm: float) -> bool:
-    """`take_step` down one loss, where nothing is accumulated. False where no step was taken."""
+    """`take_step` down one loss, nothing accumulated. False where no step was taken."""
     loss.backward()
-    loss, norm = take_step(model, optimizers, loss, lr, max_norm)
-    return math.isfinite(loss + norm)
+    return math.isfinite(sum(take_step(model, optimizers, loss, lr, max_norm)))
 
 
 @torch.no_grad()
@@ -204,46 +189,42 @@ def step_seed(seed: int, step: int) -> int:
 
 class Progress:
     """A line per 50 steps, on stdout and in log.csv; and what ends a run early: the clock, Ctrl-C,
-    SIGTERM."""
+    SIGTERM. The first signal lets the step end and the run be saved, a second one does not."""
 
     def __init__(self, out: Path, first_step: int, steps: int, minutes: float | None) -> None:
         self.path, self.first, self.steps = out / "log.csv", first_step, steps
         self.start = time.time()
         self.deadline = self.start + 60 * (math.inf if minutes is None else minutes)
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped, self.in_a_row, self.stopped = 0, 0, False
         self.recent: list[float] = []
-        self.stopped = False
         if first_step == 0:
             self.path.write_text("step,loss,lr,images_per_second,gradient_norm,skipped\n")
         self.handlers = {number: signal.signal(number, self.stop)
                          for number in (signal.SIGINT, signal.SIGTERM)}
 
     def stop(self, number: int, _: object) -> None:
-        """The first signal lets the step end and the run be saved; a second one ends it at once."""
         self.stopped = True
         signal.signal(number, signal.SIG_DFL)
 
     def update(self, step: int, loss: float, lr: float, batch_size: int, finite: bool,
                norm: float = math.nan) -> None:
-        """Count a finished step; every 50th is logged. Raises FloatingPointError after 20
-        non-finite steps in a row."""
-        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        """Count a finished step; every 50th is logged. norm: the gradient's. Raises
+        FloatingPointError after 20 non-finite steps in a row."""
         self.skipped += not finite
-        if self.skipped_in_a_row >= 20:
+        self.in_a_row = 0 if finite else self.in_a_row + 1
+        if self.in_a_row >= 20:
             raise FloatingPointError("the loss or its gradient was not finite 20 times in a row: "
                                      "--resume with a lower --lr")
-        if finite:
-            self.recent.append(loss)
-        if (step + 1) % 50 and step + 1 != self.steps:
-            return
-        seconds = (time.time() - self.start) / (step + 1 - self.first)
-        speed, mean = batch_size / seconds, sum(self.recent) / max(1, len(self.recent))
-        self.recent = []
-        with open(self.path, "a") as file:
-            file.write(f"{step + 1},{mean:.5f},{lr:.2e},{speed:.1f},{norm:.3g},{self.skipped}\n")
-        print(f"step {step + 1}/{self.steps}  loss {mean:.4f}  gradient {norm:.3g}  "
-              f"{speed:.1f} images/s  {self.skipped} skipped  "
-              f"{(self.steps - step - 1) * seconds / 60:.0f} min left", flush=True)
+        self.recent += [loss] * finite
+        if (step + 1) % 50 == 0 or step + 1 == self.steps:
+            seconds = (time.time() - self.start) / (step + 1 - self.first)
+            speed, mean = batch_size / seconds, sum(self.recent) / max(1, len(self.recent))
+            left, self.recent = (self.steps - step - 1) * seconds / 60, []
+            with open(self.path, "a") as file:
+                print(step + 1, f"{mean:.5f},{lr:.2e},{speed:.1f},{norm:.3g}", self.skipped,
+                      sep=",", file=file)
+            print(f"step {step + 1}/{self.steps}  loss {mean:.4f}  gradient {norm:.3g}  {speed:.1f}"
+                  f" images/s  {self.skipped} skipped  {left:.0f} min left", flush=True)
 
     def out_of_time(self) -> bool:
         """Whether the step just done has to be the last one."""
@@ -299,58 +280,60 @@ def all_commands(weights: Path | None, command: str) -> str:
     return f"{before}\n{command}".strip()
 
 
-@dataclass(frozen=True)
 class Run:
-    """A training under way: what begins, saves and resumes alike in all loops."""
-    args: argparse.Namespace
-    model: nn.Module
-    ema: nn.Module
-    optimizers: list[torch.optim.Optimizer]
-    others: list                 # what is restored beside the weights: optimisers, a TimeSampler
-    settings: dict               # what may not change when the run is resumed
-    metadata: dict[str, str]     # what is written beside the weights
-    first: int                   # the steps done before
+    """A training under way: what all loops begin, save and resume alike. settings: what may not
+    change when it is resumed; others: what is restored beside the weights and optimisers."""
 
+    def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
+                 *others: nn.Module) -> None:
+        self.args, self.settings = args, {"seed": args.seed, "preset": args.preset, **settings}
+        self.model = model.to(args.device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        model.train().requires_grad_(True)
+        self.optimizers = muon_and_adam(model, args.lr, ENDS[type(model)])
+        self.others = [*self.optimizers, *others]
+        self.n = args.accumulate * args.batch_size                         # pictures per step
+        self.parts = [slice(i, i + args.batch_size) for i in range(0, self.n, args.batch_size)]
+        self.first = load_state(args.out / "state.pt", args.steps, self.settings, model, self.ema,
+                                self.others) if args.resume else 0
+        (args.out / "samples").mkdir(parents=True, exist_ok=True)
+        print(f"{args.what}: {args.data} -> {args.out}, "
+              f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {self.first} to "
+              f"{args.steps} of {args.accumulate} x {args.batch_size}, {args.device}, "
+              f"{'bfloat16' if args.bf16 else 'float32'}", flush=True)
 
-def begin(args: argparse.Namespace, model: nn.Module, about: str, settings: dict,
-          metadata: dict[str, str], *state: nn.Module) -> Run:
-    """Move the model to its device; make its average and optimisers; with --resume, restore all.
-    about: the data, for the first line."""
-    model = model.to(args.device, memory_format=torch.channels_last).train().requires_grad_(True)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    optimizers = muon_and_adam(model, args.lr, ENDS[type(model)])
-    others = [*optimizers, *state]
-    settings = {"seed": args.seed, "preset": args.preset, **settings}
-    first = 0
-    if args.resume:
-        first = load_state(args.out / "state.pt", args.steps, settings, model, ema, others)
-    (args.out / "samples").mkdir(parents=True, exist_ok=True)
-    print(f"{args.what}: {args.data} ({about}) -> {args.out}, "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {first} to "
-          f"{args.steps} of {args.accumulate} x {args.batch_size}, {args.device}, "
-          f"{'bfloat16' if args.bf16 else 'float32'}", flush=True)
-    return Run(args, model, ema, optimizers, others, settings, metadata, first)
+    def steps(self, show: Callable[[int], None]) -> Iterator[tuple[int, torch.Generator]]:
+        """The steps to do, each with its generator. Now and then, and at the end, the training is
+        saved; then `show` draws or measures, and may run out of memory."""
+        args = self.args
+        self.progress = Progress(args.out, self.first, args.steps, args.minutes)
+        for step in range(self.first, args.steps):
+            torch.manual_seed(step_seed(args.seed + 1, step))              # dropout in the model
+            yield step, torch.Generator().manual_seed(step_seed(args.seed, step))
+            is_last = self.progress.out_of_time() or step + 1 == args.steps
+            if is_last or (step + 1) % args.save_every == 0:
+                self.save(step + 1)
+                show(step + 1)
+            if is_last:
+                break
+        self.progress.finish(step + 1, args.out / f"{args.what}.safetensors")
 
+    def save(self, step: int) -> None:
+        """WHAT.safetensors, the averaged weights; with --keep also under the step's number."""
+        path = self.args.out / f"{self.args.what}.safetensors"
+        metadata = {"step": str(step), "command": self.args.command}
+        for name in {"condition", "clip", "vqvae"} & set(self.settings):
+            metadata[name] = self.settings[name]
+        clip_model.save_model(path, self.ema, metadata)
+        if self.args.keep:
+            shutil.copyfile(path, path.with_stem(f"{self.args.what}-{step:07d}"))
+        save_state(path.with_name("state.pt"), step, self.settings, self.model, self.ema,
+                   self.others)
 
-def save_weights(run: Run, step: int, **measured: str) -> None:
-    """WHAT.safetensors, the averaged weights; with --keep once more under the step's number."""
-    path = run.args.out / f"{run.args.what}.safetensors"
-    clip_model.save_model(path, run.ema, {"step": str(step), "command": run.args.command,
-                                          **run.metadata, **measured})
-    if run.args.keep:
-        shutil.copyfile(path, path.with_stem(f"{run.args.what}-{step:07d}"))
-
-
-def checkpoint(run: Run, step: int) -> None:
-    save_weights(run, step)
-    save_state(run.args.out / "state.pt", step, run.settings, run.model, run.ema, run.others)
-
-
-def save_grid(run: Run, step: int, rows: list[Tensor]) -> None:
-    """samples/STEP.png, a row of pictures per batch x (n, 3, S, S)."""
-    pictures = [clip_model.to_pictures(x) for x in rows]
-    sheet = clip_model.grid(pictures, rows[0].shape[-1])
-    sheet.save(run.args.out / "samples" / f"{step:07d}.png")
+    def save_grid(self, step: int, rows: list[Tensor]) -> None:
+        """samples/STEP.png, a row of pictures per batch x (n, 3, S, S)."""
+        sheet = clip_model.grid([clip_model.to_pictures(x) for x in rows], rows[0].shape[-1])
+        sheet.save(self.args.out / "samples" / f"{step:07d}.png")
 
 
 # ---------------------------------------------------------------- pictures, made ready once
@@ -381,49 +364,49 @@ def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False)
     return np.array(found, np.uint8).reshape(-1, size, size, 3)
 
 
-def picture_blocks(folder: Path, names: list[str], size: int, skip: bool = False
-                   ) -> Iterator[np.ndarray]:
-    for i in range(0, len(names), 256):
-        yield read_pictures(folder, names[i:i + 256], size, skip)
-
-
 def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
     """An array in a .npy file, memory-mapped. Where the file is missing or damaged, or the .key
     beside it tells of another key or shape, `blocks` makes its rows, and they are written."""
     key_path = path.with_suffix(".key")
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
         if key_path.read_text("utf-8") == f"{key} {array.shape} {array.dtype}\n":
             return array
     except Exception:                         # numpy's reader raises many kinds on a damaged file
         pass
     path.parent.mkdir(parents=True, exist_ok=True)
-    n = 0
     with clip_model.replacing(path) as file:
+        n = file.write(bytes(128)) - 128                  # room for the header
         for block in blocks:
-            header = {"descr": block.dtype.str, "fortran_order": False}
-            if n == 0:                                    # its length leaves room for any number
-                np.lib.format.write_array_header_1_0(file, {**header, "shape": block.shape})
             file.write(np.ascontiguousarray(block))
             n += len(block)
             if sys.stderr.isatty():
                 print(f"\r{path.name}: {n:,} rows ", end="", file=sys.stderr)
         require(n > 0, f"nothing to put into {path}: no picture can be read")
         file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {**header, "shape": (n, *block.shape[1:])})
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+        np.lib.format.write_array_header_1_0(file, {
+            "descr": block.dtype.str, "fortran_order": False, "shape": (n, *block.shape[1:])})
+        assert file.tell() == 128
+    array = np.load(path, mmap_mode="c", allow_pickle=False)
     key_path.write_text(f"{key} {array.shape} {array.dtype}\n", encoding="utf-8")
     return array
+
+
+def prepared(folder: Path, names: list[str], size: int, path: Path, skip: bool = False
+             ) -> np.ndarray:
+    """`read_pictures`, kept in `path`: made anew where names or sizes of the files change."""
+    missing = [name for name in names if not (folder / name).is_file()]
+    require(not missing, f"{folder} has no {missing[:1]}: give the --index (edit: --swap-index) of "
+            "this folder, `python index.py build` makes it")
+    files = [(name, (folder / name).stat().st_size) for name in names]
+    blocks = (read_pictures(folder, names[i:i + 256], size, skip)
+              for i in range(0, len(names), 256))
+    return cached(path, hashlib.sha256(repr(files).encode()).hexdigest(), blocks)
 
 
 def to_x(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
     """uint8 (B, S, S, 3) → float32 (B, 3, S, S) in [-1, 1]. Bytes go to the device, not floats."""
     return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def at_once(size: int) -> int:
-    """Pictures that a VQ-VAE takes in one pass: 2^20 pixels, whatever their size."""
-    return max(1, 2**20 // size**2)
 
 
 # ---------------------------------------------------------------- the VQ-VAE
@@ -449,7 +432,7 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
                 ) -> tuple[Tensor, float, Tensor]:
     """Some reconstructions, the mean PSNR in dB, and how often each code was used (V,)."""
     counts = torch.zeros(model.config.n_codes, dtype=torch.int64)
-    first, quality, step = torch.zeros(0), [], at_once(pictures.shape[1])
+    first, quality, step = torch.zeros(0), [], PIXELS // pictures.shape[1]**2
     for i in range(0, len(pictures), step):
         x = to_x(pictures[i:i + step], device)
         tokens = model.encode(x)
@@ -460,32 +443,22 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
     return first, torch.cat(quality).mean().item(), counts
 
 
-def picture_split(args: argparse.Namespace, size: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Pictures to train on, at most 1,000 to measure on, and what the latter are."""
-    names = retrieval.list_images(args.data)
-    are_stickers = (args.data.parent / "captions.jsonl").is_file()
-    train_names, test_names = split_by_drawing(names, args.keep_out, are_stickers)
-    require(len(train_names) > 0, f"no picture to train on below {args.data}")
-    arrays = []
-    for name, chosen in (("pictures", train_names),
-                         ("measured", some(test_names or train_names, 1000))):
-        sizes = [(each, os.path.getsize(args.data / each)) for each in chosen]
-        key = hashlib.sha256(repr(sizes).encode()).hexdigest()
-        blocks = picture_blocks(args.data, chosen, size, skip=True)
-        arrays.append(cached(args.out / f"{name}-{size}.npy", key, blocks))
-    return *arrays, "kept out" if test_names else "trained on"
-
-
 def train_vqvae(args: argparse.Namespace) -> None:
-    """Train the VQ-VAE on a folder of pictures; write out/vqvae.safetensors and out/state.pt."""
+    """Train the VQ-VAE on a folder of pictures."""
     torch.manual_seed(args.seed)
-    model = vqvae.load(args.weights)[0] if args.weights else vqvae.VQVAE(
-        vqvae.PRESETS[args.preset])
-    config, device = model.config, args.device
+    model = (vqvae.load(args.weights)[0] if args.weights else
+             vqvae.VQVAE(vqvae.PRESETS[args.preset]))
+    config, device, size = model.config, args.device, model.config.image_size
     require(not config.gumbel, "the Gumbel codebook loads and runs here; training it is left out")
-    pictures, tests, which = picture_split(args, config.image_size)
-    run = begin(args, model, f"{len(pictures)} pictures, {config.image_size} px, factor "
-                f"{config.factor}, V {config.n_codes}", {"keep_out": args.keep_out}, {})
+    are_stickers = (args.data.parent / "captions.jsonl").is_file()
+    names, others = split_by_drawing(retrieval.list_images(args.data), args.keep_out, are_stickers)
+    require(len(names) > 0, f"no picture to train on below {args.data}")
+    pictures = prepared(args.data, names, size, args.out / f"pictures-{size}.npy", skip=True)
+    tests = prepared(args.data, some(others or names, 1000), size,
+                     args.out / f"measured-{size}.npy", skip=True)
+    print(f"{len(pictures)} pictures, {len(others)} kept out, {size} px, factor {config.factor}, "
+          f"V {config.n_codes}")
+    run = Run(args, model, {"keep_out": args.keep_out})
 
     def draw(n: int, seeded: torch.Generator) -> np.ndarray:
         return pictures[torch.randint(len(pictures), (n,), generator=seeded).numpy()]
@@ -503,22 +476,17 @@ def train_vqvae(args: argparse.Namespace) -> None:
 
     def measure(step: int) -> None:
         x, quality, counts = reconstruct(run.ema, tests, device)
-        report = (f"PSNR {quality:.2f} dB on {len(tests)} pictures {which}, "
-                  f"{int((counts > 0).sum())} of {len(counts)} codes used, perplexity "
-                  f"{vqvae.perplexity(counts):.0f}")
-        print(f"step {step}: {report}", flush=True)
-        save_weights(run, step, measured=report)
-        save_grid(run, step, [to_x(tests[:len(x)]), x])
+        print(f"step {step}: PSNR {quality:.2f} dB on {len(tests)} pictures "
+              f"{'kept out' if others else 'trained on'}, {int((counts > 0).sum())} of "
+              f"{len(counts)} codes used, perplexity {vqvae.perplexity(counts):.0f}", flush=True)
+        run.save_grid(step, [to_x(tests[:len(x)]), x])
 
-    progress = Progress(args.out, run.first, args.steps, args.minutes)
-    for step in range(run.first, args.steps):
+    for step, seeded in run.steps(show=measure):
         if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:       # codes settle in the end
             revive(step)
-        batch = draw(args.accumulate * args.batch_size,
-                     torch.Generator().manual_seed(step_seed(args.seed, step)))
-        total = torch.zeros((), device=device)
-        for i in range(0, len(batch), args.batch_size):
-            x = to_x(batch[i:i + args.batch_size], device)
+        batch, total = draw(run.n, seeded), 0
+        for part in run.parts:
+            x = to_x(batch[part], device)
             with autocast(device, args.bf16):
                 found, codebook_loss, _ = model(x)
                 loss = vqvae.reconstruction_loss(found, x) + codebook_loss
@@ -527,14 +495,7 @@ def train_vqvae(args: argparse.Namespace) -> None:
         rate = learning_rate(step, args.lr, 300, args.steps)
         loss, norm = take_step(model, run.optimizers, total, rate, max_norm=1.0)
         average(run.ema, model, step, 0.999)
-        progress.update(step, loss, rate, len(batch), math.isfinite(loss + norm), norm)
-        last = progress.out_of_time() or step + 1 == args.steps
-        if last or (step + 1) % args.save_every == 0:
-            checkpoint(run, step + 1)
-            measure(step + 1)                             # after saving: it may run out of memory
-        if last:
-            break
-    progress.finish(step + 1, args.out / "vqvae.safetensors")
+        run.progress.update(step, loss, rate, run.n, math.isfinite(loss + norm), norm)
 
 
 # ---------------------------------------------------------------- what a diffusion may see
@@ -553,163 +514,99 @@ class Data:
         near = self.database[self.neighbors[rows].astype(np.int64)]
         return torch.from_numpy(self.queries[rows]).float(), torch.from_numpy(near).float()
 
-    def pictures(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        """x_0 and I_manip, or None, of rows (B,)."""
+    def pictures(self, rows: np.ndarray) -> list[np.ndarray]:
+        """x_0 of rows (B,), and for a model that edits their I_manip."""
         x0 = self.x0[rows % len(self.x0)]
-        return x0, None if self.swapped is None else self.swapped[rows]
+        return [x0] if self.swapped is None else [x0, self.swapped[rows]]
 
-    @property
-    def about(self) -> str:
-        return f"{len(self.x0)} pictures, {len(self.queries)} rows, K {self.neighbors.shape[1]}"
-
-
-def gather(args: argparse.Namespace, own: retrieval.Index, database: retrieval.Index,
-           config: UNetConfig | TransformerConfig, codec: vqvae.VQVAE | None,
-           clip: clip_model.CLIP | None) -> tuple[Data, dict]:
-    """Read or make everything for either backbone; and what may not change on --resume.
-
-    own: the index of the pictures in --data; database: the one that neighbours come from; codec:
-    makes tokens, clip: embeds swapped regions, where they are wanted. Raises ValueError where a
-    picture of the index is missing; further files of the folder are not looked at.
-    """
-    missing = [name for name in own.paths if not (args.data / str(name)).is_file()]
-    require(not missing, f"{args.data} has no {missing[:1]}, which the index at {own.folder} "
-            "names: name another index, or make one with `python index.py build`")
-    size, k, digest = config.image_size, config.n_neighbors, retrieval.rows_digest(own.rows)
-    told = {"pictures": digest[:16], "index": retrieval.rows_digest(database.rows)[:16]}
-
-    def pictures() -> np.ndarray:                         # discrete: only where it has no tokens
-        return cached(own.folder / f"pictures-{size}.npy", digest,
-                      picture_blocks(args.data, own.paths, size))
-
-    queries, swapped = own.rows, None
-    if args.what == "edit":
-        told["swaps"], swapped, queries, neighbors = swaps(args, own, database, config, clip,
-                                                           pictures())
-    elif args.neighbors_from:
-        neighbors = cached(own.folder / f"neighbors-{k}-from-{told['index']}.npy", digest,
-                           neighbor_blocks(own, database, k, args.device))
-    else:
-        neighbors = retrieval.neighbor_table(own, k, device=args.device)
-    if codec is None:
-        return Data(pictures(), queries, neighbors, database.rows, swapped), told
-    told["vqvae"] = vqvae.fingerprint(codec)
-    name = f"tokens-{told['vqvae']}.npy"
-    x0 = cached(own.folder / name, digest, token_blocks(codec, pictures, args.device))
-    if swapped is not None:
-        made = swapped
-        swapped = cached(args.out / name, told["swaps"],
-                         token_blocks(codec, lambda: made, args.device))
-    require(int(x0.max()) < codec.config.n_codes, f"{own.folder / name} is damaged: delete it")
-    return Data(x0, queries, neighbors, database.rows, swapped), told
+    def twelve(self, args: argparse.Namespace
+               ) -> tuple[list[np.ndarray], Tensor | None, Tensor | None]:
+        """Twelve rows from all over to draw samples for; None for what --condition blinds."""
+        rows = np.arange(12) * (len(self.queries) // 13)  # of 12 some would be of one picture
+        query, neighbors = (part.to(args.device) for part in self.condition(rows))
+        return (self.pictures(rows), None if args.condition == "neighbors" else query,
+                None if args.condition == "query" else neighbors)
 
 
-@torch.no_grad()
-def token_blocks(codec: vqvae.VQVAE, pictures: Callable[[], np.ndarray], device: torch.device
-                 ) -> Iterator[np.ndarray]:
-    """Tokens int32 (n, L). `pictures` is called, and opens files, only where tokens are made."""
-    found = pictures()
-    step = at_once(found.shape[1])
-    for i in range(0, len(found), step):
-        yield codec.encode(to_x(found[i:i + step], device)).int().cpu().numpy()
-
-
-def neighbor_blocks(own: retrieval.Index, database: retrieval.Index, k: int,
-                    device: torch.device) -> Iterator[np.ndarray]:
-    """int32 (n, k): the rows of another index that are nearest to each own row."""
-    for i in range(0, len(own), 1024):
-        queries = torch.from_numpy(own.rows[np.arange(i, min(i + 1024, len(own)))])
-        yield database.search(queries.to(device).float(), k)[1].int().cpu().numpy()
-
-
-def swaps(args: argparse.Namespace, own: retrieval.Index, database: retrieval.Index,
-          config: UNetConfig | TransformerConfig, clip: clip_model.CLIP, pictures: np.ndarray
+def swaps(args: argparse.Namespace, own: retrieval.Index, database: retrieval.Index, k: int,
+          clip: clip_model.CLIP, pictures: np.ndarray
           ) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
     """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3).
 
     Returns a name for the lot; I_manip uint8 (R, S, S, 3); the *original* regions' embeddings
-    float16 (R, E) and their rows in the database int32 (R, K). R = --swaps times N, all pictures in
-    turn. Kept in out/swaps-NAME.npz; NAME holds a digest of all that they depend on, edit.py too.
+    float16 (R, E); their rows in the database int32 (R, K). R is --swaps times N, all pictures in
+    turn. Kept in out/swaps-NAME.npz; NAME is a digest of all that they depend on, edit.py too.
     """
-    require(len(own) > 1, f"{args.data} holds one picture, and a swap needs another one")
-    told = [config.image_size, config.n_neighbors, args.swaps, args.seed, clip.fingerprint(),
-            *(retrieval.rows_digest(each.rows) for each in (own, database)),
-            Path(edit.__file__).read_text("utf-8")]
-    name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
-    path, parts = args.out / f"swaps-{name}.npz", ("manipulated", "queries", "neighbors")
+    (N, size), step = pictures.shape[:2], PIXELS // pictures.shape[1]**2
+    require(N > 1, f"{args.data} holds one picture, and a swap needs another one")
+    digests = [retrieval.rows_digest(each.rows) for each in (own, database)]
+    told = size, k, args.swaps, args.seed, clip.fingerprint(), digests
+    source = Path(edit.__file__).read_text("utf-8")
+    name = hashlib.sha256(f"{told} {source}".encode()).hexdigest()[:16]
+    path = args.out / f"swaps-{name}.npz"
     try:
         with np.load(path, allow_pickle=False) as found:
-            return name, *(found[part] for part in parts)
+            return name, *(found[part] for part in ("manipulated", "queries", "neighbors"))
     except Exception:                                     # missing, or damaged: made anew
         pass
     generator = torch.Generator().manual_seed(args.seed)
     partner = retrieval.neighbor_table(own, 1, device=args.device)[:, 0]   # (N,), never itself
-    (N, size), step = pictures.shape[:2], at_once(config.image_size)
-    manipulated, queries, moved = [], [], 0
+    manipulated, queries, n_moved = [], [], 0
     for start in list(range(0, N, step)) * args.swaps:
         rows = np.arange(start, min(start + step, N))
-        x, boxes, is_aligned = edit.region_swap(
-            to_x(pictures[rows], args.device), to_x(pictures[partner[rows]], args.device),
-            generator)
-        moved += int(is_aligned.sum())
-        manipulated.append(np.stack(clip_model.to_pictures(x)))
+        x, boxes, moved = edit.region_swap(to_x(pictures[rows], args.device),
+                                           to_x(pictures[partner[rows]], args.device), generator)
+        n_moved += int(moved.sum())
+        manipulated += clip_model.to_pictures(x)
         crops = [Image.fromarray(pictures[row]).crop(edit.region_crop(tuple(box), size, size))
                  for row, box in zip(rows, boxes.tolist())]
         queries.append(clip.embed_pictures(crops))
     queries = torch.cat(queries)
-    print(f"{len(queries)} swaps: {moved} neighbours aligned, the others left as they were",
-          flush=True)
-    ids = database.search(queries, config.n_neighbors)[1]
-    made = (np.concatenate(manipulated), queries.half().cpu().numpy(), ids.int().cpu().numpy())
+    print(f"{len(queries)} swaps, {n_moved} of neighbours that could be aligned", flush=True)
+    ids = database.search(queries, k)[1].int().cpu().numpy()
+    made = np.stack(manipulated), queries.half().cpu().numpy(), ids
     args.out.mkdir(parents=True, exist_ok=True)
     with clip_model.replacing(path) as file:
-        np.savez(file, **dict(zip(parts, made)))
+        np.savez(file, manipulated=made[0], queries=made[1], neighbors=made[2])
     return name, *made
 
 
 # ---------------------------------------------------------------- the U-Net (Sec. 3.2)
 
-def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings: dict,
-                     metadata: dict[str, str]) -> None:
-    """Train the U-Net; write out/WHAT.safetensors (the average), out/state.pt and samples."""
+def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings: dict) -> None:
+    """Train the U-Net, to draw or to edit."""
     config, device, size = model.config, args.device, model.config.image_size
     schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
     draw_drops = knn_diffusion.draw_edit_drops if config.edit else knn_diffusion.draw_drops
-    run = begin(args, model, data.about, {**settings, "target": config.target}, metadata)
+    run = Run(args, model, {**settings, "target": config.target})
 
     def draw_samples(step: int) -> None:
-        rows = glance(data)
-        shown = [to_x(each, device) for each in data.pictures(rows) if each is not None]
-        query, neighbors = shown_condition(args, data, rows)
+        pictures, query, neighbors = data.twelve(args)
+        shown = [to_x(each, device) for each in pictures]
         with autocast(device, args.bf16):
             *_, x = knn_diffusion.sample(run.ema, query, neighbors, list(range(12)),
                                          steps=min(20, config.T), picture=(*shown, None)[1])
-        save_grid(run, step, [*shown, x])
+        run.save_grid(step, [*shown, x])
 
-    progress = Progress(args.out, run.first, args.steps, args.minutes)
-    n = args.accumulate * args.batch_size                                  # pictures per step
-    for step in range(run.first, args.steps):
-        seeded = torch.Generator().manual_seed(step_seed(args.seed, step))
-        torch.manual_seed(step_seed(args.seed + 1, step))                  # dropout in the model
-        rows = torch.randint(len(data.queries), (n,), generator=seeded).numpy()
-        x0, manipulated = data.pictures(rows)                              # (n, S, S, 3) each
+    for step, seeded in run.steps(show=draw_samples):
+        rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
+        x0, *manipulated = data.pictures(rows)                             # uint8 (n, S, S, 3)
         query, neighbors = data.condition(rows)                            # (n, E), (n, K, E)
-        t = torch.randint(1, config.T + 1, (n,), generator=seeded)
-        eps = torch.randn(n, 3, size, size, generator=seeded)
-        drop_query, drop_neighbors, *drop_picture = draw_drops(n, seeded, args.condition)
+        t = torch.randint(1, config.T + 1, (run.n,), generator=seeded)
+        eps = torch.randn(run.n, 3, size, size, generator=seeded)
+        drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
         if args.flip:                         # the embeddings stay those of the unflipped picture
-            flip = (torch.rand(n, generator=seeded) < 0.5).numpy()
-            for pictures in (x0, manipulated) if config.edit else (x0,):
+            flip = (torch.rand(run.n, generator=seeded) < 0.5).numpy()
+            for pictures in (x0, *manipulated):
                 pictures[flip] = pictures[flip, :, ::-1]
         if args.query_noise:
             query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
-        inputs = query, neighbors, t, eps, drop_query, drop_neighbors
-        total = torch.zeros((), device=device)
-        for i in range(0, n, args.batch_size):
-            part, picture = slice(i, i + args.batch_size), None
+        inputs, total = (query, neighbors, t, eps, drop_query, drop_neighbors), 0
+        for part in run.parts:
+            picture = None
             if config.edit:                                                # a null picture is grey
-                is_null = drop_picture[0][part].to(device)[:, None, None, None]
-                picture = to_x(manipulated[part], device).masked_fill(is_null, 0)
+                is_null = drop_picture[0][part, None, None, None].to(device)
+                picture = to_x(manipulated[0][part], device).masked_fill(is_null, 0)
             with autocast(device, args.bf16):
                 loss = knn_diffusion.diffusion_loss(
                     model, schedule, to_x(x0[part], device),
@@ -719,76 +616,45 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
         rate = learning_rate(step, args.lr, 300, args.steps)
         loss, norm = take_step(model, run.optimizers, total, rate, max_norm=1.0)
         average(run.ema, model, step, 0.9995)
-        progress.update(step, loss, rate, n, math.isfinite(loss + norm), norm)
-        last = progress.out_of_time() or step + 1 == args.steps
-        if last or (step + 1) % args.save_every == 0:
-            checkpoint(run, step + 1)
-        if step + 1 == args.steps or (step + 1) % SAMPLES_EVERY == 0:
-            draw_samples(step + 1)
-        if last:
-            break
-    progress.finish(step + 1, args.out / f"{args.what}.safetensors")
-
-
-def glance(data: Data) -> np.ndarray:
-    """Twelve rows from all over; no two of them swaps of one picture."""
-    return np.arange(12) * (len(data.queries) // 13)
-
-
-def shown_condition(args: argparse.Namespace, data: Data, rows: np.ndarray
-                    ) -> tuple[Tensor | None, Tensor | None]:
-    """The condition to draw samples with: what --condition blinds is None."""
-    query, neighbors = (part.to(args.device) for part in data.condition(rows))
-    return (None if args.condition == "neighbors" else query,
-            None if args.condition == "query" else neighbors)
+        run.progress.update(step, loss, rate, run.n, math.isfinite(loss + norm), norm)
 
 
 # ---------------------------------------------------------------- the transformer
 
 def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data,
-                   codec: vqvae.VQVAE, settings: dict, metadata: dict[str, str]) -> None:
-    """Train the transformer; write out/WHAT.safetensors (the average), out/state.pt and samples."""
+                   codec: vqvae.VQVAE, settings: dict) -> None:
+    """Train the transformer, to draw or to edit."""
     config, device, V = model.config, args.device, model.config.n_codes
     schedule = knn_diffusion.MaskSchedule(config.T, V, config.schedule)
     times = knn_diffusion.TimeSampler(config.T)
     draw_drops = knn_diffusion.draw_edit_drops if config.edit else knn_diffusion.draw_drops
-    run = begin(args, model, data.about, settings, metadata, times)
+    run = Run(args, model, settings, times)
 
     def draw_samples(step: int) -> None:
-        rows = glance(data)
-        shown = [torch.from_numpy(each).long().to(device) for each in data.pictures(rows)
-                 if each is not None]
-        query, neighbors = shown_condition(args, data, rows)
+        pictures, query, neighbors = data.twelve(args)
+        shown = [torch.from_numpy(each).long().to(device) for each in pictures]
         with autocast(device, args.bf16):
             *_, tokens = knn_diffusion.sample_tokens(
                 run.ema, query, neighbors, list(range(12)), steps=min(25, config.T),
                 picture=(*shown, None)[1])
-            save_grid(run, step, [codec.decode(each) for each in (*shown, tokens)])
+            run.save_grid(step, [codec.decode(each) for each in (*shown, tokens)])
 
-    progress = Progress(args.out, run.first, args.steps, args.minutes)
-    n = args.accumulate * args.batch_size                                  # pictures per step
-    for step in range(run.first, args.steps):
-        seeded = torch.Generator().manual_seed(step_seed(args.seed, step))
-        torch.manual_seed(step_seed(args.seed + 1, step))                  # dropout in the model
-        rows = torch.randint(len(data.queries), (n,), generator=seeded).numpy()
-        x0, manipulated = data.pictures(rows)                              # (n, L) each
-        x0 = torch.from_numpy(x0).long()
+    for step, seeded in run.steps(show=draw_samples):
+        rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
+        x0, *manipulated = (torch.from_numpy(each).long() for each in data.pictures(rows))
         query, neighbors = data.condition(rows)                            # (n, E), (n, K, E)
-        t, weight = times.draw(n, seeded)
-        u = torch.rand(x0.shape, generator=seeded)
+        t, weight = times.draw(run.n, seeded)
+        u = torch.rand(x0.shape, generator=seeded)                         # (n, L)
         codes = torch.randint(V, x0.shape, generator=seeded)
-        drop_query, drop_neighbors, *drop_picture = draw_drops(n, seeded, args.condition)
+        drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
+        if config.edit:
+            manipulated[0][drop_picture[0]] = V                            # a null picture: MASK
         xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
         if args.query_noise:
             query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
-        inputs = [x0, xt, t, query, neighbors, drop_query, drop_neighbors]
-        if config.edit:
-            picture = torch.from_numpy(manipulated).long()
-            picture[drop_picture[0]] = V                                   # a null picture: MASK
-            inputs.append(picture)
-        total, all_terms = torch.zeros(1, device=device), []
-        for i in range(0, n, args.batch_size):
-            part = slice(i, i + args.batch_size)
+        inputs = x0, xt, t, query, neighbors, drop_query, drop_neighbors, *manipulated
+        total, all_terms = 0, []
+        for part in run.parts:
             with autocast(device, args.bf16):
                 terms, auxiliary = knn_diffusion.discrete_loss(
                     model, schedule, *(each[part].to(device) for each in inputs))
@@ -797,19 +663,11 @@ def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data
             total += loss.detach() / args.accumulate
             all_terms.append(terms.detach())
         rate = learning_rate(step, args.lr, 300, args.steps)
-        loss, *terms, norm = take_step(model, run.optimizers, torch.cat([total, *all_terms]), rate,
-                                       max_norm=1.0)
+        loss, *terms, norm = take_step(model, run.optimizers, torch.stack([total, *torch.cat(
+            all_terms)]), rate, max_norm=1.0)
         times.update(t, torch.tensor(terms))
         average(run.ema, model, step, 0.9995)
-        progress.update(step, loss, rate, n, math.isfinite(loss + norm), norm)
-        last = progress.out_of_time() or step + 1 == args.steps
-        if last or (step + 1) % args.save_every == 0:
-            checkpoint(run, step + 1)
-        if step + 1 == args.steps or (step + 1) % SAMPLES_EVERY == 0:
-            draw_samples(step + 1)
-        if last:
-            break
-    progress.finish(step + 1, args.out / f"{args.what}.safetensors")
+        run.progress.update(step, loss, rate, run.n, math.isfinite(loss + norm), norm)
 
 
 # ---------------------------------------------------------------- the command
@@ -819,48 +677,40 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("what", choices=list(PRESETS))
     add("--data", type=Path, required=True, help="a folder of pictures")
-    add("--out", type=Path, required=True,
-        help="folder to write: WHAT.safetensors, state.pt, samples/, log.csv")
-    add("--preset", default="stickers", help="stickers; for continuous and discrete also gpu, "
-        "paper; for vqvae f16-1024, f16-16384")
-    for name, what in (("steps", "total number, resumed ones included; the learning rate falls "
-                        "towards it"), ("lr", "peak learning rate")):
-        defaults = ", ".join(f"{each} {DEFAULTS[each][name]:g}" for each in DEFAULTS)
-        add(f"--{name}", type=type(DEFAULTS["edit"][name]),
-            help=f"{what} (default: {defaults}; for the stickers preset)")
+    add("--out", type=Path, required=True, help="folder to write: WHAT.safetensors, state.pt, ...")
+    add("--preset", default="stickers",
+        help="stickers; continuous, discrete: gpu, paper; vqvae: f16-1024, f16-16384")
+    add("--steps", type=int, help=f"total, resumed ones included; the rate falls to it ({STEPS})")
     add("--batch-size", type=int, help="pictures at once (default 64, less for large presets)")
-    add("--accumulate", type=int, default=1, metavar="A",
-        help="a step's gradient is the mean of A batches: as of one, A times as large")
+    add("--accumulate", type=int, default=1, metavar="A", help="batches per step: one of A·B")
+    add("--lr", type=float, help="peak learning rate (default 2e-3; edit: 1e-3)")
     add("--seed", type=int, default=0)
-    add("--resume", action="store_true", help="go on from OUT/state.pt, arguments as they were; "
-        "--steps, --lr, --batch-size may differ")
+    add("--resume", action="store_true",
+        help="go on; all arguments as they were, but for --steps, --lr, --batch-size")
     add("--init", type=Path, help="start from these weights, of their sizes, k and target, "
         "optimiser fresh (default: none; edit: the shipped continuous ones)")
     add("--minutes", type=float, help="save and stop after this long")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default 500)")
-    add("--keep", action="store_true", help="keep the weights of every save, under their step")
-    add("--index", type=Path, default=SHIPPED / "index", help="both backbones: the index of the "
-        "pictures in --data; edit: the one that the condition's neighbours come from")
-    add("--neighbors-from", type=Path, metavar="DIR", help="both backbones: another index, whose "
-        "rows are the neighbours, none excluded")
+    add("--keep", action="store_true", help="keep the weights of every save")
+    add("--index", type=Path, default=SHIPPED / "index", help="the index of the pictures in "
+        "--data; edit: the one that the condition's neighbours come from")
+    add("--neighbors-from", type=Path, metavar="DIR",
+        help="another index, whose rows are the neighbours, none excluded")
     add("--swap-index", type=Path, help="edit: the index of the pictures in --data, whose nearest "
         "neighbours the regions are swapped for")
     add("--swaps", type=int, default=4, metavar="N", help="edit: swaps per picture (default 4)")
-    add("--vqvae", type=Path, help="discrete, and edit from discrete weights: what makes the "
-        "tokens (default: the stickers', for their preset only)")
-    add("--clip", type=Path, help="edit: embeds the regions (default: the stickers'); both "
-        "backbones: refuse an index of another CLIP")
-    add("--k", type=int, help="neighbours (default 10, at most all others there are)")
+    add("--vqvae", type=Path, help="what makes tokens (default: the stickers', for their preset)")
+    add("--clip", type=Path, help="edit: embeds regions (default: the stickers'); else: checked")
+    add("--k", type=int, help="neighbours (default 10, at most all others)")
     add("--condition", choices=["both", "query", "neighbors"], default="both",
         help="query trains the paper's no-kNN baseline")
     add("--query-noise", type=float, default=0.0, metavar="S",
         help="half of the queries get noise of a norm up to S (default 0)")
-    add("--flip", action="store_true", help="U-Net: mirror half of the pictures; the embeddings "
-        "stay those of the unmirrored ones")
-    add("--target", choices=["eps", "v", "x0"],
-        help="continuous: what the U-Net predicts (default: the preset's)")
+    add("--flip", action="store_true",
+        help="U-Net: mirror half of the pictures; embeddings stay the unmirrored ones'")
+    add("--target", choices=["eps", "v", "x0"], help="what the U-Net predicts (default: preset's)")
     add("--keep-out", type=int, default=10, metavar="N", help="vqvae: measure on every N-th file "
-        "(of the stickers: drawing) instead of training on it (default 10; 0: none)")
+        "(stickers: drawing) instead of training on it (default 10; 0: none)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--no-bf16", action="store_true", help="train in float32")
     argv = sys.argv[1:] if argv is None else argv
@@ -869,134 +719,145 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check and complete what was asked for, then train. Raises ValueError or FileNotFoundError
-    before the first step; by then only caches are written (pictures, neighbours, tokens, swaps)."""
+    """Complete and check what was asked for, then train. Raises ValueError or FileNotFoundError
+    before the first step; by then only caches are written."""
     require(args.preset in PRESETS[args.what], f"no preset {args.preset!r} for {args.what}; there "
             f"is {', '.join(PRESETS[args.what])}")
-    for name, value in {**DEFAULTS[args.what],
-                        "batch_size": BATCH_SIZES.get((args.what, args.preset), 64)}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    check(args)
-    args.device = clip_model.pick_device(args.device)
-    args.bf16 = not args.no_bf16 and has_bf16(args.device)
-    if args.device.type == "cuda":                        # for what is left in float32
-        torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
-    args.weights = args.init                              # what to start from, if anything
-    if args.resume:
-        args.weights = args.out / f"{args.what}.safetensors"
-    elif args.what == "edit" and not args.init:
-        args.weights = SHIPPED / "continuous.safetensors"
-    args.command = all_commands(args.weights, args.command)
-    if args.what == "vqvae":
-        train_vqvae(args)
-    else:
-        train_backbone(args)
-
-
-def check(args: argparse.Namespace) -> None:
-    """Raise ValueError for what can't be meant."""
-    require(1 <= args.steps and 1 <= args.batch_size <= 2**16 and 1 <= args.accumulate <= 2**16 and
-            0 < args.lr < math.inf and (args.k is None or args.k >= 1) and args.save_every >= 1 and
-            0 <= args.seed < 2**63 and args.swaps >= 1 and args.keep_out >= 0 and
-            args.keep_out != 1 and 0 <= args.query_noise < math.inf and
-            (args.minutes is None or args.minutes > 0),
-            "--steps, --k, --swaps and --save-every have to be 1 or more, --batch-size and "
-            "--accumulate 1 to 65536, --lr and --minutes above 0, --query-noise 0 or more, --seed "
-            "0 to 2^63 - 1, --keep-out 0 or 2 and more")
-    for name, those in {"swap_index": ["edit"], "target": ["continuous"],
-                        "neighbors_from": ["continuous", "discrete"],
-                        "flip": ["continuous", "edit"], "vqvae": ["discrete", "edit"]}.items():
+    if args.batch_size is None:
+        args.batch_size = BATCH_SIZES.get((args.what, args.preset), 64)
+    args.steps = STEPS[args.what] if args.steps is None else args.steps
+    args.lr = (1e-3 if args.what == "edit" else 2e-3) if args.lr is None else args.lr
+    for name, least in {"steps": 1, "batch_size": 1, "accumulate": 1, "k": 1, "save_every": 1,
+                        "swaps": 1, "seed": 0, "keep_out": 0, "query_noise": 0, "lr": 1e-12,
+                        "minutes": 1e-9}.items():
+        value, most = getattr(args, name), 2**16 if name in ("batch_size", "accumulate") else 2**62
+        require(value is None or least <= value <= most,
+                f"--{name.replace('_', '-')} is {value}, wanted {least} to {most}")
+    for name, those in {"swap_index": "edit", "neighbors_from": "continuous, discrete",
+                        "flip": "continuous, edit", "target": "continuous"}.items():
         require(not getattr(args, name) or args.what in those,
-                f"--{name.replace('_', '-')} is for {' and '.join(those)}")
-    require(args.what != "edit" or args.swap_index is not None, "edit needs --swap-index, an index "
-            "of the pictures in --data (python index.py build makes one)")
+                f"--{name.replace('_', '-')} is for {those}, not for {args.what}")
+    require(args.what != "edit" or args.swap_index, "edit needs --swap-index, an index of the "
+            "pictures in --data (python index.py build makes one)")
+    require(args.data.is_dir(), f"no folder of pictures at {args.data}")
     require(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file, not a folder")
     state = args.out / "state.pt"
     require(args.resume or not state.exists(), f"{args.out} holds a run: --resume goes on with it, "
             "another --out begins a new one")
     require(not args.resume or state.is_file(), f"nothing to resume: {state} does not exist")
+    args.device = clip_model.pick_device(args.device)
+    args.bf16 = not args.no_bf16 and has_bf16(args.device)
+    if args.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")        # TF32 for what is left in float32
+        torch.backends.cudnn.benchmark = True
+    default = SHIPPED / "continuous.safetensors" if args.what == "edit" else None
+    args.weights = args.out / f"{args.what}.safetensors" if args.resume else args.init or default
+    args.command = all_commands(args.weights, args.command)
+    (train_vqvae if args.what == "vqvae" else train_backbone)(args)
 
 
 def train_backbone(args: argparse.Namespace) -> None:
-    """Open what a backbone is trained with, find that it belongs together, and train."""
-    own = retrieval.open_index(args.swap_index or args.index)
-    database = own
+    """Open or make all that a backbone learns from, see that it belongs together, and train."""
+    # own: the index of the pictures in --data; database: the one that neighbours come from.
+    own = database = retrieval.open_index(args.swap_index or args.index)
+    made_by = own.manifest.get("encoder", "unknown"), own.manifest.get("encoder_hash", "")
     if args.neighbors_from or args.swap_index:
         database = retrieval.open_index(args.neighbors_from or args.index)
-        made_by = own.manifest
-        retrieval.check_encoder(database, made_by.get("encoder", "unknown"),
-                                made_by.get("encoder_hash", ""), own.rows.shape[1])
-    clip = None
+        retrieval.check_encoder(database, *made_by, own.rows.shape[1])
     if args.clip or args.what == "edit":
         clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(args.device)
         retrieval.check_encoder(own, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
-    model, codec = start_model(args, database)
-    data, settings = gather(args, own, database, model.config, codec, clip)
-    settings |= {"condition": args.condition, "k": model.config.n_neighbors,
-                 "query_noise": args.query_noise, "flip": args.flip}
-    metadata = {"condition": args.condition, "clip": database.manifest.get("encoder_hash", "")}
-    if codec is None:
-        train_continuous(args, model, data, settings, metadata)
+    model, codec = start_model(args, database, made_by[1])
+    size, k, N = model.config.image_size, model.config.n_neighbors, len(own)
+    digest = retrieval.rows_digest(own.rows)
+    settings = {"condition": args.condition, "k": k, "clip": made_by[1], "pictures": digest[:16],
+                "index": retrieval.rows_digest(database.rows)[:16],
+                "query_noise": args.query_noise, "flip": args.flip}
+
+    @functools.cache                                      # not called where there are tokens
+    def pictures() -> np.ndarray:
+        return prepared(args.data, own.paths, size, own.folder / f"pictures-{size}.npy")
+
+    queries, swapped = own.rows, None
+    if args.what == "edit":
+        name, swapped, queries, neighbors = swaps(args, own, database, k, clip, pictures())
+        settings["swaps"] = name
+    elif args.neighbors_from:
+        neighbors = cached(
+            own.folder / f"neighbors-{k}-from-{settings['index']}.npy", digest,
+            (database.search(torch.from_numpy(own.rows[ids]).to(args.device).float(), k)[1].int()
+             .cpu().numpy() for ids in np.split(np.arange(N), range(1024, N, 1024))))
     else:
-        require(not args.flip, "--flip is the U-Net's: tokens can't be mirrored")
-        train_discrete(args, model, data, codec, settings,
-                       {**metadata, "vqvae": settings["vqvae"]})
+        neighbors = retrieval.neighbor_table(own, k, device=args.device)
+    about = f"{N} pictures, {len(queries)} queries, K {neighbors.shape[1]} of {database.folder}"
+    if codec is None:
+        print(about)
+        data = Data(pictures(), queries, neighbors, database.rows, swapped)
+        return train_continuous(args, model, data, settings)
+    settings["vqvae"] = vqvae.fingerprint(codec)
+    name = f"tokens-{settings['vqvae']}.npy"
+    x0 = cached(own.folder / name, digest, token_blocks(codec, pictures, args.device))
+    require(int(x0.max()) < codec.config.n_codes, f"{own.folder / name} is damaged: delete it")
+    if swapped is not None:
+        blocks = token_blocks(codec, functools.partial(np.asarray, swapped), args.device)
+        swapped = cached(args.out / name, settings["swaps"], blocks)
+    print(about)
+    train_discrete(args, model, Data(x0, queries, neighbors, database.rows, swapped), codec,
+                   settings)
 
 
-def start_model(args: argparse.Namespace, database: retrieval.Index
+@torch.no_grad()
+def token_blocks(codec: vqvae.VQVAE, pictures: Callable[[], np.ndarray], device: torch.device
+                 ) -> Iterator[np.ndarray]:
+    """Tokens int32 (n, L). `pictures` is called, and opens files, only where tokens are made."""
+    found = pictures()
+    step = PIXELS // found.shape[1]**2
+    for i in range(0, len(found), step):
+        yield codec.encode(to_x(found[i:i + step], device)).int().cpu().numpy()
+
+
+def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: str
                 ) -> tuple[UNet | TokenTransformer, vqvae.VQVAE | None]:
     """The model to train, and for tokens the VQ-VAE. A new model has the preset's sizes, one from
     weights its own, and its K and target, unless --target names another.
 
-    Raises ValueError where the weights are of another kind, CLIP, K or VQ-VAE than what was given.
+    Raises ValueError where the weights are of another kind, CLIP, K or VQ-VAE than the rest.
     """
-    E, found = database.rows.shape[1], database.manifest.get("encoder_hash", "")
-    k = min(args.k or 10, max(1, len(database) - 1))
-    kind = {"continuous": UNet, "discrete": TokenTransformer}.get(args.what)
+    E, k = database.rows.shape[1], min(args.k or 10, max(1, len(database) - 1))
+    kind, codec = {"continuous": UNet, "discrete": TokenTransformer}.get(args.what), None
     if args.weights is None:
         config = replace(PRESETS[args.what][args.preset], embed_dim=E, n_neighbors=k)
     else:
         model, metadata = knn_diffusion.load(args.weights)
         config, wanted = model.config, metadata.get("clip", "")
-        require(kind is None or type(model) is kind and not config.edit,          # edit: either
+        require(kind is None or type(model) is kind and not config.edit,
                 f"{args.weights} holds a {type(model).__name__}{' that edits' * config.edit}, "
                 f"{args.what} trains a {kind and kind.__name__}")
-        require(config.embed_dim == E and wanted in ("", found),
-                f"{args.weights} was trained with the CLIP {wanted or 'of an unknown name'} "
-                f"({config.embed_dim} dimensions), the index at {database.folder} was made by "
-                f"{found or 'an unknown one'} ({E} dimensions)")
+        require(config.embed_dim == E and wanted in ("", made_by),
+                f"{args.weights} was trained with the CLIP {wanted} ({config.embed_dim} "
+                f"dimensions), the index at {database.folder} is of {made_by} ({E} dimensions)")
         require(args.k is None or k == config.n_neighbors,
                 f"{args.weights} has {config.n_neighbors} neighbours, --k is {args.k}")
-        if args.what == "edit" and not config.edit:
-            model = knn_diffusion.widened(model)
-            config = model.config
+        model = knn_diffusion.widened(model) if kind is None and not config.edit else model
+        config = model.config
     if args.target:
         config = replace(config, target=args.target)
-    codec = None
     if isinstance(config, TransformerConfig):
-        codec, config = open_codec(args, config)
+        require(not args.flip, "--flip is the U-Net's: tokens can't be mirrored")
+        side = config.tokens_a_side
+        ours = f"{side}x{side} tokens of {config.n_codes} from {config.image_size} px"
+        require(args.vqvae or args.preset == "stickers", f"preset {args.preset} needs --vqvae, "
+                f"best of {ours}; the stickers' is another size")
+        codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0].to(args.device)
+        side, n_codes = config.image_size // codec.config.factor, codec.config.n_codes
+        config = replace(config, n_codes=n_codes, tokens_a_side=side)
+        require(args.weights is None or config == model.config,
+                f"{args.weights} draws {ours}, the VQ-VAE makes {side}x{side} of {n_codes}")
     if args.weights is None:
         torch.manual_seed(args.seed)
         model = kind(config)
     model.config = config
     return model, codec
-
-
-def open_codec(args: argparse.Namespace, config: TransformerConfig
-               ) -> tuple[vqvae.VQVAE, TransformerConfig]:
-    """The VQ-VAE, and the transformer's config, for a new one with the VQ-VAE's tokens."""
-    ours = f"{config.tokens_a_side}x{config.tokens_a_side} tokens of {config.n_codes}"
-    require(args.vqvae is not None or args.preset == "stickers", f"preset {args.preset} needs "
-            f"--vqvae, of {ours} from {config.image_size} px; the stickers' is another size")
-    codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0].to(args.device)
-    side, n_codes = config.image_size // codec.config.factor, codec.config.n_codes
-    if (side, n_codes) != (config.tokens_a_side, config.n_codes):
-        theirs = f"{side}x{side} of {n_codes}"
-        require(args.weights is None, f"{args.weights} draws {ours}, the VQ-VAE makes {theirs}")
-        print(f"tokens: {theirs}, as {args.vqvae} makes them; the preset has {ours}")
-    return codec, replace(config, n_codes=n_codes, tokens_a_side=side)
 
 
 if __name__ == "__main__":
