@@ -73,14 +73,6 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Decay matrices and convolutions only: not norms, biases, single vectors."""
-    decayed = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": others, "weight_decay": 0.0}]
-
-
 class Muon(torch.optim.Optimizer):
     """Momentum with every singular value of a matrix's update made about 1 (Jordan et al., 2024).
 
@@ -151,20 +143,19 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], told: Tensor, lr: float,
-              max_norm: float) -> list[float]:
+def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float,
+              max_norm: float) -> tuple[float, float]:
     """One step down the gradients that backward() left, clipped; none where the loss or their norm
-    is not finite. told: the loss and what else the loop has to know, (n,). Returns it and then the
-    norm, in the one read-back of a step: each lets a GPU run out of work."""
+    is not finite. Returns both, in the one read-back of a step: a GPU runs out of work in each."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    told = torch.cat([told.detach().flatten(), norm[None]]).tolist()
-    if math.isfinite(told[0] + told[-1]):
+    loss, norm = torch.stack([loss.detach(), norm]).tolist()
+    if math.isfinite(loss + norm):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             optimizer.step()
     model.zero_grad(set_to_none=True)
-    return told
+    return loss, norm
 
 
 def descend(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float,
@@ -239,36 +230,31 @@ class Progress:
 
 
 def save_state(path: Path, step: int, settings: dict, model: nn.Module, ema: nn.Module,
-               others: list) -> None:
-    """Write all that a resumed run needs, atomically; seed and step are the random state. others:
-    optimisers and whatever else has a state_dict."""
+               optimizers: list) -> None:
+    """Write all that a resumed run needs, atomically; seed and step are the random state."""
     with clip_model.replacing(path) as file:
         torch.save({"step": step, "settings": settings, "model": model.state_dict(),
                     "ema": ema.state_dict(),
-                    "others": [other.state_dict() for other in others]}, file)
+                    "optimizers": [each.state_dict() for each in optimizers]}, file)
 
 
 def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn.Module,
-               others: list) -> int:
-    """Restore weights, average, optimisers and the rest in place; return the steps done.
-
-    Raises ValueError with one sentence where the file is damaged or of another model, where the run
-    was started with other settings, or has all its steps behind it.
-    """
+               optimizers: list) -> int:
+    """Restore weights, average and optimisers in place; return the steps done. Raises ValueError
+    for a damaged file, another model or other settings, or where all steps are done."""
     try:
         with zipfile.ZipFile(path) as archive:              # torch itself believes a flipped bit
             require(archive.testzip() is None, "its checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        done, then = int(state["step"]), dict(state["settings"])
-        model.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        for other, then_was in zip(others, state["others"], strict=True):
-            other.load_state_dict(then_was)
+        done, then = state["step"], state["settings"]
+        for one, name in ((model, "model"), (ema, "ema")):
+            one.load_state_dict(state[name])
+        for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(its_state)
     except Exception as error:                # torch's reader raises many kinds on a damaged file
-        reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"can't resume from {path}: {reason}") from None
-    changed = [f"{name} was {then[name]}, is {value}" for name, value in settings.items()
-               if name in then and then[name] != value]
+        raise ValueError(f"can't resume from {path}: {clip_model.reason(error)}") from None
+    changed = [f"{name} was {then.get(name)}, is {value}" for name, value in settings.items()
+               if then.get(name) != value]
     require(not changed, f"can't resume from {path}: {'; '.join(changed)}")
     require(done < steps, f"nothing left to do: {path} has {done} steps, --steps is {steps}")
     return done
@@ -282,20 +268,18 @@ def all_commands(weights: Path | None, command: str) -> str:
 
 class Run:
     """A training under way: what all loops begin, save and resume alike. settings: what may not
-    change when it is resumed; others: what is restored beside the weights and optimisers."""
+    change when it is resumed."""
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
-                 *others: nn.Module) -> None:
+    def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict) -> None:
         self.args, self.settings = args, {"seed": args.seed, "preset": args.preset, **settings}
         self.model = model.to(args.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         model.train().requires_grad_(True)
         self.optimizers = muon_and_adam(model, args.lr, ENDS[type(model)])
-        self.others = [*self.optimizers, *others]
         self.n = args.accumulate * args.batch_size                         # pictures per step
         self.parts = [slice(i, i + args.batch_size) for i in range(0, self.n, args.batch_size)]
         self.first = load_state(args.out / "state.pt", args.steps, self.settings, model, self.ema,
-                                self.others) if args.resume else 0
+                                self.optimizers) if args.resume else 0
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
         print(f"{args.what}: {args.data} -> {args.out}, "
               f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {self.first} to "
@@ -318,6 +302,12 @@ class Run:
                 break
         self.progress.finish(step + 1, args.out / f"{args.what}.safetensors")
 
+    def advance(self, step: int, loss: Tensor, rate: float, decay: float) -> None:
+        """Step, average, log."""
+        loss, norm = take_step(self.model, self.optimizers, loss, rate, max_norm=1.0)
+        average(self.ema, self.model, step, decay)
+        self.progress.update(step, loss, rate, self.n, math.isfinite(loss + norm), norm)
+
     def save(self, step: int) -> None:
         """WHAT.safetensors, the averaged weights; with --keep also under the step's number."""
         path = self.args.out / f"{self.args.what}.safetensors"
@@ -328,7 +318,7 @@ class Run:
         if self.args.keep:
             shutil.copyfile(path, path.with_stem(f"{self.args.what}-{step:07d}"))
         save_state(path.with_name("state.pt"), step, self.settings, self.model, self.ema,
-                   self.others)
+                   self.optimizers)
 
     def save_grid(self, step: int, rows: list[Tensor]) -> None:
         """samples/STEP.png, a row of pictures per batch x (n, 3, S, S)."""
@@ -493,9 +483,7 @@ def train_vqvae(args: argparse.Namespace) -> None:
             (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
         rate = learning_rate(step, args.lr, 300, args.steps)
-        loss, norm = take_step(model, run.optimizers, total, rate, max_norm=1.0)
-        average(run.ema, model, step, 0.999)
-        run.progress.update(step, loss, rate, run.n, math.isfinite(loss + norm), norm)
+        run.advance(step, total, rate, decay=0.999)
 
 
 # ---------------------------------------------------------------- what a diffusion may see
@@ -576,7 +564,7 @@ def swaps(args: argparse.Namespace, own: retrieval.Index, database: retrieval.In
 def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings: dict) -> None:
     """Train the U-Net, to draw or to edit."""
     config, device, size = model.config, args.device, model.config.image_size
-    schedule = knn_diffusion.Schedule(config.T, config.noise_shift)
+    schedule = knn_diffusion.Schedule(config.T, config.noise_shift, device)
     draw_drops = knn_diffusion.draw_edit_drops if config.edit else knn_diffusion.draw_drops
     run = Run(args, model, {**settings, "target": config.target})
 
@@ -614,9 +602,7 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
             (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
         rate = learning_rate(step, args.lr, 300, args.steps)
-        loss, norm = take_step(model, run.optimizers, total, rate, max_norm=1.0)
-        average(run.ema, model, step, 0.9995)
-        run.progress.update(step, loss, rate, run.n, math.isfinite(loss + norm), norm)
+        run.advance(step, total, rate, decay=0.9995)
 
 
 # ---------------------------------------------------------------- the transformer
@@ -625,10 +611,9 @@ def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data
                    codec: vqvae.VQVAE, settings: dict) -> None:
     """Train the transformer, to draw or to edit."""
     config, device, V = model.config, args.device, model.config.n_codes
-    schedule = knn_diffusion.MaskSchedule(config.T, V, config.schedule)
-    times = knn_diffusion.TimeSampler(config.T)
+    schedule = knn_diffusion.MaskSchedule(config.T, V, config.schedule, device)
     draw_drops = knn_diffusion.draw_edit_drops if config.edit else knn_diffusion.draw_drops
-    run = Run(args, model, settings, times)
+    run = Run(args, model, settings)
 
     def draw_samples(step: int) -> None:
         pictures, query, neighbors = data.twelve(args)
@@ -643,31 +628,25 @@ def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data
         rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
         x0, *manipulated = (torch.from_numpy(each).long() for each in data.pictures(rows))
         query, neighbors = data.condition(rows)                            # (n, E), (n, K, E)
-        t, weight = times.draw(run.n, seeded)
+        t = torch.randint(1, config.T + 1, (run.n,), generator=seeded)
         u = torch.rand(x0.shape, generator=seeded)                         # (n, L)
         codes = torch.randint(V, x0.shape, generator=seeded)
         drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
         if config.edit:
             manipulated[0][drop_picture[0]] = V                            # a null picture: MASK
-        xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
         if args.query_noise:
             query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
-        inputs = x0, xt, t, query, neighbors, drop_query, drop_neighbors, *manipulated
-        total, all_terms = 0, []
+        inputs = x0, t, u, codes, query, neighbors, drop_query, drop_neighbors, *manipulated
+        total = 0
         for part in run.parts:
+            x0, t, u, codes, *condition = (each[part].to(device) for each in inputs)
+            xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
             with autocast(device, args.bf16):
-                terms, auxiliary = knn_diffusion.discrete_loss(
-                    model, schedule, *(each[part].to(device) for each in inputs))
-                loss = ((terms + auxiliary) * weight[part].to(device)).mean()
+                loss = knn_diffusion.discrete_loss(model, schedule, x0, xt, t, *condition)
             (loss / args.accumulate).backward()
             total += loss.detach() / args.accumulate
-            all_terms.append(terms.detach())
         rate = learning_rate(step, args.lr, 300, args.steps)
-        loss, *terms, norm = take_step(model, run.optimizers, torch.stack([total, *torch.cat(
-            all_terms)]), rate, max_norm=1.0)
-        times.update(t, torch.tensor(terms))
-        average(run.ema, model, step, 0.9995)
-        run.progress.update(step, loss, rate, run.n, math.isfinite(loss + norm), norm)
+        run.advance(step, total, rate, decay=0.9995)
 
 
 # ---------------------------------------------------------------- the command

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -229,6 +229,14 @@ def embed_by_length(model: clip_model.CLIP, tokens: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------- the loop
 
+def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Decay matrices and convolutions only: not norms, biases, single vectors."""
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]
+
+
 def train_clip(args: argparse.Namespace, command: str) -> None:
     """Train; write out/clip.safetensors (the EMA) and out/state.pt. Raises ValueError before the
     first step."""
@@ -251,7 +259,7 @@ def train_clip(args: argparse.Namespace, command: str) -> None:
         model.visual.requires_grad_(False)
         pictures.embed(model, np.random.default_rng(args.seed))
     ema = copy.deepcopy(model).eval()
-    optimizers = [torch.optim.AdamW(train.weight_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.98),
+    optimizers = [torch.optim.AdamW(weight_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.98),
                                     eps=1e-6, fused=True)]
     settings = {"seed": args.seed, "batch_size": args.batch_size, "lr": args.lr,
                 "text_only": args.text_only}

@@ -1,29 +1,80 @@
-"""train.py: shared stages, CLIP's loss and vocabulary, resume, what the diffusion may see."""
+"""train.py: shared stages, caches, resume, what a training may see."""
 
-import json
 import math
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLIP_CONFIG, UNET_CONFIG, tiny_unet, write_pictures
+from conftest import UNET_CONFIG, tiny_unet, write_pictures
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clip_model
-import index as index_module
+import index as retrieval
 import knn_diffusion
 import train
 import vqvae
-from index import neighbor_table, open_index
+from index import open_index
 
 CPU = torch.device("cpu")
+TINY_VQVAE = vqvae.VQVAEConfig(
+    image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(), latent_channels=8,
+    embed_dim=4, n_codes=16, norm_groups=4)
+TINY_TRANSFORMER = knn_diffusion.TransformerConfig(
+    image_size=16, n_codes=16, tokens_a_side=8, embed_dim=16, n_neighbors=3, width=16, layers=1,
+    heads=2, condition_width=12, T=6, query_map=2, query_hidden=8)
+
+
+@pytest.fixture(autouse=True)
+def tiny_presets(monkeypatch):
+    for what, config in (("vqvae", TINY_VQVAE), ("continuous", UNET_CONFIG),
+                         ("discrete", TINY_TRANSFORMER)):
+        monkeypatch.setitem(train.PRESETS[what], "tiny", config)
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("codec") / "vqvae.safetensors"
+    vqvae.save(path, vqvae.VQVAE(TINY_VQVAE), {})
+    return path
+
+
+def command(world, what, out, steps, *more, codec=None):
+    """The arguments of a tiny training; later ones count."""
+    own = {"continuous": ["--preset", "tiny", "--index", world / "index", "--k", 3],
+           "discrete": ["--preset", "tiny", "--index", world / "index", "--k", 3, "--vqvae", codec],
+           "vqvae": ["--preset", "tiny"],
+           "edit": ["--swap-index", world / "index", "--index", world / "index", "--clip",
+                    world / "clip.safetensors", "--swaps", 3]}[what]
+    return [str(part) for part in (
+        what, "--data", world / "images", "--out", out, "--steps", steps, "--batch-size", 4,
+        "--lr", 1e-3, "--seed", 5, "--no-bf16", *own, *more)]
+
+
+def trained(world, what, out, steps, *more, codec=None):
+    """The state after a tiny training."""
+    assert train.main(command(world, what, out, steps, *more, codec=codec)) == 0
+    return torch.load(out / "state.pt", weights_only=True)
+
+
+def equal_states(one, two):
+    return one["step"] == two["step"] and all(
+        torch.equal(one[part][name], two[part][name])
+        for part in ("model", "ema") for name in one[part])
+
+
+@pytest.fixture
+def flat_rate(monkeypatch):
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
 
 
 # ---------------------------------------------------------------- shared stages
-
 
 def test_learning_rate_warms_up_and_decays():
     rate = [train.learning_rate(step, 1.0, 10, 110) for step in range(111)]
@@ -33,21 +84,19 @@ def test_learning_rate_warms_up_and_decays():
 
 def test_average_forgets_early_weights_fast():
     model, ema = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
-    start = ema.weight.item()
-    train.average(ema, model, 0, 0.99)  # d = 1/10
-    assert ema.weight.item() == pytest.approx(0.1 * start + 0.9 * model.weight.item(), abs=1e-6)
-    start = ema.weight.item()
-    train.average(ema, model, 10**6, 0.99)  # d = 0.99
-    assert ema.weight.item() == pytest.approx(0.99 * start + 0.01 * model.weight.item(), abs=1e-6)
+    for step, d in ((0, 0.1), (10**6, 0.99)):
+        start = ema.weight.item()
+        train.average(ema, model, step, 0.99)
+        wanted = d * start + (1 - d) * model.weight.item()
+        assert ema.weight.item() == pytest.approx(wanted, abs=1e-6)
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
     model = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.AdamW(train.weight_groups(model, 0.1), lr=1.0)
-    before = model.weight.clone()
+    optimizer, before = torch.optim.AdamW(model.parameters(), lr=1.0), model.weight.clone()
     nan = model(torch.ones(1, 2)).sum() * torch.nan
     assert not train.descend(model, [optimizer], nan, 0.1, 1.0)
-    assert torch.equal(model.weight, before)
+    assert torch.equal(model.weight, before) and model.weight.grad is None
     assert train.descend(model, [optimizer], model(torch.ones(1, 2)).sum(), 0.1, 1.0)
     assert not torch.equal(model.weight, before) and optimizer.param_groups[0]["lr"] == 0.1
 
@@ -56,17 +105,12 @@ def test_twenty_such_steps_in_a_row_stop_the_run(tmp_path):
     progress = train.Progress(tmp_path, 0, 100, None)
     for step in range(19):
         progress.update(step, math.nan, 0.1, 4, finite=False)
-    progress.update(19, 1.0, 0.1, 4, finite=True)  # one good step resets
+    progress.update(19, 1.0, 0.1, 4, finite=True)                          # one good step resets
     for step in range(20, 39):
         progress.update(step, math.nan, 0.1, 4, finite=False)
     with pytest.raises(FloatingPointError, match="20 times"):
         progress.update(39, math.nan, 0.1, 4, finite=False)
-
-
-def test_only_matrices_are_decayed():
-    groups = train.weight_groups(torch.nn.Linear(3, 2), 0.3)
-    assert [g["weight_decay"] for g in groups] == [0.3, 0.0]
-    assert [p.shape for g in groups for p in g["params"]] == [(2, 3), (2,)]
+    progress.finish(39, tmp_path)
 
 
 def test_muon_moves_every_singular_direction_alike():
@@ -78,12 +122,15 @@ def test_muon_moves_every_singular_direction_alike():
         turned = u.T @ train.orthogonal(gradient) @ vt.T
         assert ((turned.diagonal() > 0.6) & (turned.diagonal() < 1.3)).all()
         assert (turned - turned.diagonal().diag()).abs().max() < 0.05
-    weight = torch.nn.Parameter(torch.randn(4, 2, 3, 3))
-    before, weight.grad = weight.detach().clone(), torch.randn(4, 2, 3, 3)
-    train.Muon([weight], lr=0.1, weight_decay=0.5).step()
-    update = train.orthogonal(weight.grad.flatten(1)).view(4, 2, 3, 3)
-    wanted = before * 0.95 - 0.1 * 0.2 * math.sqrt(18) * update  # 18 columns are the longer side
-    assert torch.allclose(weight, wanted, atol=2e-3)  # bfloat16 inside
+    weights = [torch.nn.Parameter(torch.randn(4, 2, 3, 3)) for _ in range(2)]
+    before = [weight.detach().clone() for weight in weights]
+    for weight in weights:
+        weight.grad = torch.randn(4, 2, 3, 3)
+    train.Muon(weights, lr=0.1, weight_decay=0.5).step()                   # as one stack
+    for weight, was in zip(weights, before):
+        update = train.orthogonal(weight.grad.flatten(1)).view(4, 2, 3, 3)
+        wanted = was * 0.95 - 0.1 * 0.2 * math.sqrt(18) * update           # 18 columns
+        assert torch.allclose(weight, wanted, atol=5e-3)                   # bfloat16 inside
 
 
 def test_muon_gets_matrices_inside_and_adam_the_rest():
@@ -97,549 +144,161 @@ def test_muon_gets_matrices_inside_and_adam_the_rest():
     assert id(model.condition.type_embedding) in by_adam and id(model.position_map) in by_adam
 
 
-# ---------------------------------------------------------------- CLIP
+# ---------------------------------------------------------------- resume
 
-
-def test_merges_join_the_most_frequent_pair_first():
-    """low ×5, lower ×2, newest ×6, widest ×3: the example of Sennrich et al., by hand."""
-    captions = ["low"] * 5 + ["lower"] * 2 + ["newest"] * 6 + ["widest"] * 3
-    assert train.learn_merges(captions, 4) == [("e", "s"), ("es", "t</w>"), ("l", "o"), ("e", "w")]
-    assert len(train.learn_merges(["ab"], 50)) == 1  # nothing left to merge
-
-
-def test_contrastive_loss_is_clips_without_false_negatives():
-    logits = torch.randn(4, 4)
-    target = torch.arange(4)
-    wanted = (
-        torch.nn.functional.cross_entropy(logits, target)
-        + torch.nn.functional.cross_entropy(logits.T, target)
-    ) / 2
-    exact = np.array([True, True, False, False])
-    assert torch.allclose(train.contrastive_loss(logits, ["a", "b", "c", "d"], exact), wanted)
-    # twins with exact captions do tell each other apart; two loose captions of one concept do not
-    assert torch.allclose(train.contrastive_loss(logits, ["a", "a", "c", "d"], exact), wanted)
-    masked = logits.clone()
-    masked[2, 3] = masked[3, 2] = -torch.inf
-    wanted = (
-        torch.nn.functional.cross_entropy(masked, target)
-        + torch.nn.functional.cross_entropy(masked.T, target)
-    ) / 2
-    assert torch.allclose(train.contrastive_loss(logits, ["a", "b", "c", "c"], exact), wanted)
-
-
-@pytest.fixture(scope="module")
-def captioned(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("captioned")
-    write_pictures(folder / "images", 12)
-    rows = []
-    for i in range(12):
-        name, style, colour = f"thing {i // 2}", ("flat", "outlined")[i % 2], "red"
-        rows.append(
-            {
-                "path": f"images/{i:03d}.png",
-                "concept": name,
-                "style": style,
-                "background": colour,
-                "plain": True,
-                "captions": [name, f"{style} {name} on a {colour} background"],
-            }
-        )
-    rows[11]["parts"] = [{"concept": "thing 0", "box": [2, 2, 9, 8], "captions": ["thing 0"]}]
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def test_batches_hold_twins_with_exact_captions_and_crops(captioned):
-    data = train.CaptionedPictures(captioned, 16)
-    pictures, captions, concepts, is_exact = data.batch(8, np.random.default_rng(0))
-    assert pictures.shape == (8, 16, 16, 3) and pictures.dtype == np.uint8
-    assert concepts[0] == concepts[1] and captions[0] != captions[1] and is_exact[:4].all()
-    assert all("background" in caption for caption in captions[:4])
-    again = data.batch(8, np.random.default_rng(0))
-    assert again[1] == captions and (again[0] == pictures).all()
-    crop = data.crop_of(11, data.rows[11]["parts"][0], np.random.default_rng(0))
-    assert crop.shape == (16, 16, 3)
-
-
-def test_a_concept_with_one_picture_is_no_twin_of_itself(captioned):
-    """As a pair of exact captions it would be its own negative."""
-    data = train.CaptionedPictures(captioned, 16)
-    alone = [name for name, rows in data.members.items() if len(rows) == 1]
-    assert alone == ["thing 5"]
-    for seed in range(20):
-        _, _, concepts, is_exact = data.batch(8, np.random.default_rng(seed))
-        assert is_exact[:4].tolist() == [name not in alone for name in concepts[:4]]
-
-
-def test_a_clip_without_a_vocabulary_is_no_start(captioned, tmp_path, monkeypatch):
-    lacking = clip_model.CLIP(CLIP_CONFIG)
-    lacking.tokenizer = None
-    monkeypatch.setattr(clip_model, "load", lambda path: lacking)
-    with pytest.raises(ValueError, match="no vocabulary"):
-        train.train_clip(captioned, tmp_path / "out", CLIP_CONFIG, 1, 8, 1e-3, 3, False,
-                         tmp_path / "x.pt", None, CPU, False, "a test")
-    assert not (tmp_path / "out").exists()
-
-
-def train_tiny_clip(captioned, out, steps, **options):
-    options = {"resume": False, "init": None, "minutes": None, **options}
-    out.mkdir(exist_ok=True)
-    train.train_clip(
-        captioned,
-        out,
-        CLIP_CONFIG,
-        steps=steps,
-        batch_size=8,
-        lr=1e-3,
-        seed=3,
-        device=CPU,
-        bf16=False,
-        command="a test",
-        **options,
-    )
-    return torch.load(out / "state.pt", weights_only=True)
-
-
-def equal_states(one, two):
-    return one["step"] == two["step"] and all(
-        torch.equal(one[part][name], two[part][name])
-        for part in ("model", "ema")
-        for name in one[part]
-    )
-
-
-def test_a_resumed_clip_equals_an_uninterrupted_one(captioned, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
-    whole = train_tiny_clip(captioned, tmp_path / "a", 6)
-    train_tiny_clip(captioned, tmp_path / "b", 3)
-    resumed = train_tiny_clip(captioned, tmp_path / "b", 6, resume=True)
+@pytest.mark.parametrize("what", ["continuous", "discrete", "vqvae"])
+def test_a_resumed_run_equals_an_uninterrupted_one(world, codec, tmp_path, flat_rate, what):
+    whole = trained(world, what, tmp_path / "a", 6, codec=codec)
+    trained(world, what, tmp_path / "b", 3, codec=codec)
+    resumed = trained(world, what, tmp_path / "b", 6, "--resume", codec=codec)
     assert equal_states(whole, resumed)
-    model = clip_model.load(tmp_path / "b" / "clip.safetensors")
-    assert model.tokenizer.merges and model.config.vocab_size == 514 + len(model.tokenizer.merges)
+    assert not equal_states(whole, trained(world, what, tmp_path / "c", 6, "--seed", 6,
+                                           codec=codec))
 
 
-# ---------------------------------------------------------------- the continuous backbone
+@pytest.mark.parametrize("what", ["continuous", "discrete"])
+def test_accumulated_batches_are_one_large_batch(world, codec, tmp_path, what):
+    large = trained(world, what, tmp_path / "a", 3, "--batch-size", 8, codec=codec)
+    parts = trained(world, what, tmp_path / "b", 3, "--batch-size", 4, "--accumulate", 2,
+                    codec=codec)
+    for name, tensor in large["model"].items():
+        assert torch.allclose(tensor, parts["model"][name], atol=2e-3), name
 
 
-def train_tiny_unet(world, out, steps, config=UNET_CONFIG, **options):
-    options = {"resume": False, "init": None, "minutes": None, "condition": "both", **options}
-    (out / "samples").mkdir(parents=True, exist_ok=True)
-    train.train_diffusion(
-        "continuous", world / "images", out, open_index(world / "index"), config, steps=steps,
-        batch_size=4, lr=1e-3, seed=5, device=CPU, bf16=False, command="a test", **options)
-    return torch.load(out / "state.pt", weights_only=True)
+def test_a_signal_or_the_clock_saves_and_the_run_goes_on(world, tmp_path, monkeypatch, capsys):
+    """Ctrl-C in the third step; dropout and all as in an uninterrupted run."""
+    monkeypatch.setitem(train.PRESETS["continuous"], "tiny", replace(UNET_CONFIG, dropout=0.3))
+    whole = trained(world, "continuous", tmp_path / "a", 6)
+    seen, loss = [], knn_diffusion.diffusion_loss
+
+    def interrupted(*given):
+        seen.append(1)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss(*given)
+
+    monkeypatch.setattr(knn_diffusion, "diffusion_loss", interrupted)
+    assert trained(world, "continuous", tmp_path / "b", 6)["step"] == 3
+    assert "stopped at step 3, saved; --resume goes on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = trained(world, "continuous", tmp_path / "b", 6, "--resume")
+    assert equal_states(whole, resumed)
+    assert trained(world, "continuous", tmp_path / "c", 6, "--minutes", 1e-9)["step"] == 1
 
 
-def test_a_resumed_unet_equals_an_uninterrupted_one(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
-    whole = train_tiny_unet(world, tmp_path / "a", 6)
-    train_tiny_unet(world, tmp_path / "b", 3)
-    assert equal_states(whole, train_tiny_unet(world, tmp_path / "b", 6, resume=True))
-    assert not equal_states(whole, train_tiny_unet(world, tmp_path / "c", 5))
+def test_resuming_takes_another_rate_but_no_other_experiment(world, codec, tmp_path, capsys):
+    trained(world, "continuous", tmp_path / "a", 2)
+    trained(world, "continuous", tmp_path / "a", 3, "--resume", "--lr", 1e-4, "--batch-size", 2)
+    for more, sentence in ((["--condition", "query"], "condition was both, is query"),
+                           (["--target", "eps"], "target was v, is eps"),
+                           (["--preset", "stickers"], "preset was tiny, is stickers"),
+                           (["--k", 2], "has 3 neighbours, --k is 2"),
+                           (["--steps", 3], "has 3 steps, --steps is 3")):
+        assert train.main(command(world, "continuous", tmp_path / "a", 4, "--resume", *more)) == 2
+        assert sentence in capsys.readouterr().err
+    assert train.main(command(world, "continuous", tmp_path / "a", 9)) == 2
+    assert "holds a run: --resume goes on" in capsys.readouterr().err
+    other = tmp_path / "other.safetensors"
+    vqvae.save(other, vqvae.VQVAE(TINY_VQVAE), {})
+    trained(world, "discrete", tmp_path / "d", 1, codec=codec)
+    assert train.main(command(world, "discrete", tmp_path / "d", 2, "--resume", codec=other)) == 2
+    assert "vqvae was" in capsys.readouterr().err
 
 
-def test_a_run_stopped_by_the_clock_goes_on_as_if_it_had_not_been(world, tmp_path, monkeypatch):
-    """--minutes: the same --steps, the learning rate's own course, dropout and all."""
-    config = replace(UNET_CONFIG, dropout=0.3)
-    whole = train_tiny_unet(world, tmp_path / "a", 6, config)
-    calls = []
-    monkeypatch.setattr(train.Progress, "out_of_time", lambda self: calls.append(1) or len(
-        calls) == 3)
-    assert train_tiny_unet(world, tmp_path / "b", 6, config)["step"] == 3
-    assert equal_states(whole, train_tiny_unet(world, tmp_path / "b", 6, config, resume=True))
-    other = train_tiny_unet(world, tmp_path / "c", 6, replace(config, dropout=0.0))
-    assert not equal_states(whole, other)
+def test_a_damaged_state_is_refused_and_a_damaged_log_is_not(world, tmp_path, capsys):
+    trained(world, "continuous", tmp_path / "a", 2)
+    (tmp_path / "a" / "log.csv").write_text("\nwhat?\n")
+    trained(world, "continuous", tmp_path / "a", 3, "--resume")
+    path = tmp_path / "a" / "state.pt"
+    sound = path.read_bytes()
+    flipped = bytearray(sound)
+    flipped[len(sound) // 2] ^= 1
+    for content in (b"not a state", sound[:-100], bytes(flipped)):
+        path.write_bytes(content)
+        assert train.main(command(world, "continuous", tmp_path / "a", 9, "--resume")) == 2
+        assert "can't resume" in capsys.readouterr().err
 
 
-def test_weights_are_the_average_and_samples_are_drawn(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "SAMPLES_EVERY", 2)
-    state = train_tiny_unet(world, tmp_path / "a", 5)
-    model, _ = knn_diffusion.load(tmp_path / "a" / "continuous.safetensors")
+def test_weights_are_the_average_numbered_and_samples_are_drawn(world, tmp_path):
+    state = trained(world, "continuous", tmp_path / "a", 5, "--save-every", 2, "--keep")
+    model, metadata = knn_diffusion.load(tmp_path / "a" / "continuous.safetensors")
     assert all(torch.equal(tensor, state["ema"][name].half().float())
                for name, tensor in model.state_dict().items())
     assert any((tensor != state["model"][name]).any() for name, tensor in state["ema"].items())
-    names = sorted(path.name for path in (tmp_path / "a" / "samples").iterdir())
-    assert names == ["0000002.png", "0000004.png", "0000005.png"]        # the last is the end
-    grid = Image.open(tmp_path / "a" / "samples" / names[0])
-    assert grid.size == (12 * 18 + 2, 2 * 18 + 2)                        # pictures above samples
+    assert metadata["step"] == "5" and metadata["condition"] == "both"
+    assert metadata["command"].startswith("python train.py continuous --data")
+    names = sorted(path.name for path in (tmp_path / "a").rglob("*0*.*"))
+    assert names == [f"{stem}000000{i}.{end}" for stem, end in (("", "png"), ("continuous-",
+                     "safetensors")) for i in (2, 4, 5)]
+    grid = Image.open(tmp_path / "a" / "samples" / "0000002.png")
+    assert grid.size == (12 * 18 + 2, 2 * 18 + 2)                          # pictures above samples
 
 
-def test_resuming_does_not_change_the_experiment(world, tmp_path):
-    train_tiny_unet(world, tmp_path / "a", 2)
-    with pytest.raises(ValueError, match="condition was both, is query"):
-        train_tiny_unet(world, tmp_path / "a", 4, resume=True, condition="query")
-    with pytest.raises(ValueError, match="has 3 neighbours, --k is 2"):
-        train_tiny_unet(world, tmp_path / "a", 4, resume=True, k=2)
-    with pytest.raises(ValueError, match="target was v, is eps"):
-        train_tiny_unet(world, tmp_path / "a", 4, resume=True, target="eps")
-    state = torch.load(tmp_path / "a" / "state.pt", weights_only=True)
-    state["settings"]["index"] = "another"
-    torch.save(state, tmp_path / "a" / "state.pt")
-    with pytest.raises(ValueError, match="index was another"):
-        train_tiny_unet(world, tmp_path / "a", 4, resume=True)
-    train_tiny_unet(world, tmp_path / "a", 2)
-    with pytest.raises(ValueError, match="has 2 steps, --steps is 2"):
-        train_tiny_unet(world, tmp_path / "a", 2, resume=True)
-    train_tiny_unet(world, tmp_path / "a", 3, resume=True)
-    commands = clip_model.read_weights(tmp_path / "a" / "continuous.safetensors")[1]["command"]
-    assert commands == "a test\na test"
+# ---------------------------------------------------------------- what a training may see
+
+def losses_seen(monkeypatch, name="diffusion_loss"):
+    """What the loss is given in each step."""
+    seen, loss = [], getattr(knn_diffusion, name)
+    monkeypatch.setattr(knn_diffusion, name, lambda *given: (seen.append(given), loss(*given))[1])
+    return seen
 
 
-TINY_TRANSFORMER = knn_diffusion.TransformerConfig(
-    image_size=16, n_codes=16, tokens_a_side=8, embed_dim=16, n_neighbors=3, width=16, layers=1,
-    heads=2, condition_width=12, T=6, query_map=2, query_hidden=8)
+def test_a_row_is_a_picture_its_embedding_and_its_neighbours(world, tmp_path, monkeypatch):
+    seen, index = losses_seen(monkeypatch), open_index(world / "index")
+    trained(world, "continuous", tmp_path / "a", 1, "--query-noise", 0)
+    _, _, x0, query, neighbors, t, eps, *_ = seen[0]
+    rows = torch.from_numpy(index.rows[:]).float()
+    for i in range(len(x0)):
+        [row] = (rows == query[i]).all(1).nonzero()[:, 0].tolist()
+        picture = np.asarray(clip_model.read_image(world / "images" / index.paths[row]))
+        assert np.allclose((x0[i].permute(1, 2, 0).numpy() + 1) * 127.5, picture, atol=1e-3)
+        ids = index.search(query[i:i + 1], 3, exclude=torch.tensor([row]))[1]
+        assert row not in ids and torch.equal(neighbors[i], rows[ids[0]])
+    assert eps.std().item() == pytest.approx(1, abs=0.1) and t.min() >= 1
 
 
-def train_tiny_transformer(world, out, steps, codec, resume=False, **options):
-    train.train_diffusion(
-        "discrete", world / "images", out, open_index(world / "index"), TINY_TRANSFORMER,
-        **{**dict(condition="both", steps=steps, batch_size=8, lr=1e-3, seed=5, resume=resume,
-                  init=None, minutes=None, device=CPU, bf16=False, command="a test", codec=codec),
-           **options})
-    return torch.load(out / "state.pt", weights_only=True)
-
-
-def test_a_resumed_transformer_equals_an_uninterrupted_one(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
-    torch.manual_seed(0)
-    codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
-    whole = train_tiny_transformer(world, tmp_path / "a", 24, codec)       # T·11 draws and more
-    train_tiny_transformer(world, tmp_path / "b", 13, codec)
-    resumed = train_tiny_transformer(world, tmp_path / "b", 24, codec, resume=True)
-    assert equal_states(whole, resumed)
-    for one, two in zip(whole["others"][-1].values(), resumed["others"][-1].values()):
-        assert torch.equal(one, two) and one.abs().sum() > 0               # the time sampler too
-    model, metadata = knn_diffusion.load(tmp_path / "a" / "discrete.safetensors")
-    assert isinstance(model, knn_diffusion.TokenTransformer)
-    assert metadata["vqvae"] == vqvae.fingerprint(codec)
-    # tokens are computed once and kept beside the embeddings
-    [table] = open_index(world / "index").folder.glob("tokens-*.npy")
-    assert np.load(table).shape == (len(open_index(world / "index")), 64)
-    # and anew for other pictures under the same names
-    index, tables = open_index(world / "index"), set()
-    for shade in (0, 255):
-        pictures = np.full((len(index), 16, 16, 3), shade, np.uint8)
-        tokens = train.token_table(pictures, codec, index, CPU)
-        assert torch.equal(tokens[0], codec.encode(train.to_x(pictures[:1]))[0].int())
-        tables.add(frozenset(index.folder.glob("tokens-*.npy")))
-    assert len(tables) == 2
-    other = vqvae.VQVAE(TINY_VQVAE).eval()
-    with pytest.raises(ValueError, match="vqvae was"):
-        train_tiny_transformer(world, tmp_path / "b", 30, other, resume=True)
-    with pytest.raises(ValueError, match="holds a TokenTransformer"):
-        train_tiny_unet(world, tmp_path / "c", 1, init=tmp_path / "a" / "discrete.safetensors")
-    wide = vqvae.VQVAE(replace(TINY_VQVAE, n_codes=20)).eval()
-    with pytest.raises(ValueError, match="8x8 of 20"):
-        train_tiny_transformer(world, tmp_path / "d", 1, wide)
-
-
-def test_the_tokens_are_the_vqvaes_and_a_preset_says_which_it_wants(world, tmp_path, capsys,
-                                                                    monkeypatch):
-    """Not silently the stickers' VQ-VAE, 64x64 tokens of 512 at the gpu preset's 256 px."""
-    arguments = ["discrete", "--preset", "gpu", "--data", str(world / "images"), "--index",
-                 str(world / "index"), "--out", str(tmp_path / "out")]
-    assert train.main(arguments) == 2
-    assert "wants --vqvae, of 16x16 tokens of 1024 from 256 px" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    asked = []
-    monkeypatch.setattr(train, "train_diffusion", lambda *given, **_: asked.append(given[4]))
-    vqvae.save(tmp_path / "vqvae.safetensors", vqvae.VQVAE(TINY_VQVAE), {})     # factor 2, V = 16
-    assert train.main([*arguments, "--vqvae", str(tmp_path / "vqvae.safetensors")]) == 0
-    assert (asked[0].tokens_a_side, asked[0].n_codes) == (128, 16)
-    assert "128x128 tokens of 16, as" in capsys.readouterr().out
-
-
-def test_importance_weights_leave_the_mean_over_the_steps_as_it_is(world):
-    """However t is drawn, the loss estimates the same mean over t, and the sampler is told the
-    loss before its weight."""
-    torch.manual_seed(0)
-    codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
-    index, model = open_index(world / "index"), knn_diffusion.TokenTransformer(TINY_TRANSFORMER)
-    stages = train.Discrete(train.CachedPictures(world / "images", index, 16, 3), TINY_TRANSFORMER,
-                            "both", CPU, codec, index)
-    rows, generator = torch.arange(4000) % len(index), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        plain = stages.loss(model, rows, generator).item()
-        told = []
-        stages.times.update = lambda t, terms: told.append((t, terms))
-        stages.times.seen[:] = 20
-        for skewed in ([9.0, 9, 1, 1, 1, 1], [1.0, 1, 1, 1, 1, 9]):
-            stages.times.mean_square[1:] = torch.tensor(skewed).double() ** 2
-            found = stages.loss(model, rows, generator).item()
-            assert found == pytest.approx(plain, rel=0.08)
-            t, terms = told[-1]
-            by_step = torch.stack([terms[t == step].mean() for step in range(1, 7)])
-            assert by_step.mean().item() == pytest.approx(plain, rel=0.08)
-
-
-# ---------------------------------------------------------------- the VQ-VAE
-
-TINY_VQVAE = vqvae.VQVAEConfig(
-    image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(), latent_channels=8,
-    embed_dim=4, n_codes=16, norm_groups=4)
-
-
-def train_tiny_vqvae(data, out, steps, resume=False, keep_out=3, **changes):
-    train.train_vqvae(data, out, TINY_VQVAE, keep_out, **{
-        **dict(steps=steps, batch_size=4, lr=1e-3, seed=0, resume=resume, init=None, minutes=None,
-               device=CPU, bf16=False, command="a test"), **changes})
-    return torch.load(out / "state.pt", weights_only=True)
-
-
-def test_a_run_of_whole_checkpoints_measures_its_end_once(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "CHECKPOINT_EVERY", 2)
-    (tmp_path / "out").mkdir()
-    train_tiny_vqvae(world / "images", tmp_path / "out", 4)
-    said = capsys.readouterr().out
-    assert said.count("step 2: PSNR") == said.count("step 4: PSNR") == 1
-
-
-def test_weights_of_others_tell_no_commands(tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "theirs.ckpt")
-    assert train.all_commands(tmp_path / "theirs.ckpt", "now") == "now"
-
-
-def test_a_gumbel_file_is_no_start_for_training(world, tmp_path, capsys):
-    """Whatever the preset says: the file decides."""
-    config = replace(TINY_VQVAE, gumbel=True)
-    vqvae.save(tmp_path / "gumbel.safetensors", vqvae.VQVAE(config), {})
-    assert train.main(["vqvae", "--data", str(world / "images"), "--out", str(tmp_path / "out"),
-                       "--init", str(tmp_path / "gumbel.safetensors")]) == 2
-    assert "Gumbel codebook" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_kept_out_drawings_leave_with_all_their_renderings():
-    names = [f"flat/{name}-{i}.png" for name in "abcdef" for i in range(3)] + ["plain.png"]
-    kept, out = train.split_by_drawing(names, 3)
-    assert out == [f"flat/{name}-{i}.png" for name in "cf" for i in range(3)]
-    assert sorted(kept + out) == sorted(names)
-    assert train.split_by_drawing(names, 0) == (names, [])
-
-
-def test_what_is_measured_comes_from_all_folders():
-    names = [f"flat/{i}" for i in range(1300)] + [f"outlined/{i}" for i in range(1100)]
-    chosen = train.some(names, 1000)
-    assert 700 < len(chosen) <= 1000 and len(set(chosen)) == len(chosen)
-    assert abs(sum("flat" in name for name in chosen) / len(chosen) - 13 / 24) < 0.01
-    assert train.some(names[:7], 1000) == names[:7] and train.some([], 5) == []
-
-
-def test_vqvae_resumes_as_if_never_stopped_and_learns(world, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-2)
-    data = tmp_path / "pictures"
-    write_pictures(data, 8)
-    (data / "broken.png").write_bytes(b"")
-    monkeypatch.setattr(train, "REVIVE_EVERY", 10)
-    revived, restart = [], vqvae.restart_dead_codes
-
-    def one_is_dead(codebook, counts, z, generator):
-        revived.append(restart(codebook, counts.index_fill(0, torch.tensor([3]), 0), z, generator))
-
-    monkeypatch.setattr(vqvae, "restart_dead_codes", one_is_dead)
-    whole = train_tiny_vqvae(data, tmp_path / "a", 60)
-    assert len(revived) == 5 and min(revived) > 0         # from 0 to 40: not in the last fifth
-    train_tiny_vqvae(data, tmp_path / "b", 26)
-    assert equal_states(whole, train_tiny_vqvae(data, tmp_path / "b", 60, resume=True))
-    assert len(revived) == 5 + 3 + 2
-    model, metadata = vqvae.load(tmp_path / "a" / "vqvae.safetensors")
-    assert "PSNR" in metadata["measured"] and "broken.png" in capsys.readouterr().err
-    log = (tmp_path / "a" / "log.csv").read_text().splitlines()
-    assert float(log[-1].split(",")[1]) < 0.8
-    assert (tmp_path / "a" / "samples" / "0000060.png").is_file()
-    with pytest.raises(ValueError, match="keep_out was 3, is 2"):
-        train_tiny_vqvae(data, tmp_path / "b", 70, resume=True, keep_out=2)
-
-
-# ---------------------------------------------------------------- editing
-
-
-def edit_start(world, tmp_path, backbone):
-    """Weights to start from, and the flags that go with them."""
-    if backbone == "continuous":
-        return ["--init", str(world / "continuous.safetensors")]
-    torch.manual_seed(0)
-    codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
-    vqvae.save(tmp_path / "vqvae.safetensors", codec, {})
-    codec = vqvae.load(tmp_path / "vqvae.safetensors")[0]
-    train_tiny_transformer(world, tmp_path / "generator", 2, codec)
-    return ["--init", str(tmp_path / "generator" / "discrete.safetensors"),
-            "--vqvae", str(tmp_path / "vqvae.safetensors")]
-
-
-def edit_command(world, out, start, steps, *more):
-    return train.main([
-        "edit", "--data", str(world / "images"), "--swap-index", str(world / "index"), "--index",
-        str(world / "index"), "--clip", str(world / "clip.safetensors"), *start, "--out", str(out),
-        "--steps", str(steps), "--batch-size", "4", "--swaps", "3", "--no-bf16", *more])
-
-
-@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
-def test_editing_trains_from_a_generator_and_sees_no_text(world, tmp_path, monkeypatch, backbone):
-    def refuse(*_: object) -> None:
-        raise AssertionError("a text was read")
-
-    monkeypatch.setattr(clip_model.CLIP, "embed_texts", refuse)
-    monkeypatch.setattr(clip_model.Tokenizer, "encode", refuse)
-    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-3)
-    start = edit_start(world, tmp_path, backbone)
-    assert edit_command(world, tmp_path / "a", start, 6) == 0
-    model, metadata = knn_diffusion.load(tmp_path / "a" / "edit.safetensors")
-    assert model.config.edit and metadata["clip"] and ("vqvae" in metadata) == (
-        backbone == "discrete")
-    before = knn_diffusion.widened(knn_diffusion.load(start[1])[0]).state_dict()
-    assert any((tensor != before[name]).any() for name, tensor in model.state_dict().items())
-    # a run that was stopped and resumed is the same; its swaps are read, not made again
-    assert edit_command(world, tmp_path / "b", start, 3) == 0
-    monkeypatch.setattr(train.SwappedPictures, "make", refuse)
-    assert edit_command(world, tmp_path / "b", start[2:], 6, "--resume") == 0
-    states = [torch.load(tmp_path / name / "state.pt", weights_only=True) for name in "ab"]
-    assert equal_states(*states)
-    monkeypatch.undo()
-    assert edit_command(world, tmp_path / "b", start[2:], 7, "--resume", "--swaps", "2") == 2
-
-
-@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
-def test_the_editing_model_is_shown_the_swap_and_asked_for_the_original(
-        world, tmp_path, monkeypatch, backbone):
-    """Two swaps of picture 3: both to become it, each from its own; a dropped one is null."""
-    index, clip = open_index(world / "index"), clip_model.load(world / "clip.safetensors")
-    pictures = train.SwappedPictures(world / "images", index, index, clip, 16, 3, 2, 7, tmp_path)
-    pictures.manipulated[23] = 255 - pictures.manipulated[3]
-    rows = torch.tensor([3, 23, 3, 23])
-    dropped = torch.tensor([False, False, True, True])
-    no = torch.zeros(4, dtype=torch.bool)
-    monkeypatch.setattr(knn_diffusion, "draw_edit_drops", lambda *_: (no, ~no, dropped))
-    seen = []
-    if backbone == "continuous":
-        monkeypatch.setattr(knn_diffusion, "diffusion_loss", lambda *given: seen.append(given))
-        config = knn_diffusion.load(world / "continuous.safetensors")[0].config
-        stages = train.Continuous(pictures, replace(config, edit=True), "both", CPU)
-        stages.loss(None, rows, torch.Generator().manual_seed(0))
-        x0, given, null = seen[0][2], seen[0][-1], 0
-        original = train.to_x(pictures.pictures[[3]])[0]
-        swapped = train.to_x(pictures.manipulated[[3, 23]])
-    else:
-        torch.manual_seed(0)
-        codec = vqvae.VQVAE(TINY_VQVAE).eval().requires_grad_(False)
-        monkeypatch.setattr(knn_diffusion, "discrete_loss", lambda *given: (
-            seen.append(given), (torch.ones(4), torch.ones(4)))[1])
-        config = replace(TINY_TRANSFORMER, edit=True)
-        stages = train.Discrete(pictures, config, "both", CPU, codec, index)
-        stages.loss(None, rows, torch.Generator().manual_seed(0))
-        x0, given, null = seen[0][2], seen[0][-1], TINY_TRANSFORMER.n_codes
-        original = codec.encode(train.to_x(pictures.pictures[[3]]))[0]
-        swapped = codec.encode(train.to_x(pictures.manipulated[[3, 23]]))
-    assert all(torch.equal(each, original) for each in x0)
-    assert torch.equal(given[:2], swapped) and not torch.equal(swapped[0], swapped[1])
-    assert (given[2:] == null).all()
-    assert torch.equal(seen[0][-3], no) and torch.equal(seen[0][-2], ~no)
-
-
-def test_other_swaps_have_a_cache_of_their_own(world, tmp_path):
-    index, clip = open_index(world / "index"), clip_model.load(world / "clip.safetensors")
-    for i, (k, per_picture, seed) in enumerate([(3, 1, 7), (3, 1, 8), (2, 1, 7), (3, 2, 7)]):
-        train.SwappedPictures(world / "images", index, index, clip, 16, k, per_picture, seed,
-                              tmp_path)
-        assert len(list(tmp_path.glob("swaps-*.npz"))) == i + 1
-
-
-def test_a_single_picture_has_nothing_to_swap_with(world, tmp_path, capsys):
-    write_pictures(tmp_path / "one", 1)
-    clip = clip_model.load(world / "clip.safetensors")
-    embeddings, names, _ = index_module.embed_folder(clip, tmp_path / "one")
-    index_module.write_index(tmp_path / "index", embeddings, names, "some clip", clip.fingerprint(),
-                             tmp_path / "one")
-    assert train.main(["edit", "--data", str(tmp_path / "one"), "--swap-index",
-                       str(tmp_path / "index"), "--index", str(world / "index"), "--clip",
-                       str(world / "clip.safetensors"), "--init",
-                       str(world / "continuous.safetensors"), "--out", str(tmp_path / "o")]) == 2
-    assert "holds one picture" in capsys.readouterr().err
-
-
-def test_swaps_change_a_region_only_and_speak_of_what_was_there(world, tmp_path):
-    index, clip = open_index(world / "index"), clip_model.load(world / "clip.safetensors")
-    made = train.SwappedPictures(world / "images", index, index, clip, 16, 3, 2, 7, tmp_path)
-    assert len(made) == 40 and made.manipulated.shape == (40, 16, 16, 3)
-    partner = neighbor_table(index, 1)[:, 0]
-    assert (partner != np.arange(20)).all()
-    _, boxes, _ = train.edit.region_swap(
-        train.to_x(made.pictures), train.to_x(made.pictures[partner]),
-        torch.Generator().manual_seed(7))
-    for i, box in enumerate(boxes.tolist()):
-        left, top, right, bottom = box
-        original, changed = made.pictures[i], made.manipulated[i]
-        differs = (original != changed).any(-1)
-        assert differs[top:bottom, left:right].any()
-        differs[top:bottom, left:right] = False
-        assert not differs.any()
-        crop = Image.fromarray(original).crop(train.edit.region_crop(tuple(box), 16, 16))
-        wanted = clip.embed_pictures([crop])[0]
-        assert torch.allclose(torch.from_numpy(made.queries[i]).float(), wanted, atol=2e-3)
-    x0, query, neighbors = made.batch(torch.tensor([3, 23]))       # two swaps of picture 3
-    assert torch.equal(x0[0], x0[1])
-    assert (made.queries[:20] != made.queries[20:]).any()
-    ids = index.search(torch.from_numpy(made.queries[3:4]).float(), 3)[1][0]
-    assert torch.equal(neighbors[0], torch.from_numpy(index.embeddings[ids.numpy()]).float())
-    assert len(list(tmp_path.glob("swaps-*.npz"))) == 1
-
-
-def test_editing_wants_its_swap_index(world, tmp_path, capsys):
-    argv = ["edit", "--data", str(world / "images"), "--out", str(tmp_path / "out"), "--init",
-            str(world / "continuous.safetensors")]
-    assert train.main(argv) == 2 and "--swap-index" in capsys.readouterr().err
-    assert train.main([*argv, "--swap-index", str(tmp_path / "none")]) == 2
-    assert train.main([*argv, "--swap-index", str(world / "index")]) == 2  # another CLIP's
-    assert not (tmp_path / "out").exists()
-    start = ["--init", str(world / "continuous.safetensors")]
-    assert edit_command(world, tmp_path / "a", start, 1) == 0
-    with pytest.raises(ValueError, match="that edits, continuous wants"):
-        train_tiny_unet(world, tmp_path / "c", 1, init=tmp_path / "a" / "edit.safetensors")
-
-
-def test_weights_of_another_clip_are_no_start(world, tmp_path):
-    for name, model, clip in (("a", tiny_unet(), "abc"), ("b", tiny_unet(embed_dim=8), "")):
-        knn_diffusion.save(tmp_path / name, model, {"clip": clip})
-        with pytest.raises(ValueError, match="was trained with the CLIP"):
-            train_tiny_unet(world, tmp_path / "out", 1, init=tmp_path / name)
-
-
-@pytest.mark.parametrize(
-    "line", ["", "{bad", "[]", '{"path": "x.png"}', '{"path": "x.png", "captions": []}']
-)
-def test_rows_that_can_not_be_used_are_named(tmp_path, line):
-    (tmp_path / "captions.jsonl").write_text(line + "\n" if line else "")
-    with pytest.raises(ValueError, match="captions.jsonl"):
-        train.read_captions(tmp_path / "captions.jsonl")
-
-
-def test_training_draws_every_time_and_the_last_one_too(world, tmp_path, monkeypatch):
-    seen, loss = [], knn_diffusion.diffusion_loss
-
-    def watch(model, schedule, x0, query, neighbors, t, *rest):
-        seen.extend(t.tolist())
-        return loss(model, schedule, x0, query, neighbors, t, *rest)
-
-    monkeypatch.setattr(knn_diffusion, "diffusion_loss", watch)
-    train_tiny_unet(world, tmp_path / "a", 150)
-    assert min(seen) >= 1 and max(seen) == UNET_CONFIG.T and set(range(1, 8)) & set(seen)
+def test_every_step_of_the_diffusion_is_trained_the_last_one_too(world, codec, tmp_path,
+                                                                 monkeypatch):
+    seen = losses_seen(monkeypatch), losses_seen(monkeypatch, "discrete_loss")
+    trained(world, "continuous", tmp_path / "a", 40, "--batch-size", 20)
+    trained(world, "discrete", tmp_path / "b", 10, "--batch-size", 20, codec=codec)
+    t = torch.cat([given[5] for given in seen[0]])
+    assert t.min() == 1 and t.max() == UNET_CONFIG.T
+    t = torch.cat([given[4] for given in seen[1]])
+    assert set(t.tolist()) == set(range(1, TINY_TRANSFORMER.T + 1))
 
 
 @pytest.mark.parametrize("condition", ["both", "query", "neighbors"])
 def test_condition_blinds_what_it_does_not_name(world, tmp_path, monkeypatch, condition):
-    drops, loss = [], knn_diffusion.diffusion_loss
-
-    def watch(*args):
-        drops.append(args[-2:])
-        return loss(*args)
-
-    monkeypatch.setattr(knn_diffusion, "diffusion_loss", watch)
-    train_tiny_unet(world, tmp_path / condition, 20, condition=condition)
-    query, neighbors = (torch.cat(parts).float().mean().item() for parts in zip(*drops))
+    seen = losses_seen(monkeypatch)
+    trained(world, "continuous", tmp_path / "a", 20, "--condition", condition)
+    query, neighbors = (torch.cat([given[i] for given in seen]).float().mean() for i in (7, 8))
     assert (query == 1) == (condition == "neighbors") and (neighbors == 1) == (condition == "query")
-    assert (
-        clip_model.read_weights(tmp_path / condition / "continuous.safetensors")[1]["condition"]
-        == condition
-    )
+
+
+def test_flips_and_noise_change_the_picture_and_the_query_alone(world, tmp_path, monkeypatch):
+    seen = losses_seen(monkeypatch)
+    for i, more in enumerate(([], ["--flip"], ["--query-noise", 1.0])):
+        trained(world, "continuous", tmp_path / str(i), 1, "--batch-size", 16, *more)
+    plain, flipped, noisy = seen
+    is_flipped = (plain[2] != flipped[2]).flatten(1).any(1)
+    assert 2 < is_flipped.sum() < 14
+    assert torch.equal(plain[2][is_flipped].flip(-1), flipped[2][is_flipped])
+    assert torch.equal(plain[3], flipped[3]) and torch.equal(plain[2], noisy[2])
+    changed = (plain[3] - noisy[3]).abs().amax(1) > 1e-2
+    assert 2 < changed.sum() < 14 and torch.equal(plain[4], noisy[4])
+
+
+def test_neighbours_may_come_from_another_index(world, tmp_path, monkeypatch):
+    rows = torch.nn.functional.normalize(torch.randn(30, 16), dim=1)
+    other = retrieval.write_index(tmp_path / "other", rows, [f"{i}.png" for i in range(30)],
+                                  "some clip", open_index(world / "index").manifest["encoder_hash"],
+                                  tmp_path)
+    seen = losses_seen(monkeypatch)
+    trained(world, "continuous", tmp_path / "a", 1, "--neighbors-from", tmp_path / "other")
+    _, _, _, query, neighbors, *_ = seen[0]
+    ids = other.search(query, 3)[1]
+    assert torch.equal(neighbors, torch.from_numpy(other.rows[ids.numpy()]).float())
 
 
 def test_diffusion_training_sees_no_text_and_runs_no_clip(world, tmp_path, monkeypatch):
@@ -666,112 +325,248 @@ def test_diffusion_training_sees_no_text_and_runs_no_clip(world, tmp_path, monke
         (tmp_path / "captions.jsonl").read_text()
     for name in ("load", "CLIP", "Tokenizer"):
         monkeypatch.setattr(clip_model, name, forbidden)
-    monkeypatch.setattr(train, "CaptionedPictures", forbidden)
-    train_tiny_unet(tmp_path, tmp_path / "a", 2)
+    trained(tmp_path, "continuous", tmp_path / "a", 2)
 
 
-def test_training_rows_are_a_picture_its_embedding_and_its_neighbours(world):
-    index = open_index(world / "index")
-    data = train.CachedPictures(world / "images", index, 16, 3)
-    x0, query, neighbors = data.batch(torch.tensor([4, 9]))
-    picture = np.asarray(clip_model.read_image(world / "images" / index.paths[9]))
-    assert np.allclose((x0[1].permute(1, 2, 0).numpy() + 1) * 127.5, picture, atol=1e-3)
-    assert torch.equal(query[1], torch.from_numpy(index.embeddings[9].astype(np.float32)))
-    ids = index.search(query, 3, exclude=torch.tensor([4, 9]))[1]
-    assert torch.equal(neighbors[0], torch.from_numpy(index.embeddings[ids[0].numpy()]).float())
-    assert 4 not in ids[0] and 9 not in ids[1]
+class ReadBacks(TorchDispatchMode):
+    """Counts the tensors whose numbers are read, each of which a GPU would wait for."""
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.overloadpacket is torch.ops.aten._local_scalar_dense
+        return func(*args, **(kwargs or {}))
 
 
-def test_a_folder_and_an_index_of_other_files_are_refused(world, tmp_path):
-    index = open_index(world / "index")
-    write_pictures(tmp_path / "more", 21)
-    with pytest.raises(ValueError, match="0 of the index's are missing, 1 of the folder's"):
-        train.check_same_files(tmp_path / "more", index)
-    write_pictures(tmp_path / "fewer", 19)
-    with pytest.raises(ValueError, match="1 of the index's are missing, 0"):
-        train.check_same_files(tmp_path / "fewer", index)
-    write_pictures(tmp_path / "same", 20)
-    (tmp_path / "same" / "broken.png").write_bytes(b"")  # skipped by both
-    train.check_same_files(tmp_path / "same", index)
+def test_a_step_reads_back_once(world):
+    """Loss and gradient norm together, in `take_step`; the losses read nothing."""
+    model, schedule = tiny_unet().train(), knn_diffusion.Schedule(100)
+    x, q, n = torch.randn(2, 3, 16, 16), torch.randn(2, 16), torch.randn(2, 3, 16)
+    t, no = torch.tensor([3, 70]), torch.zeros(2, dtype=torch.bool)
+    tokens = knn_diffusion.TokenTransformer(TINY_TRANSFORMER)
+    masks = knn_diffusion.MaskSchedule(6, 16)
+    x0, t2 = torch.randint(16, (2, 64)), torch.tensor([1, 6])
+    optimizers = train.muon_and_adam(model.requires_grad_(True), 1e-3, ("conv_in.",))
+    with ReadBacks() as count:
+        loss = knn_diffusion.diffusion_loss(model, schedule, x, q, n, t, x, no, no)
+        xt = knn_diffusion.mask_and_replace(x0, t2, masks, torch.rand(2, 64), x0)
+        knn_diffusion.discrete_loss(tokens, masks, x0, xt, t2, q, n, no, no)
+        assert count.n == 0
+        loss.backward()
+        train.take_step(model, optimizers[:1], loss, 1e-3, 1.0)
+    assert count.n <= 2                                  # one list of two numbers
+
+
+# ---------------------------------------------------------------- what is made once
+
+def test_pictures_and_tokens_are_made_once_and_anew_where_damaged(world, codec, tmp_path,
+                                                                  monkeypatch):
+    shutil.copytree(world / "index", tmp_path / "index", ignore=shutil.ignore_patterns("tokens-*"))
+    shutil.copytree(world / "images", tmp_path / "images")
+    first = trained(tmp_path, "discrete", tmp_path / "a", 2, codec=codec)
+    [tokens] = (tmp_path / "index").glob("tokens-*.npy")
+    wanted = np.load(tokens)
+    assert wanted.shape == (20, 64)
+    read = []
+    monkeypatch.setattr(train, "read_square", lambda path, size: read.append(path))
+    assert equal_states(first, trained(tmp_path, "discrete", tmp_path / "b", 2, codec=codec))
+    assert not read                                       # with tokens no picture is opened
+    monkeypatch.undo()
+    monkeypatch.setitem(train.PRESETS["discrete"], "tiny", TINY_TRANSFORMER)
+    for harm in (b"", tokens.read_bytes()[:200]):
+        tokens.write_bytes(harm)
+        trained(tmp_path, "discrete", tmp_path / f"c{len(harm)}", 1, codec=codec)
+        assert (np.load(tokens) == wanted).all()
+    write_pictures(tmp_path / "images", 21)               # one more than the index knows: fine
+    trained(tmp_path, "discrete", tmp_path / "d", 1, codec=codec)
+
+
+def test_a_jpeg_is_read_small_turned_and_the_same_as_slowly(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
+    picture = picture.resize((800, 600), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x112] = 6                                                        # a quarter turn
+    picture.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    slow = clip_model.fit_square(clip_model.read_image(tmp_path / "a.jpg"), 64)
+    quick = train.read_square(tmp_path / "a.jpg", 64)
+    assert quick.shape == (64, 64, 3)
+    assert np.abs(quick.astype(int) - np.asarray(slow)).mean() < 3
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:900])
+    with pytest.raises(ValueError, match="a.jpg"):
+        train.read_square(tmp_path / "a.jpg", 64)
+
+
+def test_a_folder_that_lacks_the_indexs_files_is_refused(world, tmp_path, capsys):
+    write_pictures(tmp_path / "images", 3)
+    argv = command(world, "continuous", tmp_path / "a", 1, "--data", tmp_path / "images")
+    assert train.main(argv) == 2
+    assert "003.png" in capsys.readouterr().err and not (tmp_path / "a").exists()
+
+
+# ---------------------------------------------------------------- the VQ-VAE
+
+def test_kept_out_drawings_leave_with_all_their_renderings():
+    names = [f"flat/{name}-{i}.png" for name in "abcdef" for i in range(3)] + ["plain.png"]
+    kept, out = train.split_by_drawing(names, 3)
+    assert out == [f"flat/{name}-{i}.png" for name in "cf" for i in range(3)]
+    assert sorted(kept + out) == sorted(names)
+    assert train.split_by_drawing(names, 0) == (names, [])
+    photographs = [f"img-{i:04d}.jpg" for i in range(1000)]
+    assert len(train.split_by_drawing(photographs, 10, are_stickers=False)[1]) == 100
+
+
+def test_what_is_measured_comes_from_all_folders():
+    names = [f"flat/{i}" for i in range(1300)] + [f"outlined/{i}" for i in range(1100)]
+    chosen = train.some(names, 1000)
+    assert 700 < len(chosen) <= 1000 and len(set(chosen)) == len(chosen)
+    assert abs(sum("flat" in name for name in chosen) / len(chosen) - 13 / 24) < 0.01
+    assert train.some(names[:7], 1000) == names[:7] and train.some([], 5) == []
+
+
+def test_vqvae_learns_restarts_codes_and_measures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: 1e-2)
+    monkeypatch.setattr(train, "REVIVE_EVERY", 10)
+    write_pictures(tmp_path / "images", 8)
+    (tmp_path / "images" / "broken.png").write_bytes(b"")
+    calls, restart = [], vqvae.restart_dead_codes
+    monkeypatch.setattr(vqvae, "restart_dead_codes",
+                        lambda *given: (calls.append(given[1].sum()), restart(*given)))
+    trained(tmp_path, "vqvae", tmp_path / "a", 60, "--keep-out", 3, "--save-every", 30)
+    assert len(calls) == 5 and min(calls) == 8 * 4 * 64   # from 0 to 40: not in the last fifth
+    said, errors = capsys.readouterr()
+    assert said.count("step 30: PSNR") == said.count("step 60: PSNR") == 1
+    assert "3 kept out" in said and "broken.png" in errors
+    log = (tmp_path / "a" / "log.csv").read_text().splitlines()
+    assert log[0].startswith("step,loss,lr,images_per_second")
+    assert float(log[-1].split(",")[1]) < 0.8
+    assert (tmp_path / "a" / "samples" / "0000060.png").is_file()
+
+
+def test_a_gumbel_file_is_no_start_for_training(world, tmp_path, capsys):
+    path = tmp_path / "gumbel.safetensors"
+    vqvae.save(path, vqvae.VQVAE(replace(TINY_VQVAE, gumbel=True)), {})
+    assert train.main(command(world, "vqvae", tmp_path / "out", 1, "--init", path)) == 2
+    assert "Gumbel codebook" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- editing (Sec. 3.3)
+
+def start_of(world, tmp_path, backbone, codec):
+    """Weights to start from, and the flags that go with them."""
+    if backbone == "continuous":
+        return ["--init", world / "continuous.safetensors"]
+    trained(world, "discrete", tmp_path / "generator", 2, codec=codec)
+    return ["--init", tmp_path / "generator" / "discrete.safetensors", "--vqvae", codec]
+
+
+@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
+def test_editing_trains_from_a_generator_and_sees_no_text(world, codec, tmp_path, monkeypatch,
+                                                          flat_rate, backbone):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a text was read, or swaps made twice")
+
+    start = start_of(world, tmp_path, backbone, codec)
+    monkeypatch.setattr(clip_model.CLIP, "embed_texts", refuse)
+    whole = trained(world, "edit", tmp_path / "a", 6, *start)
+    model, metadata = knn_diffusion.load(tmp_path / "a" / "edit.safetensors")
+    assert model.config.edit and metadata["clip"]
+    assert ("vqvae" in metadata) == (backbone == "discrete")
+    before = knn_diffusion.widened(knn_diffusion.load(start[1])[0]).state_dict()
+    assert any((tensor != before[name]).any() for name, tensor in model.state_dict().items())
+    trained(world, "edit", tmp_path / "b", 3, *start)
+    monkeypatch.setattr(train.edit, "region_swap", refuse)
+    resumed = trained(world, "edit", tmp_path / "b", 6, *start[2:], "--resume")
+    assert equal_states(whole, resumed)
+
+
+@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
+def test_the_model_is_shown_the_swap_and_asked_for_the_original(world, codec, tmp_path, monkeypatch,
+                                                                backbone):
+    """Outside the region both agree; the query is the original region's; a dropped one is null."""
+    name = "diffusion_loss" if backbone == "continuous" else "discrete_loss"
+    start = start_of(world, tmp_path, backbone, codec)
+    seen = losses_seen(monkeypatch, name)
+    dropped = torch.tensor([False, False, True, True])
+    monkeypatch.setattr(knn_diffusion, "draw_edit_drops",
+                        lambda *_: (~dropped & dropped, dropped, dropped))
+    trained(world, "edit", tmp_path / "a", 1, *start)
+    x0, shown = seen[0][2], seen[0][-1]
+    pictures = np.load(world / "index" / "pictures-16.npy")
+    [swaps] = (tmp_path / "a").glob("swaps-*.npz")
+    with np.load(swaps) as made:
+        manipulated, queries = train.to_x(made["manipulated"]), made["queries"]
+    assert len(manipulated) == 3 * len(pictures)
+    originals = train.to_x(pictures)
+    if backbone == "discrete":
+        model = vqvae.load(codec)[0]
+        originals, manipulated = model.encode(originals), model.encode(manipulated)
+    for i in range(4):
+        rows = [row for row in range(len(queries))
+                if torch.equal(seen[0][-5 if backbone == "discrete" else 3][i],
+                               torch.from_numpy(queries[row]).float())]
+        assert any(torch.equal(originals[row % 20], x0[i]) for row in rows)
+        null = TINY_TRANSFORMER.n_codes if backbone == "discrete" else 0
+        assert (shown[i] == null).all() if dropped[i] else any(
+            torch.equal(manipulated[row], shown[i]) for row in rows)
+
+
+def test_swaps_change_a_region_only_and_speak_of_what_was_there(world, tmp_path):
+    trained(world, "edit", tmp_path / "a", 1, "--init", world / "continuous.safetensors",
+            "--swaps", 2, "--seed", 7)
+    index, clip = open_index(world / "index"), clip_model.load(world / "clip.safetensors")
+    pictures = np.load(world / "index" / "pictures-16.npy")
+    partner = retrieval.neighbor_table(index, 1)[:, 0]
+    assert (partner != np.arange(20)).all()
+    _, boxes, _ = train.edit.region_swap(train.to_x(pictures), train.to_x(pictures[partner]),
+                                         torch.Generator().manual_seed(7))
+    with np.load(next((tmp_path / "a").glob("swaps-*.npz"))) as made:
+        manipulated, queries, neighbors = (made[name] for name in ("manipulated", "queries",
+                                                                   "neighbors"))
+    for i, box in enumerate(boxes.tolist()):
+        left, top, right, bottom = box
+        differs = (pictures[i] != manipulated[i]).any(-1)
+        assert differs[top:bottom, left:right].any()
+        differs[top:bottom, left:right] = False
+        assert not differs.any()
+        crop = Image.fromarray(pictures[i]).crop(train.edit.region_crop(tuple(box), 16, 16))
+        wanted = clip.embed_pictures([crop])[0]
+        assert torch.allclose(torch.from_numpy(queries[i]).float(), wanted, atol=2e-3)
+    found = index.search(torch.from_numpy(queries).float(), 3)[1]
+    assert (found.numpy() == neighbors).mean() > 0.95     # float16 queries, near ties
 
 
 # ---------------------------------------------------------------- the command
 
-
-def test_command_trains_resumes_and_starts_from_weights(world, tmp_path, capsys):
-    out = tmp_path / "run"
-    argv = [
-        "continuous",
-        "--data",
-        str(world / "images"),
-        "--index",
-        str(world / "index"),
-        "--out",
-        str(out),
-        "--steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--k",
-        "3",
-        "--no-bf16",
-        "--init",
-        str(world / "continuous.safetensors"),
-    ]
-    assert train.main(argv) == 0
-    assert "steps 0 to 2" in capsys.readouterr().out
-    metadata = clip_model.read_weights(out / "continuous.safetensors")[1]
-    assert metadata["command"].startswith("python train.py continuous") and metadata["step"] == "2"
-    began = knn_diffusion.load(world / "continuous.safetensors")[0].config
-    assert knn_diffusion.load(out / "continuous.safetensors")[0].config == began
-    assert train.main([*argv, "--target", "eps", "--out", str(tmp_path / "eps")]) == 0
-    found = knn_diffusion.load(tmp_path / "eps" / "continuous.safetensors")[0].config
-    assert found == replace(began, target="eps") != began
-    capsys.readouterr()
-    assert metadata["clip"] == open_index(world / "index").manifest["encoder_hash"]
-    with open(out / "log.csv", "a") as file:
-        file.write("50,0.1,1e-3,9.0\n")  # from a crash, beyond the state
-    assert train.main([*argv[:8], "3", *argv[9:], "--resume"]) == 0
-    assert "steps 2 to 3" in capsys.readouterr().out
-    lines = (out / "log.csv").read_text().split()
-    assert [line.split(",")[0] for line in lines] == ["step", "2", "3"]
-
-
-def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys):
-    base = [
-        "continuous",
-        "--data",
-        str(world / "images"),
-        "--index",
-        str(world / "index"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    write_pictures(tmp_path / "other", 3)
-    for extra in (
-        ["--resume"],
-        ["--preset", "grand"],
-        ["--steps", "0"],
-        ["--lr", "nan"],
-        ["--k", "0"],
-        ["--minutes", "nan"],
-        ["--data", str(tmp_path / "nowhere")],
-        ["--device", "abacus"],
-        ["--data", str(tmp_path / "other")],
-        ["--index", str(tmp_path)],
-        ["--init", str(tmp_path / "missing")],
-    ):
-        assert train.main([*base, *extra]) == 2, extra
-        error = capsys.readouterr().err.strip()
-        assert error and "Traceback" not in error and len(error.splitlines()) == 1
-    assert (
-        train.main(["clip", "--data", str(world / "images"), "--out", str(tmp_path / "out")]) == 2
-    )
+def test_what_does_not_belong_together_is_refused(world, codec, tmp_path, capsys):
+    for name, model, clip in (("a", tiny_unet(), "abc"), ("b", tiny_unet(embed_dim=8), "")):
+        knn_diffusion.save(tmp_path / name, model, {"clip": clip})
+        argv = command(world, "continuous", tmp_path / "out", 1, "--init", tmp_path / name)
+        assert train.main(argv) == 2 and "was trained with the CLIP" in capsys.readouterr().err
+    trained(world, "edit", tmp_path / "e", 1, "--init", world / "continuous.safetensors")
+    argv = command(world, "continuous", tmp_path / "out", 1, "--init",
+                   tmp_path / "e" / "edit.safetensors")
+    assert train.main(argv) == 2 and "that edits" in capsys.readouterr().err
+    argv = command(world, "discrete", tmp_path / "out", 1, "--init",
+                   world / "continuous.safetensors", codec=codec)
+    assert train.main(argv) == 2 and "holds a UNet" in capsys.readouterr().err
+    argv = command(world, "discrete", tmp_path / "out", 1, "--preset", "gpu", codec=codec)
+    argv = [part for part in argv if part not in ("--vqvae", str(codec))]
+    assert train.main(argv) == 2
+    assert "needs --vqvae, best of 16x16 tokens of 1024" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_damaged_state_is_refused(world, tmp_path):
-    train_tiny_unet(world, tmp_path / "a", 1)
-    (tmp_path / "a" / "state.pt").write_bytes(b"not a state")
-    with pytest.raises(ValueError, match="can't resume"):
-        train_tiny_unet(world, tmp_path / "a", 2, resume=True)
+@pytest.mark.parametrize("extra", [
+    ["--resume"], ["--preset", "grand"], ["--steps", "0"], ["--lr", "nan"], ["--k", "0"],
+    ["--minutes", "nan"], ["--data", "nowhere"], ["--device", "abacus"], ["--index", "nowhere"],
+    ["--init", "missing"], ["--swap-index", "x"], ["--batch-size", "1000000000000"]])
+def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys, extra):
+    assert train.main(command(world, "continuous", tmp_path / "out", 1, *extra)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_target_and_a_large_k_are_taken(world, tmp_path):
+    trained(world, "continuous", tmp_path / "a", 1, "--target", "eps", "--k", 1000)
+    config = knn_diffusion.load(tmp_path / "a" / "continuous.safetensors")[0].config
+    assert config.target == "eps" and config.n_neighbors == 19
