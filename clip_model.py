@@ -45,6 +45,12 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 
+def require(claim: object, message: str) -> None:
+    """Raise ValueError(message) unless `claim` holds."""
+    if not claim:
+        raise ValueError(message)
+
+
 class QuickGELU(nn.Module):
     """x·σ(1.702 x), a cheap stand-in for GELU; features differ if the two are mixed up."""
 
@@ -81,14 +87,11 @@ class ClipConfig:
         for name, value in asdict(self).items():
             if isinstance(value, list):                                  # JSON gives lists back
                 object.__setattr__(self, name, tuple(value))
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}, wanted {list(ACTIVATIONS)}")
-        if (self.image_size % self.patch_size or self.vision_width % self.vision_heads
-                or self.text_width % self.text_heads):
-            raise ValueError("patches must tile the picture, and heads the widths")
-        pixels = np.broadcast_arrays(self.pixel_mean, self.pixel_std, np.ones(3))
-        if not (np.isfinite(pixels).all() and np.min(self.pixel_std) > 0):
-            raise ValueError("pixel_mean and pixel_std must be numbers, the latter above 0")
+        require(self.activation in ACTIVATIONS,
+                f"activation is {self.activation!r}, wanted {' or '.join(ACTIVATIONS)}")
+        require(len(self.pixel_mean) == len(self.pixel_std) == 3 and min(self.pixel_std) > 0
+                and math.isfinite(sum(self.pixel_mean + self.pixel_std)),
+                "pixel_mean and pixel_std must be three numbers, the latter above 0")
 
 
 # The sticker CLIP. Its vocabulary is learned, so its training replaces vocab_size.
@@ -346,27 +349,19 @@ class CLIP(nn.Module):
             return self.logit_scale.clamp(max=math.log(100)).exp() * (images @ texts.T)
 
     def describe(self) -> str:
-        """The build in words, for manifests (which compare it) and messages."""
+        """The build in words, for manifests and messages."""
         c = self.config
-        tower = f"ViT {c.image_size}/{c.patch_size}, {c.vision_layers}"
-        if isinstance(c.vision_layers, tuple):
-            tower = f"ResNet {c.image_size}, {','.join(map(str, c.vision_layers))}"
-        return (f"CLIP {tower} x {c.vision_width} and {c.text_layers} x {c.text_width}, "
+        return (f"CLIP {type(self.visual).__name__} {c.image_size}/{c.patch_size}, "
+                f"{c.vision_layers} x {c.vision_width} and {c.text_layers} x {c.text_width}, "
                 f"{c.activation}")
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell two CLIPs apart, the same for float32 and float16 files.
-
-        Weights, config and vocabulary go in: two CLIPs with one fingerprint embed alike. The
-        published vocabulary is one for all and may be absent: it is left out.
-        """
-        is_own = self.tokenizer is not None and len(self.tokenizer.words) != PUBLISHED_SIZE
-        # Fields that came later count only where they differ: older files keep their fingerprint.
-        config = {name: value for name, value in asdict(self.config).items()
-                  if value not in (0, PIXEL_MEAN, PIXEL_STD)}
-        said = json.dumps([config, self.tokenizer.merges if is_own else []])
-        digest = hashlib.sha256(said.encode())
-        for name, tensor in sorted(self.state_dict().items()):
+        """16 hex digits of the image tower, the same for float32 and float16 files: which f_img
+        this is. Indexes and generators hold its embeddings; a text tower that is tuned to it
+        (examples/train_clip.py --text-only) may take the place of another."""
+        c = self.config
+        digest = hashlib.sha256(repr((c.vision_heads, c.activation, c.pixel_mean)).encode())
+        for name, tensor in sorted(self.visual.state_dict().items()):
             digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -477,7 +472,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Turned as EXIF says, 16-bit grey scaled to 8 bits, transparency on white, then RGB."""
-    key, profile = picture.info.get("transparency"), picture.info.get("icc_profile") or b""
+    key = picture.info.get("transparency")
     if picture.format == "PNG" and picture.tile and picture.tile[0].args in TO_8_BITS and key:
         key = picture.info["transparency"] = TO_8_BITS[picture.tile[0].args](key)
     picture = picture.copy()
@@ -493,8 +488,7 @@ def to_rgb(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
     picture = picture.convert("RGB")
-    # What the file said besides belongs to its mode; a colour profile stays if it is one of RGB.
-    picture.info = {"icc_profile": profile} if profile[16:20] == b"RGB " else {}
+    picture.info = {}                     # profile and transparency belong to the file's own mode
     return picture
 
 
@@ -504,8 +498,6 @@ def fit_square(picture: Image.Image, size: int) -> Image.Image:
     The long side is truncated, not rounded, the offset rounded: as torchvision does.
     """
     short = min(picture.size)
-    if max(picture.size) > 1000 * short:                    # thin as a thread: resize what is kept
-        return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
     width, height = (size if side == short else int(size * side / short) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -541,7 +533,7 @@ ONLY = {                   # other settings that change the numbers, and the val
     "norm_kwargs": ({},), "act_kwargs": ({},), "timm_model_name": (), "hf_model_name": (),
     "resize_mode": ("shortest",), "interpolation": ("bicubic",), "resample": (3,),
     "do_resize": (True,), "do_center_crop": (True,), "do_normalize": (True,),
-    "do_rescale": (True,), "rescale_factor": (round(1 / 255, 6),)}
+    "do_rescale": (True,), "rescale_factor": (1 / 255,), "hidden_act": tuple(ACTIVATIONS)}
 
 
 def to_openai_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -594,11 +586,9 @@ def sizes_from_shapes(tensors: dict[str, Tensor]) -> dict[str, object]:
 
 
 def settings_beside(folder: Path, is_single: bool, n: int) -> dict[str, object]:
-    """What the files of OpenCLIP or Hugging Face in a folder say of ClipConfig's fields.
-
-    is_single: one file was named, and a config.json beside it may be another model's.
-    n: the image tower's pixels per side. Raises ValueError for settings that are not built here.
-    """
+    """What the files of OpenCLIP or Hugging Face in a folder say of ClipConfig's fields. is_single:
+    one file was named, and a config.json beside it may be another model's. n: pixels per side.
+    Raises ValueError for settings that are not built here."""
     def table(name: str) -> dict:
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
 
@@ -608,13 +598,11 @@ def settings_beside(folder: Path, is_single: bool, n: int) -> dict[str, object]:
                     for tower in ("vision", "text"))
     if is_single and not vision:
         return {}
-    pixels = (openclip.get("preprocess_cfg") or table("preprocessor_config.json")
-              or table("processor_config.json").get("image_processor", {}))
-    only = ONLY | {"image_size": (n, [n, n]), "size": (n, [n, n], {"shortest_edge": n}),
-                   "crop_size": (n, {"height": n, "width": n})}
+    pixels = openclip.get("preprocess_cfg") or table("preprocessor_config.json")
+    sizes = (n, [n, n], {"shortest_edge": n}, {"height": n, "width": n})
+    only = ONLY | dict.fromkeys(("image_size", "size", "crop_size"), sizes)
     for name, value in [*vision.items(), *text.items(), *pixels.items()]:
-        rounded = round(value, 6) if isinstance(value, float) else value
-        require(value is None or rounded in only.get(name, (rounded,)),
+        require(value is None or value in only.get(name, (value,)),
                 f"its {name} is {value!r}, which is not built here")
     said = {"vision_heads": vision.get("num_attention_heads"),
             "text_heads": text.get("heads", text.get("num_attention_heads")),
@@ -624,8 +612,6 @@ def settings_beside(folder: Path, is_single: bool, n: int) -> dict[str, object]:
         said["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
     elif text:
         said["activation"] = text.get("hidden_act", "quick_gelu")
-        require(vision.get("hidden_act", "quick_gelu") == said["activation"],
-                "its towers have different activations")
     if "head_width" in vision:
         said["vision_heads"] = vision["width"] // vision["head_width"]
     return {field: value for field, value in said.items() if value is not None}
@@ -674,15 +660,13 @@ def find_vocabulary(beside: Path) -> Path | None:
 
 def read_vocabulary(path: Path, context_length: int = 77) -> Tokenizer:
     """CLIP's published tokenizer from its list of merges, gzipped or not. Raises ValueError."""
-    raw = path.read_bytes()
-    try:
+    raw, merges = path.read_bytes(), []
+    with suppress(ValueError, zlib.error):
         raw = zlib.decompress(raw, wbits=31) if raw[:2] == b"\x1f\x8b" else raw
         # A header line, then 262,144 pairs. CLIP uses as many as make 49,408 ids.
         merges = [tuple(line.split()) for line in raw.decode().split("\n")[1: N_MERGES + 1]]
-        require(len(set(merges)) == N_MERGES and all(len(pair) == 2 for pair in merges),
-                f"it has {len(set(merges))} different merges, wanted {N_MERGES} pairs")
-    except (ValueError, zlib.error) as error:
-        raise ValueError(f"{path} is not CLIP's list of merges: {reason(error)}") from None
+    require(len(merges) == N_MERGES and all(len(pair) == 2 for pair in merges),
+            f"{path} is not CLIP's list of {N_MERGES} merges")
     return Tokenizer(merges, context_length)
 
 
@@ -804,9 +788,8 @@ class ArchiveReader(pickle.Unpickler):
 def named_tensors(found: object, prefix: str = "") -> dict[str, Tensor]:
     """Dotted name -> tensor, out of a TorchScript module, a state dict, or what is around one."""
     require(isinstance(found, dict), "it holds no table of tensors")
-    for wrapper in ("state_dict", "model_state_dict", "model"):
-        if isinstance(found.get(wrapper), dict):
-            return named_tensors(found[wrapper])
+    if isinstance(found.get("state_dict"), dict):
+        return named_tensors(found["state_dict"])
     tensors = {}
     for name, value in found.items():
         if isinstance(value, Tensor) and isinstance(name, str):
@@ -919,17 +902,10 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
 #
 # None of this is CLIP: arguments, files, devices, pictures in [-1, 1].
 
-def require(claim: object, message: str) -> None:
-    """Raise ValueError(message) unless `claim` holds."""
-    if not claim:
-        raise ValueError(message)
-
-
 def reason(error: Exception) -> str:
-    """What an exception says, in one line, with its kind where it says little by itself."""
+    """What an exception says, in one line."""
     said = " ".join(str(error).split())[:300]
-    is_clear = said and isinstance(error, (OSError, RuntimeError, ValueError))
-    return said if is_clear else f"{type(error).__name__} {said}"
+    return said if " " in said else f"{type(error).__name__} {said}"
 
 
 @contextmanager
@@ -937,14 +913,11 @@ def replacing(path: str | os.PathLike) -> Iterator[io.BufferedIOBase]:
     """A fresh file beside `path`, open for writing. It takes path's place when all went well, and
     is gone when not: a reader sees the old file or the new one, whole."""
     path = Path(path)
-    require(path.is_file() or not path.exists(), f"{path} is no plain file")
     path.parent.mkdir(parents=True, exist_ok=True)
     file = tempfile.NamedTemporaryFile("wb", dir=path.parent, suffix=".part", delete=False)
     try:
         with file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
         os.chmod(file.name, 0o644)
         os.replace(file.name, path)
     except BaseException:
@@ -966,28 +939,25 @@ def run_command(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespa
         return 0
     except (ValueError, OverflowError, FileNotFoundError) as error:
         said, status = reason(error), 2
-    except (OSError, FloatingPointError, MemoryError, RuntimeError) as error:
-        no_memory = re.search("MemoryError|out of memory|alloc|overflowed", repr(error), re.I)
-        if isinstance(error, RuntimeError) and not no_memory:
-            raise
+    except (OSError, FloatingPointError) as error:
         said, status = reason(error), 1
-        if no_memory:
-            said = f"not enough memory: lower --batch-size or --n ({said})"
+    except (MemoryError, RuntimeError) as error:
+        if not re.search("memory|alloc", repr(error), re.I):
+            raise
+        said, status = f"not enough memory: lower --batch-size or --n ({reason(error)})", 1
     print(said, file=sys.stderr)
-    try:
+    with suppress(OSError):              # its reader is gone, or its disk full: drop what is left
         sys.stdout.flush()
-    except OSError:                      # its reader is gone, or its disk full: drop what is left
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return status
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return status
 
 
 def pick_device(name: str) -> torch.device:
     """"auto" is CUDA where there is one, else the CPU. Raises ValueError for what is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
-        torch.zeros(1, device=name).item()
-        return torch.device(name)
+        return torch.zeros(1, device=name).device
     except Exception:                     # torch raises many kinds: one per missing backend
         raise ValueError(f"no device {name!r} here") from None
 

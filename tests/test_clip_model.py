@@ -125,11 +125,10 @@ def test_a_model_loads_from_its_path_alone(tmp_path):
             clip_model.load(tmp_path / "c.safetensors", **option)
     texts = ["a red fox", "blue"]
     assert torch.allclose(again.embed_texts(texts), model.embed_texts(texts), atol=2e-3)
-    # the same weights with another activation or other merges embed otherwise
+    # It is f_img's: another activation changes it, another text tower does not.
+    again.text_projection.add_(1)
+    assert again.fingerprint() == model.fingerprint()
     again.config = replace(again.config, activation="gelu")
-    assert again.fingerprint() != model.fingerprint()
-    again.config, merges = model.config, model.tokenizer.merges
-    again.tokenizer = clip_model.Tokenizer([*merges[1:], merges[0]])
     assert again.fingerprint() != model.fingerprint()
 
 
@@ -258,12 +257,10 @@ def test_a_colour_that_stands_for_transparency_becomes_white(bits, kind, row, ke
     assert found[1].tolist() == [255, 255, 255] and found[[0, 2]].max() < 255
 
 
-def test_only_a_profile_of_rgb_outlives_its_mode(tmp_path):
-    for mode, space, kept in (("CMYK", b"CMYK", {}), ("L", b"GRAY", {}),
-                              ("RGB", b"RGB ", {"icc_profile": bytes(16) + b"RGB " + bytes(108)})):
-        profile = bytes(16) + space + bytes(108)
-        Image.new(mode, (4, 4)).save(tmp_path / "p.jpg", icc_profile=profile)
-        assert read_image(tmp_path / "p.jpg").info == kept
+def test_what_a_file_says_of_its_mode_ends_with_it(tmp_path):
+    for mode in ("CMYK", "L", "RGB"):
+        Image.new(mode, (4, 4)).save(tmp_path / "p.jpg", icc_profile=bytes(128))
+        assert read_image(tmp_path / "p.jpg").info == {}
 
 
 def test_kinds_of_files_are_named_so_that_no_data_runs_as_a_program(tmp_path):
@@ -396,8 +393,6 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     for thread in threads:
         thread.join()
     assert len(set(path.read_bytes())) == 1 and list(path.parent.iterdir()) == [path]
-    with pytest.raises(ValueError, match="no plain file"), clip_model.replacing(path.parent):
-        pass
 
 
 @pytest.mark.parametrize("error, status, said", [

