@@ -89,12 +89,12 @@ def test_precision_and_recall_worked_by_hand():
     assert compare.precision_recall(x + 50, y, k=1) == (0.0, 0.0)
 
 
-def test_a_set_covers_itself_even_where_points_are_equal():
-    """Their balls have a radius of 0, and rounding would decide."""
+def test_equal_pictures_cover_each_other_although_batches_round_differently():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(30, 64, generator=generator) / 8
-    x[:10] = x[0]
-    assert compare.precision_recall(x, x, 3) == (1.0, 1.0)
+    x[:10] = x[0]                                                          # radii of 0
+    y = x + 1e-7 * torch.randn(30, 64, generator=generator)
+    assert compare.precision_recall(x, x, 3) == compare.precision_recall(x, y, 3) == (1.0, 1.0)
 
 
 # ---------------------------------------------------------------- the command
