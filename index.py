@@ -626,7 +626,7 @@ def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
 def build(args: argparse.Namespace) -> None:
     """Embed a folder of pictures, or take embeddings that are there, and write the index."""
     start, encoder, bad = time.time(), (), []
-    require(not args.images != (not args.embeddings), "wanted either pictures or --embeddings")
+    require(bool(args.images) != bool(args.embeddings), "wanted either pictures or --embeddings")
     require(re.fullmatch("auto|none|[1-9][0-9]*", args.ivf), f"--ivf is {args.ivf!r}, see --help")
     n_lists = {"auto": None, "none": 0}[args.ivf] if args.ivf.isalpha() else int(args.ivf)
     refuse_foreign(args.out)
