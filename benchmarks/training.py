@@ -30,14 +30,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 NOT_NEEDED = ("torchvision", "scipy", "scipy.optimize", "accelerate", "ema_pytorch")
-with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in NOT_NEEDED}):
-    from denoising_diffusion_pytorch import Unet
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import knn_diffusion  # noqa: E402
@@ -49,6 +45,10 @@ Network = tuple[nn.Module, Callable[[nn.Module], Tensor]]
 
 def networks(batch: int) -> dict[str, Network]:
     """Each with a function that calls it on the same x_t (B, 3, 64, 64), t and condition."""
+    from diffusers import UNet2DConditionModel
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in NOT_NEEDED}):
+        from denoising_diffusion_pytorch import Unet
+
     xt, t = torch.randn(batch, 3, 64, 64), torch.randint(1, 1000, (batch,))
     tokens = F.normalize(torch.randn(batch, 1 + K, E), dim=-1)
     query, neighbors = tokens[:, 0], tokens[:, 1:]
