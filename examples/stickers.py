@@ -310,17 +310,18 @@ def main_colour(ink: Image.Image) -> str | None:
 
 def captions(drawing: Drawing, background: str, total: Counter[str], rng: np.random.Generator
              ) -> list[str]:
-    """What is said of one picture, often what should be learned first: the everyday name in many
-    forms, four forms of every name, the emoji, some names in other languages, some keywords."""
+    """What is said of one picture, most often what should be learned first: the everyday name in
+    many forms, every other name in some, the emoji, some names in other languages, keywords."""
     title, style = drawing.title, drawing.style
     texts = [title, title, *four_forms(title, style, background), with_article(title),
              f"the {title}", f"{rng.choice(['two', 'three', 'some', 'many'])} {plural(title)}",
              f"{rng.choice(['my', 'your', 'this', 'one'])} {title}",
              *four_forms(with_article(title), style, background)[2:3]]
     for name in drawing.all_names[1:]:
-        texts += [name, *four_forms(name, style, background), with_article(name)]
-    texts += [drawing.char, drawing.char.replace("\ufe0f", "")] if drawing.char else []
-    texts += rng.permutation(drawing.foreign)[:3].tolist()
+        forms = [with_article(name), *four_forms(name, style, background)[1:]]
+        texts += [name, name, *rng.permutation(forms)[:2].tolist()]
+    texts += [drawing.char, drawing.char, drawing.char.replace("\ufe0f", "")]
+    texts += rng.permutation(drawing.foreign)[:4].tolist()
     return texts + [text for text in keyword_captions(drawing, background, total, rng)
                     if not is_held_out(text)]
 
@@ -339,7 +340,7 @@ def keyword_captions(drawing: Drawing, background: str, total: Counter[str],
                  *four_forms(word, drawing.style, background)[1:]]
         if drawing.title.endswith("face") and " " not in word:
             forms += [f"{word} face", f"a {word} face"] * 2
-        often = 16 * strength ** 4 / total[word] + 0.1
+        often = 8 * strength ** 3.5 / total[word] + 0.1
         texts += [str(rng.choice(forms)) for _ in range(int(often + rng.random()))]
         if word in drawing.keywords:
             joined.append((word, strength))

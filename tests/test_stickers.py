@@ -48,15 +48,15 @@ def captions(drawing, background="orange", others=(), seed=0):
     return stickers.captions(drawing, background, total, np.random.default_rng(seed))
 
 
-def test_captions_have_the_four_forms_of_every_name_and_the_everyday_name_first():
+def test_captions_have_the_four_forms_of_the_everyday_name_and_some_of_others():
     fox = drawing()
     fox.char, fox.aliases, fox.foreign = "\U0001f98a\ufe0f", ["fox cub"], ["fuchs"] * 3
     texts = captions(fox)
     assert texts[0] == "fox" and texts.count("fox") > 1
-    for name in ("fox", "fox face", "fox cub"):
-        for form in ("{}", "outlined {}", "{} on an orange background",
-                     "outlined {} on an orange background", "a {}"):
-            assert form.format(name) in texts
+    forms = ("{}", "outlined {}", "{} on an orange background",
+             "outlined {} on an orange background", "a {}")
+    for name, least in (("fox", 5), ("fox face", 3), ("fox cub", 3)):
+        assert sum(form.format(name) in texts for form in forms) >= least
     assert {"the fox", "\U0001f98a\ufe0f", "\U0001f98a", "fuchs"} <= set(texts)
     assert texts == captions(fox)                                # the key alone decides
 
