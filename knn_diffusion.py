@@ -16,12 +16,10 @@ embeddings in training and at inference. So they carry the condition across the 
     paper                  code                      paper        code
     x_t, ε, v              xt, eps, v                ᾱ_t, β_t     alpha_bar[t], beta[t]
     f_img(x_0), f_txt(…)   query                     kNN(·)       neighbors
-    H                      an index.Index            its scale    guidance
 
 Shapes: B batch, C channels, H W picture, L image tokens (h·w), D width of the condition, E CLIP
-dimension, K neighbours, T steps. Pictures are in [-1, 1]. t is the step, 1 … T. s < t is the step
-that a sampler goes to (in training t − 1). x_0 is the picture.
-Left out: ADM's learned variance, DALL-E 2's upsamplers.
+dimension, K neighbours, T steps. Pictures are in [-1, 1]; x_0 is one. t is the step, 1 … T; s < t
+the one that a sampler goes to. Left out: ADM's learned variance, DALL-E 2's upsamplers.
 """
 from __future__ import annotations
 
@@ -265,8 +263,7 @@ def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "bo
 
 
 def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
-    """The same model with a second input, the picture to edit. The new weights are zero, so it
-    still gives what the model gave."""
+    """The same model with a second input, the picture to edit, whose weights are zero so far."""
     wide, state = type(model)(replace(model.config, edit=True)), model.state_dict()
     for name, weight in wide.state_dict().items():
         weight.zero_()
@@ -294,8 +291,7 @@ def query_mlp(config: UNetConfig | TransformerConfig, places: int) -> nn.Module 
 
 
 def to_places(x: Tensor, r: int) -> Tensor:
-    """(B, L, C), a square row by row → (B, l, r²C), l = L/r²: r x r neighbouring tokens side by
-    side in one place."""
+    """(B, L, C), a square row by row → (B, l, r²C): r x r neighbouring tokens in one place."""
     side = math.isqrt(x.shape[1]) // r
     x = x.view(len(x), side, r, side, r, -1).transpose(2, 3)               # (B, h/r, w/r, r, r, C)
     return x.reshape(len(x), side * side, -1)
@@ -333,9 +329,7 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 
 class ResBlock(nn.Module):
     """ADM's residual block: norm → SiLU → (resize) → conv → norm·(1 + scale) + shift → SiLU → conv.
-
-    scale and shift come from the time embedding, which carries the condition's summary, too.
-    """
+    scale and shift come from the time embedding, which carries the condition's summary, too."""
 
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, resize: str = "") -> None:
         super().__init__()
@@ -558,8 +552,7 @@ def sampling_times(schedule: Schedule, steps: int, target: str = "v") -> list[in
 
 
 def falling(first: int, steps: int) -> list[int]:
-    """steps + 1 times, evenly spaced from `first` to 0. Raises ValueError for steps outside
-    1 … first."""
+    """steps + 1 times, evenly spaced from `first` to 0. Raises ValueError for other steps."""
     require(1 <= steps <= first, f"steps is {steps}, wanted 1 to {first}")
     return [round(first * (steps - i) / steps) for i in range(steps + 1)]
 
