@@ -36,7 +36,7 @@ import vqvae
 from clip_model import require
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "stickers"
-DEFAULT_BACKBONE = "continuous"
+DEFAULT_BACKBONE = "discrete"
 # What the samplers take from the command, and their defaults.
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     flag = parser.add_argument
     flag("prompt", nargs="*", metavar="PROMPT")
     flag("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
-    flag("--backbone", choices=["continuous", "discrete"], help="default: what the weights are")
+    flag("--backbone", choices=["continuous", "discrete"], help="default: discrete")
     flag("--weights", type=Path, help="default: the shipped ones of the backbone")
     flag("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     flag("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors", help="of discrete weights")

@@ -2,14 +2,12 @@
 
     denoise.png         x_t on its way from noise to a picture, pixels above and tokens below
     edit-training.png   one training example of editing
-    fox.png             the sticker that the README and the notebook edit, at its own 64 px
 
-The last two need the rendered stickers (examples/stickers.py).
+The second needs the rendered stickers (examples/stickers.py).
 """
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from pathlib import Path
 
@@ -101,7 +99,6 @@ def run(args: argparse.Namespace) -> None:
     clip = clip_model.load(SHIPPED / "clip.safetensors")
     denoise(clip).quantize(256).save(args.out / "denoise.png", optimize=True)
     edit_training(clip, args.data / "scenes").save(args.out / "edit-training.png", optimize=True)
-    shutil.copyfile(args.data / "images" / "flat" / "fox_face-3.png", args.out / "fox.png")
 
 
 if __name__ == "__main__":
