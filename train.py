@@ -49,7 +49,7 @@ from clip_model import require
 from knn_diffusion import TokenTransformer, TransformerConfig, UNet
 
 SHIPPED = Path(__file__).parent / "weights" / "stickers"
-REVIVE_EVERY = 100                     # steps
+REVIVE_EVERY, LOG_EVERY = 100, 50      # steps
 PIXELS = 2**20                         # that a VQ-VAE encodes in one pass
 PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
            "discrete": knn_diffusion.DISCRETE_PRESETS,
@@ -179,8 +179,8 @@ def step_seed(seed: int, step: int) -> int:
 
 
 class Progress:
-    """A line per 50 steps, on stdout and in log.csv; and what ends a run early: the clock, Ctrl-C,
-    SIGTERM. The first signal lets the step end and the run be saved, a second one does not."""
+    """A line per LOG_EVERY steps, on stdout and in log.csv; and what ends a run early: the clock,
+    Ctrl-C, SIGTERM. The first signal lets the step end and be saved, a second one does not."""
 
     def __init__(self, out: Path, first_step: int, steps: int, minutes: float | None) -> None:
         self.path, self.first, self.steps = out / "log.csv", first_step, steps
@@ -199,7 +199,7 @@ class Progress:
 
     def update(self, step: int, loss: float, lr: float, batch_size: int, finite: bool,
                norm: float = math.nan) -> None:
-        """Count a finished step; every 50th is logged. norm: the gradient's. Raises
+        """Count a finished step, and log some. norm: the gradient's. Raises
         FloatingPointError after 20 non-finite steps in a row."""
         self.skipped += not finite
         self.in_a_row = 0 if finite else self.in_a_row + 1
@@ -207,7 +207,7 @@ class Progress:
             raise FloatingPointError("the loss or its gradient was not finite 20 times in a row: "
                                      "--resume with a lower --lr")
         self.recent += [loss] * finite
-        if (step + 1) % 50 == 0 or step + 1 == self.steps:
+        if (step + 1) % LOG_EVERY == 0 or step + 1 == self.steps:
             seconds = (time.time() - self.start) / (step + 1 - self.first)
             speed, mean = batch_size / seconds, sum(self.recent) / max(1, len(self.recent))
             left, self.recent = (self.steps - step - 1) * seconds / 60, []
