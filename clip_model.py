@@ -920,8 +920,10 @@ def replacing(path: str | os.PathLike) -> Iterator[io.BufferedIOBase]:
             yield file
         os.chmod(file.name, 0o644)
         os.replace(file.name, path)
-    except BaseException:
+    except BaseException as error:
         os.unlink(file.name)
+        if isinstance(error, OSError) or "inline_container" in str(error):     # torch's disk full
+            raise OSError(f"{path} could not be written: {reason(error)}") from None
         raise
 
 

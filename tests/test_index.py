@@ -302,7 +302,7 @@ def test_a_failed_build_keeps_the_old_index(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
-    with pytest.raises(OSError, match="idx could not be written: no space left"):
+    with pytest.raises(OSError, match="idx could not be written: .*no space left"):
         make(tmp_path, np.eye(5))
     assert len(retrieval.open_index(index.folder)) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["idx"]
