@@ -297,8 +297,8 @@ class Index:
         """`search` for unit-norm float64 queries and k ≤ N, nprobe 0 for exact: the quickest way
         first, the next one for the queries that it leaves open. Both (Q, k), float64 and int64."""
         N, n_lists = len(self), len(self.lists.centroids) if self.lists else 0
-        # Where the listed groups are more than a 32nd of all rows, exact search is as quick.
-        ways = [partial(scan, n_groups=n) for n in (2 * k, 16 * k) if 32 * GROUP * n <= N]
+        # Where the listed groups are more than an eighth of all rows, exact search is as quick.
+        ways = [partial(scan, n_groups=n) for n in (8 * k, 32 * k) if 8 * GROUP * n <= N]
         if nprobe < n_lists and 2 * k * n_lists <= nprobe * N:
             ways.insert(0, partial(probe, nprobe=nprobe))
         scores = queries.new_zeros(len(queries), k)
