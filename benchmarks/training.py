@@ -9,10 +9,10 @@ They take turns, medians count, and each gets its faster memory format:
 
 A step is forward, backward and AdamW; sampling is 20 forwards without gradients. The peers must
 bring no torch of their own:
-    pip install --no-deps --target /tmp/peers diffusers==0.42.1 einops tqdm huggingface_hub anyio \\
+    pip install --no-deps --target peers diffusers==0.42.1 einops tqdm huggingface_hub anyio \\
         denoising-diffusion-pytorch==2.3.4 safetensors importlib_metadata requests urllib3 idna \\
         certifi charset_normalizer pyyaml httpx2 httpcore2 h11 truststore
-    OMP_NUM_THREADS=1 PYTHONPATH=/tmp/peers python benchmarks/training.py
+    OMP_NUM_THREADS=1 PYTHONPATH=peers python benchmarks/training.py
 
 ddp imports torchvision, scipy, accelerate and ema_pytorch, which its U-Net does not use: empty
 modules stand in for them meanwhile.
