@@ -501,7 +501,9 @@ def main(argv: list[str] | None = None) -> int:
     for folder in ("images/flat", "images/outlined", "heldout/outlined", "scenes"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
 
-    for drawing in drawings:
+    for n, drawing in enumerate(drawings):
+        if sys.stderr.isatty() and n % 100 == 0:
+            print(f"\r{n} of {len(drawings)} drawings ", end="", file=sys.stderr)
         held_out = is_in_corner(drawing)
         pictures = variants(drawing, args.variants, args.seed)
         blank += args.variants - len(pictures)
