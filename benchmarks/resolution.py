@@ -16,7 +16,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,23 +42,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / "data" / "stickers")
     args = parser.parse_args()
     bench = evaluate.open_bench(evaluate.SHIPPED / "judge.safetensors")
-    prompts = evaluate.pick_prompts(args.data, args.n, 0, held_out=False)
+    prompts = evaluate.pick_prompts(args.data, bench.names, args.n, 0, held_out=False)
     index = retrieval.open_index(evaluate.SHIPPED / "index")
     options = argparse.Namespace(clip=evaluate.SHIPPED / "clip.safetensors", vqvae=None,
                                  steps=20, seed=0, sampler=None, guidance=2.0)
-    print("| | minutes | concept top 1 | top 5 | background | style | CLIP |\n"
-          "|---|---|---|---|---|---|---|", flush=True)
+    print("| | minutes | concept top 1 | top 5 | background |\n"
+          "|---|---|---|---|---|", flush=True)
 
     def row(label: str, minutes: str, pictures: list[Image.Image]) -> None:
-        evaluate.print_row(f"{label} | {minutes}", bench, maker, pictures, prompts)
+        evaluate.print_row(f"{label} | {minutes}", bench, pictures, prompts)
 
     with tempfile.TemporaryDirectory() as folder:
         for size, config in SIZES.items():
             out, start = Path(folder) / str(size), time.time()
-            train.train_diffusion(
-                "continuous", args.data / "images", out, index, config, "both", steps=args.steps,
-                batch_size=64, lr=2.5e-3, seed=0, resume=False, init=None, minutes=None,
-                device=torch.device("cpu"), bf16=True, command="benchmarks/resolution.py")
+            train.PRESETS["continuous"]["benchmark"] = config
+            if train.main(["continuous", "--preset=benchmark", f"--data={args.data / 'images'}",
+                           f"--out={out}", f"--index={index.folder}", f"--steps={args.steps}",
+                           "--batch-size=64", "--lr=2.5e-3"]):
+                raise SystemExit(1)
             minutes = f"{(time.time() - start) / 60:.1f}"
             maker = evaluate.open_maker(options, out / "continuous.safetensors", index.folder)
             pictures = maker.draw(prompts, options)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shutil
 import sys
 import tempfile
 import time
@@ -39,7 +40,6 @@ import knn_diffusion  # noqa: E402
 import train  # noqa: E402
 import vqvae  # noqa: E402
 
-CPU = torch.device("cpu")
 STICKERS = vqvae.PRESETS["stickers"]
 CODECS = {"16x16 of 512": STICKERS,
           "8x8 of 512": replace(STICKERS, multipliers=(1, 1)),
@@ -75,8 +75,8 @@ class KeptOut:
             self.grid.append(clip_model.to_pictures(found[self.shown]))
         else:
             found, psnr = x, ""
-        shares = self.bench.verdict(clip_model.to_pictures(found), self.prompts)
-        named = " | ".join(f"{shares[name]:.1%}" for name in ("top1", "top5", "style"))
+        hits = self.bench.hits(clip_model.to_pictures(found), self.prompts)
+        named = " | ".join(f"{np.mean(hits[name]):.1%}" for name in ("top1", "top5", "style"))
         print(f"| {label} | {minutes:.1f} | {psnr} | {edges(found) / edges(x):.1%} | {len(codes)} "
               f"| {named} |", flush=True)
 
@@ -133,6 +133,14 @@ def trained_on(codec: vqvae.VQVAE, pictures: np.ndarray, steps: int, adversarial
     return codec.eval().requires_grad_(False)
 
 
+def trained(what: str, config: object, data: Path, out: Path, **options: object) -> None:
+    """Run train.py with a preset of this configuration."""
+    train.PRESETS[what]["benchmark"] = config
+    named = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    if train.main([what, "--preset=benchmark", f"--data={data}/images", f"--out={out}", *named]):
+        raise SystemExit(1)
+
+
 def minutes_since(start: float) -> float:
     return (time.time() - start) / 60
 
@@ -149,14 +157,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("tokens.png"), help="a grid: originals, "
                         "then a row of reconstructions for each VQ-VAE")
     args = parser.parse_args()
-    common = dict(seed=0, resume=False, init=None, minutes=None, device=CPU, bf16=True,
-                  command="benchmarks/tokens.py")
     with tempfile.TemporaryDirectory() as folder:
         kept_out, files = KeptOut(args.data), {}
         kept_out.row("originals", 0, None)
         for label, config in CODECS.items():
             out, start = Path(folder) / label, time.time()
-            train.train_vqvae(args.data / "images", out, config, 10, args.steps, 64, 2e-3, **common)
+            trained("vqvae", config, args.data, out, steps=args.steps, batch_size=64, lr=2e-3)
             files[label] = out / "vqvae.safetensors"
             kept_out.row(label, minutes_since(start), vqvae.load(files[label])[0])
 
@@ -169,33 +175,30 @@ def main() -> None:
                          found)
         clip_model.grid(kept_out.grid, 64).save(args.out)
         if args.draw_steps:
-            draw(args, Path(folder), files, common)
+            draw(args, Path(folder), files)
 
 
-def draw(args: argparse.Namespace, folder: Path, files: dict[str, Path], common: dict) -> None:
+def draw(args: argparse.Namespace, folder: Path, files: dict[str, Path]) -> None:
     """Train a transformer over each VQ-VAE and print what the judge names in its pictures."""
     bench = evaluate.open_bench(evaluate.SHIPPED / "judge.safetensors")
-    prompts = evaluate.pick_prompts(args.data, args.n, 0, held_out=False)
+    prompts = evaluate.pick_prompts(args.data, bench.names, args.n, 0, held_out=False)
     index = retrieval.open_index(evaluate.SHIPPED / "index")
-    (folder / "index").mkdir()
-    apart = replace(index, folder=folder / "index")            # its caches go there
-    print("\n| | minutes | concept top 1 | top 5 | background | style | CLIP |\n"
-          "|---|---|---|---|---|---|---|", flush=True)
+    apart = shutil.copytree(index.folder, folder / "index")    # the caches go there
+    print("\n| | minutes | concept top 1 | top 5 | background |\n"
+          "|---|---|---|---|---|", flush=True)
     for label, path in files.items():
         codec, start = vqvae.load(path)[0], time.time()
         side = 64 // codec.config.factor
         config = replace(knn_diffusion.DISCRETE_PRESETS["stickers"], tokens_a_side=side,
                          patch=side // 8, n_codes=codec.config.n_codes)
         out = folder / f"{label}, drawn"
-        train.train_diffusion("discrete", args.data / "images", out, apart, config, "both",
-                              steps=args.draw_steps, batch_size=128, lr=2.5e-3, codec=codec,
-                              **common)
+        trained("discrete", config, args.data, out, steps=args.draw_steps, batch_size=128,
+                lr=2.5e-3, index=apart, vqvae=path)
         options = argparse.Namespace(clip=evaluate.SHIPPED / "clip.safetensors", vqvae=path,
                                      steps=25, seed=0, sampler=None, guidance=2.0)
         maker = evaluate.open_maker(options, out / "discrete.safetensors", index.folder)
         minutes = f"{minutes_since(start):.1f}"
-        evaluate.print_row(f"{label} | {minutes}", bench, maker, maker.draw(prompts, options),
-                           prompts)
+        evaluate.print_row(f"{label} | {minutes}", bench, maker.draw(prompts, options), prompts)
 
 
 if __name__ == "__main__":

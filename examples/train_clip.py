@@ -17,7 +17,6 @@ import json
 import math
 import shlex
 import sys
-import time
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -299,11 +298,12 @@ def train_clip(args: argparse.Namespace, command: str) -> None:
             break
     if (step + 1) % args.save_every:
         checkpoint(step + 1)
+    progress.finish(step + 1, out / "clip.safetensors")
 
 
 def run(args: argparse.Namespace) -> None:
     """Check what was asked for, then train. Raises ValueError or FileNotFoundError."""
-    out, start = args.out, time.time()
+    out = args.out
     require(min(args.steps, args.batch_size, args.save_every) >= 1 and args.lr > 0
             and args.seed >= 0 and (args.minutes is None or args.minutes > 0),
             "--steps, --batch-size and --save-every must be 1 or more, --lr and --minutes above 0, "
@@ -314,7 +314,6 @@ def run(args: argparse.Namespace) -> None:
     require(not args.text_only or args.init is not None, "--text-only needs --init, a picture "
                                                          "tower to keep")
     train_clip(args, "python examples/train_clip.py " + shlex.join(args.argv))
-    print(f"wrote {out / 'clip.safetensors'}, {(time.time() - start) / 60:.1f} min")
 
 
 def main(argv: list[str] | None = None) -> int:
