@@ -84,9 +84,6 @@ class ClipConfig:
     pixel_std: tuple[float, ...] = PIXEL_STD
 
     def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if isinstance(value, list):                                  # JSON gives lists back
-                object.__setattr__(self, name, tuple(value))
         require(self.activation in ACTIVATIONS,
                 f"activation is {self.activation!r}, wanted {' or '.join(ACTIVATIONS)}")
         require(len(self.pixel_mean) == len(self.pixel_std) == 3 and min(self.pixel_std) > 0
@@ -641,7 +638,7 @@ def load_published(path: Path, tensors: dict[str, Tensor], told: dict[str, objec
         told["activation"] = "quick_gelu" if is_half else "gelu"
         warnings.warn(f"nothing beside {path} names its activation: {told['activation']} is "
                       "guessed from its dtype; say activation=... if you know", stacklevel=3)
-    model = CLIP(ClipConfig(**(sizes | told)))
+    model = CLIP(from_json(ClipConfig, sizes | told))
     model.load_state_dict(tensors)
     return model
 
@@ -833,6 +830,12 @@ def save_model(path: str | os.PathLike, model: nn.Module, metadata: dict[str, st
                                   "config": json.dumps(asdict(model.config)), **metadata})
 
 
+def from_json(config_class: type, fields: dict[str, object]) -> object:
+    """A config, with tuples where JSON has lists."""
+    return config_class(**{name: tuple(value) if isinstance(value, list) else value
+                           for name, value in fields.items()})
+
+
 def load_model(path: str | os.PathLike, classes: dict[str, tuple[type, type]]
                ) -> tuple[nn.Module, dict[str, str]]:
     """Build the model that a file of `save_model` names, in float32 on the CPU, in eval mode.
@@ -848,7 +851,7 @@ def load_model(path: str | os.PathLike, classes: dict[str, tuple[type, type]]
     model_class, config_class = classes[name]
     try:
         require(all(tensor.isfinite().all() for tensor in tensors.values()), "it is not finite")
-        model = model_class(config_class(**json.loads(metadata["config"])))
+        model = model_class(from_json(config_class, json.loads(metadata["config"])))
         model.load_state_dict(tensors)
     except MISFITS as error:
         raise ValueError(f"{path} does not fit the {name} of this version: {reason(error)}"

@@ -63,8 +63,6 @@ class UNetConfig:
     edit: bool = False                        # Sec. 3.3: a picture to edit is a second input
 
     def __post_init__(self) -> None:
-        for name in ("widths", "attention", "self_attention"):        # JSON gives lists back
-            object.__setattr__(self, name, tuple(getattr(self, name)))
         require(self.target in ("eps", "v", "x0"), f"target {self.target!r}: wanted eps, v or x0")
 
 
@@ -310,6 +308,7 @@ def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Attention in so many heads: q (B, L, C), k and v (B, M, C) → (B, L, C)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return attention(q, k, v).transpose(1, 2).flatten(2)
+
 
 def zeroed(layer: nn.Module) -> nn.Module:
     """Start a layer at zero: a residual block is the identity at first, a model predicts 0."""

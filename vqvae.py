@@ -24,7 +24,6 @@ gained nothing on the stickers (benchmarks/tokens.py).
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -35,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import FORMAT, read_tensors, require, save_model
+from clip_model import FORMAT, MISFITS, load_model, read_tensors, reason, require, save_model
 
 # ---------------------------------------------------------------- configuration
 
@@ -324,22 +323,17 @@ def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
     Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
     """
     tensors, metadata = read_tensors(path)
+    if metadata.get("format") == FORMAT:
+        model, metadata = load_model(path, {"VQVAE": (VQVAE, VQVAEConfig)})
+        return model.requires_grad_(False), metadata
+    tensors = {found[1]: tensor for name, tensor in tensors.items()
+               if (found := re.fullmatch(TAMING, name))}
     try:
-        if metadata.get("format") == FORMAT:
-            require(metadata["class"] == "VQVAE", f"it holds a {metadata['class']}")
-            fields = json.loads(metadata["config"])        # JSON gives lists for tuples
-            config = VQVAEConfig(**{name: tuple(value) if isinstance(value, list) else value
-                                    for name, value in fields.items()})
-        else:
-            tensors, metadata = {found[1]: tensor for name, tensor in tensors.items()
-                                 if (found := re.fullmatch(TAMING, name))}, {}
-            config = sizes_from_shapes(tensors)
-        model = VQVAE(config)
-        model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    except (LookupError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} holds no VQ-VAE, ours or taming's: {reason}") from None
-    return model.eval().requires_grad_(False), metadata
+        model = VQVAE(sizes_from_shapes(tensors))
+        model.load_state_dict(tensors)
+    except MISFITS as error:
+        raise ValueError(f"{path} holds no VQ-VAE, ours or taming's: {reason(error)}") from None
+    return model.eval().requires_grad_(False), {}
 
 
 def sizes_from_shapes(tensors: dict[str, Tensor]) -> VQVAEConfig:

@@ -251,5 +251,5 @@ def test_what_does_not_fit_is_refused(tmp_path):
             vqvae.load(file)
         assert "\n" not in str(error.value)
     shipped = Path(__file__).parent.parent / "weights/stickers/continuous.safetensors"
-    with pytest.raises(ValueError, match="it holds a UNet"):
+    with pytest.raises(ValueError, match="holds a UNet, wanted VQVAE"):
         vqvae.load(shipped)
