@@ -91,12 +91,6 @@ class ClipConfig:
                 "pixel_mean and pixel_std must be three numbers, the latter above 0")
 
 
-# The sticker CLIP. Its vocabulary is learned, so its training replaces vocab_size.
-STICKERS = ClipConfig(embed_dim=256, image_size=64, patch_size=16, vision_width=256,
-                      vision_layers=5, vision_heads=4, context_length=24, vocab_size=1514,
-                      text_width=192, text_layers=3, text_heads=3, activation="gelu")
-
-
 # ---------------------------------------------------------------- layers
 
 class LayerNorm(nn.LayerNorm):
@@ -336,12 +330,11 @@ class CLIP(nn.Module):
         pixels = to_pixels(squares, self.config.pixel_mean, self.config.pixel_std)
         return self.embed_images(pixels.to(self.logit_scale.device))
 
-    def forward(self, pixels: Tensor, tokens: Tensor) -> Tensor:
-        """Cosines of every picture with every text, times the temperature: logits (B, B).
+    def logits(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Cosines of all pictures with all texts, unit-norm (B, E), times the temperature: (B, B).
 
         float32 even under autocast: bfloat16 logits would move in steps of a quarter.
         """
-        images, texts = self.embed_images(pixels), self.embed_tokens(tokens)      # (B, E)
         with torch.autocast(images.device.type, enabled=False):
             return self.logit_scale.clamp(max=math.log(100)).exp() * (images @ texts.T)
 
@@ -905,6 +898,9 @@ def load(path: str | os.PathLike, tokenizer: str | os.PathLike | None = None,
 #
 # None of this is CLIP: arguments, files, devices, pictures in [-1, 1].
 
+SHIPPED = Path(__file__).resolve().parent / "weights" / "stickers"
+
+
 def reason(error: Exception) -> str:
     """What an exception says, in one line."""
     said = " ".join(str(error).split())[:300]
@@ -967,9 +963,9 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"no device {name!r} here") from None
 
 
-def to_x(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_x(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]. Bytes go to the device, not floats."""
+    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def to_pictures(x: Tensor) -> list[Image.Image]:

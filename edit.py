@@ -364,7 +364,7 @@ def run(args: argparse.Namespace) -> None:
     # Embed and search, then a row of the grid per text.
     size = model.config.image_size
     square = clip_model.fit_square(picture, size)
-    x = clip_model.to_x(np.array(square)[None]).to(clip.logit_scale.device)      # (1, 3, H, W)
+    x = clip_model.to_x(np.array(square)[None], clip.logit_scale.device)        # (1, 3, H, W)
     before = codec.decode(codec.encode(x)) if codec else x     # what the tokens can say of it
     query, neighbors, _, _ = sample.condition_on(
         clip.embed_texts(args.text), index, args.k, condition, args.query)

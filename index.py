@@ -47,9 +47,8 @@ from PIL import Image
 from torch import Tensor
 
 import clip_model
-from clip_model import replacing, require
+from clip_model import SHIPPED, reason, replacing, require
 
-SHIPPED = Path(__file__).parent / "weights" / "stickers"
 FORMAT = 1
 BLOCK = 16384                    # rows that are read and multiplied at once
 GROUP = 16                       # rows of which the scan keeps the best score
@@ -381,9 +380,8 @@ class Rows:
             arrays = [np.load(path, mmap_mode="r") for path in files]
             (self.dtype, width), = {(array.dtype, *array.shape[1:]) for array in arrays}
         except Exception as error:           # numpy's reader raises many kinds on a damaged file
-            reason = " ".join(str(error).split())[:160]
             raise ValueError(f"{files[0]} ({len(files)} files) is no matrix, or they have several "
-                             f"widths or types: {reason}") from None
+                             f"widths or types: {reason(error)}") from None
         self.files, self.starts = list(files), np.cumsum([0] + [len(array) for array in arrays])
         self.shape = (int(self.starts[-1]), width)
         require(all(self.shape) and self.dtype.kind == "f", f"{files[0]} holds {self.shape} "
@@ -443,8 +441,7 @@ def open_index(folder: str | os.PathLike) -> Index:
                     and lists.centroids.isfinite().all() and lists.offsets.dtype == torch.int64
                     and torch.equal(lists.order.sort().values, torch.arange(N)), "inverted lists")
     except Exception as error:               # a damaged file makes its reader raise any kind
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"the index at {folder} is damaged ({reason[:200]})") from None
+        raise ValueError(f"the index at {folder} is damaged ({reason(error)})") from None
     return Index(folder, rows, paths, manifest, lists)
 
 

@@ -33,9 +33,8 @@ import clip_model
 import index as retrieval
 import knn_diffusion
 import vqvae
-from clip_model import require
+from clip_model import SHIPPED, require
 
-SHIPPED = Path(__file__).resolve().parent / "weights" / "stickers"
 DEFAULT_BACKBONE = "discrete"
 # What the samplers take from the command, and their defaults.
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},

@@ -45,10 +45,9 @@ import edit
 import index as retrieval
 import knn_diffusion
 import vqvae
-from clip_model import require
+from clip_model import SHIPPED, require, to_x
 from knn_diffusion import TokenTransformer, TransformerConfig, UNet
 
-SHIPPED = Path(__file__).parent / "weights" / "stickers"
 REVIVE_EVERY, LOG_EVERY = 100, 50      # steps
 PIXELS = 2**20                         # that a VQ-VAE encodes in one pass
 PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
@@ -392,11 +391,6 @@ def prepared(folder: Path, names: list[str], size: int, path: Path, skip: bool =
     blocks = (read_pictures(folder, names[i:i + 256], size, skip)
               for i in range(0, len(names), 256))
     return cached(path, hashlib.sha256(repr(files).encode()).hexdigest(), blocks)
-
-
-def to_x(pictures: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (B, S, S, 3) → float32 (B, 3, S, S) in [-1, 1]. Bytes go to the device, not floats."""
-    return torch.from_numpy(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 # ---------------------------------------------------------------- the VQ-VAE

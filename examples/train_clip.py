@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import shlex
 import sys
 import warnings
@@ -34,8 +33,12 @@ sys.path.insert(0, str(ROOT))
 
 import clip_model  # noqa: E402
 import train  # noqa: E402
-from clip_model import STICKERS, require  # noqa: E402
+from clip_model import ClipConfig, require  # noqa: E402
 
+# Its vocabulary is learned, so the training replaces vocab_size.
+STICKERS = ClipConfig(embed_dim=256, image_size=64, patch_size=16, vision_width=256,
+                      vision_layers=5, vision_heads=4, context_length=24, vocab_size=1514,
+                      text_width=192, text_layers=3, text_heads=3, activation="gelu")
 VOCABULARY = 1900                # tokens; with them clip.safetensors stays below 12 MB
 SCENES = 8000                    # with --text-only: this many crops of scenes are embedded, once
 
@@ -285,9 +288,7 @@ def train_clip(args: argparse.Namespace, command: str) -> None:
             images = (torch.stack(shown) if args.text_only else
                       model.embed_images(clip_model.to_pixels(shown).to(device)))      # (B, E)
             found = embed_by_length(model, tokens)                                     # (B, E)
-        # The logits are float32: in bfloat16 they would move in steps of a quarter.
-        logits = model.logit_scale.clamp(max=math.log(100)).exp() * (images @ found.T)
-        loss = contrastive_loss(logits, concepts, is_exact)
+        loss = contrastive_loss(model.logits(images, found), concepts, is_exact)
         rate = train.learning_rate(step, args.lr, 200, steps)
         finite = train.descend(model, optimizers, loss, rate, max_norm=1.0)
         train.average(ema, model, step, 0.998)

@@ -355,9 +355,9 @@ def test_embeddings_have_unit_norm_and_logits_are_scaled_cosines():
     pixels, tokens = torch.randn(3, 3, 16, 16), model.tokenizer(["a", "b", "c"])
     images, texts = model.embed_images(pixels), model.embed_tokens(tokens)
     assert torch.allclose(images.norm(dim=1), torch.ones(3))
-    assert torch.allclose(model(pixels, tokens), images @ texts.T / 0.07, atol=1e-4)
+    assert torch.allclose(model.logits(images, texts), images @ texts.T / 0.07, atol=1e-4)
     model.logit_scale.data.fill_(100.0)
-    assert torch.allclose(model(pixels, tokens), images @ texts.T * 100, atol=1e-3)  # clamped
+    assert torch.allclose(model.logits(images, texts), images @ texts.T * 100, atol=1e-3)  # clamped
 
 
 def test_layer_norm_is_computed_in_float32():
