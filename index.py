@@ -15,7 +15,7 @@ An index is a folder of plain files that numpy opens:
     manifest.json     N, E, dtype, encoder and its fingerprint, the picture folder
     centroids.npy     float32 (C, E); lists.npy: int64 (N,), row ids list by list; offsets.npy:
                       int64 (C+1,), where each list begins; all three with inverted lists only
-    neighbors-K.npy   int32 (N, min(K, N−1)), the table for training, and its key; optional
+    neighbors-K.npy   int32 (N, min(K, N−1)), the table for training, its .key beside it; optional
 
 Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows of a block, C lists.
 """
@@ -346,27 +346,14 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
 def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> np.ndarray:
     """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by its id.
 
-    Read from neighbors-<k>.npy, or computed on `device` and written there: N²·E multiplications,
-    or, with inverted lists, a search of TABLE_NPROBE lists per row. neighbors-<k>.key is a digest
-    of the rows and the table: a damaged table, or one of other rows, is computed anew.
+    Kept in neighbors-<k>.npy. Where that is missing, or of other rows, it is computed on `device`:
+    N²·E multiplications, or, with inverted lists, a search of TABLE_NPROBE lists per row.
     """
     require(k >= 1, f"k is {k}, wanted 1 or more")
-    path, key_path = (index.folder / f"neighbors-{k}.{kind}" for kind in ("npy", "key"))
-    how = rows_digest(index.rows) + (f" nprobe {TABLE_NPROBE}" if index.lists else "")
-
-    def key() -> bytes:
-        return hashlib.sha256(how.encode() + path.read_bytes()).hexdigest().encode()
-
-    if path.is_file() and key_path.is_file() and key_path.read_bytes() == key():
-        return np.load(path)
-    table = np.empty((len(index), min(k, len(index) - 1)), np.int32)
-    for own in torch.arange(len(index)).split(1024):
-        queries = torch.from_numpy(index.rows[own]).to(device)
-        table[own] = index.search(queries, k, nprobe=TABLE_NPROBE, exclude=own)[1].cpu()
-    write_array(path, table.shape, np.int32, [table])
-    with replacing(key_path) as file:
-        file.write(key())
-    return table
+    key = rows_digest(index.rows) + (f" nprobe {TABLE_NPROBE}" if index.lists else "")
+    blocks = (index.search(torch.from_numpy(index.rows[own]).to(device), k, TABLE_NPROBE, own)[1]
+              .int().cpu().numpy() for own in torch.arange(len(index)).split(1024))
+    return np.array(cached(index.folder / f"neighbors-{k}.npy", key, blocks))
 
 
 # ---------------------------------------------------------------- files
@@ -506,6 +493,34 @@ def index_files(out: str | os.PathLike, source: str | os.PathLike, encoder: str 
     require(Path(out).resolve() not in {path.resolve().parent for path in rows.files},
             f"the rows in {source} would make way for their index: another --out, please")
     return write_index(out, rows, paths or range(len(rows)), encoder, encoder_hash, root, n_lists)
+
+
+def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
+    """An array in a .npy file, memory-mapped. Where the file is missing or damaged, or the .key
+    beside it tells of another key or shape, `blocks` makes its rows, and they are written."""
+    key_path = path.with_suffix(".key")
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+        if key_path.read_text("utf-8") == f"{key} {array.shape} {array.dtype}\n":
+            return array
+    except Exception:                         # numpy's reader raises many kinds on a damaged file
+        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file:
+        n = file.write(bytes(128)) - 128                  # room for the header
+        for block in blocks:
+            file.write(np.ascontiguousarray(block))
+            n += len(block)
+            if sys.stderr.isatty():
+                print(f"\r{path.name}: {n:,} rows ", end="", file=sys.stderr)
+        require(n > 0, f"nothing to put into {path}: no picture can be read")
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, {
+            "descr": block.dtype.str, "fortran_order": False, "shape": (n, *block.shape[1:])})
+        assert file.tell() == 128
+    array = np.load(path, mmap_mode="c", allow_pickle=False)
+    key_path.write_text(f"{key} {array.shape} {array.dtype}\n", encoding="utf-8")
+    return array
 
 
 def write_array(path: Path, shape: tuple, dtype: type, blocks: Iterable[np.ndarray]) -> None:

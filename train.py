@@ -29,7 +29,7 @@ import sys
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -353,34 +353,6 @@ def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False)
     return np.array(found, np.uint8).reshape(-1, size, size, 3)
 
 
-def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """An array in a .npy file, memory-mapped. Where the file is missing or damaged, or the .key
-    beside it tells of another key or shape, `blocks` makes its rows, and they are written."""
-    key_path = path.with_suffix(".key")
-    try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
-        if key_path.read_text("utf-8") == f"{key} {array.shape} {array.dtype}\n":
-            return array
-    except Exception:                         # numpy's reader raises many kinds on a damaged file
-        pass
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with clip_model.replacing(path) as file:
-        n = file.write(bytes(128)) - 128                  # room for the header
-        for block in blocks:
-            file.write(np.ascontiguousarray(block))
-            n += len(block)
-            if sys.stderr.isatty():
-                print(f"\r{path.name}: {n:,} rows ", end="", file=sys.stderr)
-        require(n > 0, f"nothing to put into {path}: no picture can be read")
-        file.seek(0)
-        np.lib.format.write_array_header_1_0(file, {
-            "descr": block.dtype.str, "fortran_order": False, "shape": (n, *block.shape[1:])})
-        assert file.tell() == 128
-    array = np.load(path, mmap_mode="c", allow_pickle=False)
-    key_path.write_text(f"{key} {array.shape} {array.dtype}\n", encoding="utf-8")
-    return array
-
-
 def prepared(folder: Path, names: list[str], size: int, path: Path, skip: bool = False
              ) -> np.ndarray:
     """`read_pictures`, kept in `path`: made anew where names or sizes of the files change."""
@@ -390,7 +362,7 @@ def prepared(folder: Path, names: list[str], size: int, path: Path, skip: bool =
     files = [(name, (folder / name).stat().st_size) for name in names]
     blocks = (read_pictures(folder, names[i:i + 256], size, skip)
               for i in range(0, len(names), 256))
-    return cached(path, hashlib.sha256(repr(files).encode()).hexdigest(), blocks)
+    return retrieval.cached(path, hashlib.sha256(repr(files).encode()).hexdigest(), blocks)
 
 
 # ---------------------------------------------------------------- the VQ-VAE
@@ -756,7 +728,7 @@ def train_backbone(args: argparse.Namespace) -> None:
         name, swapped, queries, neighbors = swaps(args, own, database, k, clip, pictures())
         settings["swaps"] = name
     elif args.neighbors_from:
-        neighbors = cached(
+        neighbors = retrieval.cached(
             own.folder / f"neighbors-{k}-from-{settings['index']}.npy", digest,
             (database.search(torch.from_numpy(own.rows[ids]).to(args.device).float(), k)[1].int()
              .cpu().numpy() for ids in np.split(np.arange(N), range(1024, N, 1024))))
@@ -769,11 +741,11 @@ def train_backbone(args: argparse.Namespace) -> None:
         return train_continuous(args, model, data, settings)
     settings["vqvae"] = vqvae.fingerprint(codec)
     name = f"tokens-{settings['vqvae']}.npy"
-    x0 = cached(own.folder / name, digest, token_blocks(codec, pictures, args.device))
+    x0 = retrieval.cached(own.folder / name, digest, token_blocks(codec, pictures, args.device))
     require(int(x0.max()) < codec.config.n_codes, f"{own.folder / name} is damaged: delete it")
     if swapped is not None:
         blocks = token_blocks(codec, functools.partial(np.asarray, swapped), args.device)
-        swapped = cached(args.out / name, settings["swaps"], blocks)
+        swapped = retrieval.cached(args.out / name, settings["swaps"], blocks)
     print(about)
     train_discrete(args, model, Data(x0, queries, neighbors, database.rows, swapped), codec,
                    settings)

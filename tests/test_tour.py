@@ -57,7 +57,7 @@ def test_the_notebook_runs_in_another_folder_in_minutes_and_writes_nothing_there
     import nbformat
 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")      # two threads wait for each other on a busy machine
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")              # on a busy machine two would wait
     monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
     notebook, before, start = nbformat.read(TOUR, as_version=4), files_and_times(), time.time()
     nbclient.NotebookClient(notebook, timeout=SECONDS_PER_CELL, kernel_name="python3",
