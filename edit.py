@@ -238,20 +238,14 @@ def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: in
     return boxes
 
 
-def composed(pictures: Tensor, neighbors: Tensor, boxes: Tensor) -> Tensor:
-    """I_manip (B, C, H, W): the aligned neighbour inside each box (B, 4), outside the picture to
-    the last bit."""
-    mask = region_mask(boxes.to(pictures.device), *pictures.shape[-2:])
-    return torch.where(mask, neighbors, pictures)
-
-
 def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator,
                 n_candidates: int = 256) -> tuple[Tensor, Tensor, Tensor]:
     """I_manip (B, 3, H, W) of pictures and their nearest neighbours (B, 3, H, W) in [-1, 1], the
     regions (B, 4), and which neighbours were moved, bool (B,)."""
     neighbors, has_moved = aligned(pictures, neighbors)
     boxes = most_different_regions(pictures, neighbors, n_candidates, generator)
-    return composed(pictures, neighbors, boxes), boxes, has_moved
+    mask = region_mask(boxes.to(pictures.device), *pictures.shape[-2:])          # M (B, 1, H, W)
+    return torch.where(mask, neighbors, pictures), boxes, has_moved
 
 
 def region_crop(box: tuple[int, int, int, int], height: int, width: int
@@ -338,18 +332,13 @@ def run(args: argparse.Namespace) -> None:
     require(all(map(str.strip, args.text)), "a text is empty")
     require(max(n, len(args.text)) <= sample.GRID_ROWS, "too many pictures for one grid")
     require(0 < args.start <= 1, f"--start is {args.start}, wanted more than 0, at most 1")
-    require(math.isfinite(args.guidance_text) and math.isfinite(args.guidance_image),
-            "--guidance-text and --guidance-image: wanted finite numbers")
+    require(args.image != args.out and args.image.parent != args.singles,
+            f"{args.image} would be lost: another --out or --singles, please")
 
     # Open what belongs together, and settle what was left open.
     default = "edit-discrete" if args.backbone == "discrete" else "edit"
     weights = args.weights or sample.SHIPPED / f"{default}.safetensors"
     model, condition, clip, index, codec = sample.open_models(args, weights, edits=True)
-    names = [f"{i:03d}-{j:02d}.png" for i in range(len(args.text)) for j in range(n)]
-    singles = [args.singles / name for name in names if args.singles]
-    pasted = [args.out.with_name(f"{args.out.stem}-{name}") for name in names if args.paste]
-    sample.check_outputs([args.out, *singles, *pasted], args.singles,
-                         [args.image, weights, args.clip, args.vqvae])
     default = sample.OPTIONS["discrete" if codec else "continuous"]["steps"]
     steps = default if args.steps is None else args.steps
     settings = {"k": args.k, "query": args.query, "steps": steps, "seed": args.seed,
@@ -376,15 +365,14 @@ def run(args: argparse.Namespace) -> None:
         masks = change_mask(before.expand_as(found), found)
         row = [square]
         for j, result in enumerate(clip_model.to_pictures(found)):
-            m, own = i * n + j, {"text": text, **settings, "seed": seeds[j]}
+            name, own = f"{i:03d}-{j:02d}.png", {"text": text, **settings, "seed": seeds[j]}
             mask = masks[j, 0].cpu().numpy()
             print(f"{text}, seed {seeds[j]}: {(mask > 0.5).mean():.0%} changed")
-            if singles:
-                args.singles.mkdir(exist_ok=True)
-                sample.save_png(result, singles[m], own)
-            if pasted:
+            if args.singles:
+                sample.save_png(result, args.singles / name, own)
+            if args.paste:
                 result = paste(picture, result, mask)
-                sample.save_png(result, pasted[m], own)
+                sample.save_png(result, args.out.with_name(f"{args.out.stem}-{name}"), own)
             row += [result, Image.fromarray((mask * 255).round().astype(np.uint8)).convert("RGB")]
         rows.append(row)
     sample.save_png(sample.labelled_grid(args.text, rows, 192), args.out,

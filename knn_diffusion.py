@@ -150,7 +150,7 @@ def posterior(x0: Tensor, xt: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
 
 # ---------------------------------------------------------------- the condition (Sec. 3.2)
 
-SHARPNESS = 250.0          # β of `summarize`: a cosine that is higher by 0.01 weighs 12 times more
+SHARPNESS = 250.0          # κ of `summarize`: a cosine that is higher by 0.01 weighs 12 times more
 
 
 class Condition(nn.Module):
@@ -202,9 +202,9 @@ def summarize(query: Tensor, neighbors: Tensor, no_query: Tensor, no_neighbors: 
 
     Ours: the query counts as far as it is at home among its neighbours. In training it is a
     picture's embedding, at their centre: trust is near 1. A text's is far from all pictures: trust
-    is near 0, and the neighbours that the text is nearest to speak for it. With sharpness β:
-        answer = Σ_i softmax_i(β q·n_i) n_i          the query asks, the neighbours answer
-        trust = σ(β (q·answer − mean_i n_i·answer))  is q as close to the answer as they are?
+    is near 0, and the neighbours that the text is nearest to speak for it. With sharpness κ:
+        answer = Σ_i softmax_i(κ q·n_i) n_i          the query asks, the neighbours answer
+        trust = σ(κ (q·answer − mean_i n_i·answer))  is q as close to the answer as they are?
         summary = trust·q + (1 − trust)·answer
     no_query, no_neighbors: bool (B, 1). Without a query the mean of the neighbours asks, and their
     answer is all. Without neighbours the query is all.
@@ -503,6 +503,9 @@ class Guide:
     picture: Tensor | None = None
     picture_scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        require(math.isfinite(self.scale + self.picture_scale), "guidance: wanted finite numbers")
+
 
 @torch.no_grad()
 def guided(model: UNet | TokenTransformer, xt: Tensor, t: int, guide: Guide) -> Tensor:
@@ -536,18 +539,6 @@ def predict_x0(model: UNet, schedule: Schedule, guide: Guide, xt: Tensor, t: int
 # can watch. It begins with `xt` (B, ...) at times[0]. `noise()` is the next standard normal.
 
 Predictor = Callable[[Tensor, int], Tensor]                                # (x_t, t) → x_0
-
-
-def sampling_times(schedule: Schedule, steps: int, target: str = "v") -> list[int]:
-    """steps + 1 falling times, evenly spaced from T to 0; see `falling`.
-
-    Where ε is predicted, x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0, so fewer than T steps start
-    at the last t with ᾱ_t ≥ 1e-4 (Ours), or at t = steps where that is later.
-    """
-    first = schedule.T
-    if target == "eps" and steps < schedule.T:
-        first = max(steps, int((schedule.alpha_bar >= 1e-4).nonzero().max()))
-    return falling(first, steps)
 
 
 def falling(first: int, steps: int) -> list[int]:
@@ -626,12 +617,15 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
     require(sampler in SAMPLERS, f"sampler is {sampler!r}, wanted {', '.join(SAMPLERS)}")
     size, device = model.config.image_size, model.conv_in.weight.device
     schedule = Schedule(model.config.T, model.config.noise_shift, device)
-    times = sampling_times(schedule, steps, model.config.target)
+    first = round(start_at * schedule.T)
+    if model.config.target == "eps" and steps < schedule.T:
+        # Ours: x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0. Begin at the last t with ᾱ_t ≥ 1e-4.
+        first = min(first, max(steps, int((schedule.alpha_bar >= 1e-4).sum()) - 1))
+    times = falling(first, steps)
     noise = functools.partial(noise_source(seeds, device), 3, size, size)
     xt = noise()
     if start is not None:
-        times = falling(min(times[0], round(start_at * schedule.T)), steps)
-        xt = add_noise(start, xt, schedule.at(times[0], start))
+        xt = add_noise(start, xt, schedule.at(first, start))
     guide = Guide(query, neighbors, guidance, picture, guidance_picture)
     predict = functools.partial(predict_x0, model, schedule, guide)
     yield from SAMPLERS[sampler](predict, schedule, times, xt, noise)

@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import math
-import os
 import subprocess
 import sys
 import time
@@ -39,6 +37,7 @@ DEFAULT_BACKBONE = "discrete"
 # What the samplers take from the command, and their defaults.
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
+VQVAE = SHIPPED / "vqvae.safetensors"
 NEAR = 0.5                     # cosine from which on a picture is near a text
 GRID_ROWS = 100                # a grid holds so many prompts, and samples per prompt
 Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
@@ -46,10 +45,10 @@ Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
 
 # ---------------------------------------------------------------- the paper's inference
 
-def open_all(weights: Path, clip_path: Path, index_path: Path
-             ) -> tuple[Network, dict[str, str], clip_model.CLIP, retrieval.Index]:
-    """A generator, its file's metadata, a CLIP and an index. Raises FileNotFoundError, or
-    ValueError where two of them were made with different CLIPs."""
+def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path = VQVAE) -> tuple[
+        Network, dict[str, str], clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
+    """A generator, its file's metadata, a CLIP, an index, and the VQ-VAE of a transformer's tokens.
+    Raises FileNotFoundError, or ValueError where they were not made for each other."""
     model, metadata = knn_diffusion.load(weights)
     clip, index = clip_model.load(clip_path), retrieval.open_index(index_path)
     wanted, found = metadata.get("clip", ""), clip.fingerprint()
@@ -58,19 +57,13 @@ def open_all(weights: Path, clip_path: Path, index_path: Path
             f"{weights} was trained with the CLIP {wanted} ({dims[0]} dimensions), "
             f"{clip_path} is {found} ({dims[1]} dimensions)")
     retrieval.check_encoder(index, clip.describe(), found, dims[1])
-    return model, metadata, clip, index
-
-
-def open_codec(path: Path, model: Network, metadata: dict[str, str]) -> vqvae.VQVAE | None:
-    """The VQ-VAE of a transformer's tokens, None for a U-Net. Raises ValueError for another one."""
     if isinstance(model, knn_diffusion.UNet):
-        return None
-    codec = vqvae.load(path)[0]
+        return model, metadata, clip, index, None
+    codec = vqvae.load(vqvae_path)[0]
     wanted, found = metadata.get("vqvae", ""), vqvae.fingerprint(codec)
     require(wanted in ("", found) and model.config.n_codes == codec.config.n_codes,
-            f"the weights draw tokens of the VQ-VAE {wanted} ({model.config.n_codes} codes), "
-            f"{path} is {found} ({codec.config.n_codes} codes)")
-    return codec
+            f"{weights} draws tokens of the VQ-VAE {wanted}, {vqvae_path} is {found}")
+    return model, metadata, clip, index, codec
 
 
 def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str = "both",
@@ -82,8 +75,8 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
     the paper's way. Departs: "nearest" puts the best neighbour in the query's place beside the
     neighbours, for a network that knows little but pictures. Raises ValueError for other words.
     """
-    require(condition in ("both", "query", "neighbors"), f"there is no condition {condition!r}")
-    require(query in ("text", "nearest"), f"query is {query!r}, wanted 'text' or 'nearest'")
+    require(condition in ("both", "query", "neighbors") and query in ("text", "nearest"),
+            f"there is no condition {condition!r} with the query {query!r}")
     require(k > 0 or condition != "neighbors", "neighbours alone need a k of 1 or more")
     scores, ids = index.search(queries.cpu(), k)
     if condition == "query" or k == 0:
@@ -174,17 +167,6 @@ def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
         picture.save(file, "PNG", pnginfo=info)
 
 
-def check_outputs(files: list[Path | None], folder: Path | None, inputs: list[Path | None]) -> None:
-    """Raise ValueError, before the work, for an output that can't be written or is an input."""
-    taken = [path.resolve() for path in inputs if path]
-    for path in filter(None, files):
-        require(path.resolve() not in taken, f"{path} is an input, which would be lost")
-        is_possible = path.parent == folder or os.access(path.parent, os.W_OK)
-        require(is_possible and not path.is_dir(), f"can't write {path}")
-    home = folder.parent if folder and not os.path.lexists(folder) else folder
-    require(home is None or (home.is_dir() and os.access(home, os.W_OK)), f"can't write {folder}")
-
-
 def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
                    listing: Path | None) -> None:
     """Say on stderr where nothing is near a prompt. Add its neighbours to the listing."""
@@ -209,13 +191,13 @@ def open_models(args: argparse.Namespace, weights: Path, edits: bool
     require(args.n >= 1 and args.k >= 0, f"--n is {args.n}, --k {args.k}: wanted 1, 0 or more")
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}, wanted 0 to 2^62")
     require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
+    require(not args.singles or args.singles.is_dir() or not args.singles.exists(),
+            f"{args.singles} is no folder")
     device = clip_model.pick_device(args.device)
-    model, metadata, clip, index = open_all(weights, args.clip, args.index)
-    codec = open_codec(args.vqvae, model, metadata)
+    model, metadata, clip, index, codec = open_all(weights, args.clip, args.index, args.vqvae)
     backbone = "discrete" if codec else "continuous"
     require(args.backbone in (None, backbone), f"{weights} is {backbone}, not {args.backbone}")
-    require(model.config.edit == edits, f"{weights} edits pictures: use edit.py" if not edits else
-            f"{weights} draws pictures, and editing needs those of `train.py edit`")
+    require(model.config.edit == edits, f"{weights} is for {'sample' if edits else 'edit'}.py")
     condition = vars(args).get("condition") or metadata.get("condition", "both")
     require(args.query == "text" or (args.k > 0 and condition == "both"), "--query nearest needs "
             f"neighbours beside a query: k is {args.k}, the condition {condition}")
@@ -231,20 +213,18 @@ def run(args: argparse.Namespace) -> None:
     lines = args.prompts.read_text("utf-8-sig").split("\n") if args.prompts else []
     prompts = args.prompt + [line.strip() for line in lines if line.strip()]
     total, has_grid = len(prompts) * n, max(len(prompts), n) <= GRID_ROWS
-    require(prompts != [] and all(map(str.strip, prompts)), "wanted prompts, none of them empty")
+    require(prompts and all(map(str.strip, prompts)), "wanted prompts, none of them empty")
     require(args.batch_size >= 1, f"--batch-size is {args.batch_size}, wanted 1 or more")
     require(has_grid or args.singles, "too many pictures for a grid: --singles DIR writes each")
-    listing = args.out.with_suffix(".neighbors.jsonl") if args.save_neighbors else None
+    require(args.out != args.prompts, f"{args.out} would take the place of the prompts")
 
     # Open what belongs together, and settle what was left open.
     weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
     model, condition, clip, index, codec = open_models(args, weights, edits=False)
-    check_outputs([args.out, listing], args.singles, [weights, args.clip, args.vqvae, args.prompts])
     defaults = OPTIONS["discrete" if codec else "continuous"]
-    asked = {name: getattr(args, name) for name in OPTIONS["discrete"]}
-    options = defaults | {name: value for name, value in asked.items() if value is not None}
+    options = defaults | {name: value for name, value in vars(args).items()
+                          if name in OPTIONS["discrete"] and value is not None}
     require(options.keys() == defaults.keys(), "--truncation goes with discrete weights only")
-    require(math.isfinite(options["guidance"]), "--guidance: wanted a finite number")
     settings = {"k": args.k, "condition": condition, "query": args.query, **options,
                 "seed": args.seed, "weights": weights, "clip": args.clip, "index": args.index}
     if codec:
@@ -253,36 +233,33 @@ def run(args: argparse.Namespace) -> None:
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
 
     # Embed, search, sample, write, in batches of the run's pictures m.
-    rows = []
+    rows, listing = [], args.out.with_suffix(".neighbors.jsonl") if args.save_neighbors else None
     if listing:
         listing.unlink(missing_ok=True)
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         texts = [prompts[m // n] for m in numbers]
         files = [args.singles / f"{m // n:03d}-{m % n:02d}.png" for m in numbers if args.singles]
-        is_done = bool(files) and all(file.exists() for file in files)
-        if is_done and not (has_grid or listing):
-            continue
+        seeds = [args.seed + (m if files else m % n) for m in numbers]
         *shown, scores, ids = condition_on(
             clip.embed_texts(texts), index, args.k, condition, args.query)
         if has_grid:
             render_stickers(index, ids)
-        seeds = [args.seed + (m if args.singles else m % n) for m in numbers]
-        if is_done:
+        if files and all(map(Path.exists, files)):               # a stopped run goes on
             pictures = [clip_model.read_image(file) for file in files]
         else:
             pictures = clip_model.to_pictures(draw(model, *shown, seeds, codec, **options))
-        for b, (m, text, picture) in enumerate(zip(numbers, texts, pictures)):
+        for m, picture, its_scores, its_ids in zip(
+                numbers, pictures, scores.tolist(), ids.tolist()):
             if m % n == 0:                                       # a prompt begins
-                found = ids[b].tolist()
-                tell_neighbors(text, scores[b].tolist(), found, index, listing)
+                tell_neighbors(prompts[m // n], its_scores, its_ids, index, listing)
                 is_shown = has_grid and condition != "query"
-                rows.append(neighbor_pictures(index, found) if is_shown else [])
+                rows.append(neighbor_pictures(index, its_ids) if is_shown else [])
             if has_grid:
                 rows[-1].append(picture)
-            if files and not files[b].exists():
-                args.singles.mkdir(exist_ok=True)
-                save_png(picture, files[b], {"prompt": text, **settings, "seed": seeds[b]})
+            if files and not files[m - first].exists():
+                save_png(picture, files[m - first],
+                         {"prompt": prompts[m // n], **settings, "seed": seeds[m - first]})
         if sys.stderr.isatty():
             print(f"\r{numbers[-1] + 1} of {total} pictures ", end="", file=sys.stderr)
     if has_grid:

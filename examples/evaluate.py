@@ -466,8 +466,7 @@ class Maker:
 
 
 def open_maker(args: argparse.Namespace, weights: Path, index_path: Path) -> Maker:
-    model, metadata, clip, index = sample.open_all(weights, args.clip, index_path)
-    codec = sample.open_codec(args.vqvae, model, metadata)
+    model, _, clip, index, codec = sample.open_all(weights, args.clip, index_path, args.vqvae)
     args.steps = args.steps or (25 if codec else 20)
     return Maker(model, clip, index, codec)
 

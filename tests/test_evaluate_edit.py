@@ -164,7 +164,7 @@ def test_the_results_measured_are_the_command_s_own(world, tmp_path, monkeypatch
     written = Image.open(tmp_path / "s" / "000-00.png")
     args = argparse.Namespace(seed=3, steps=4, k=3, query="text", guidance_text=2.0,
                               guidance_image=1.0)
-    model, _, clip, index = sample.open_all(*files)
+    model, _, clip, index, _ = sample.open_all(*files)
     maker, size = evaluate_edit.Maker(model, clip, index, None), model.config.image_size
     monkeypatch.setattr(evaluate_edit, "to_unit", lambda pictures: torch.stack([
         torch.from_numpy(np.array(p)).permute(2, 0, 1).float() / 255 for p in pictures]))  # 16 px

@@ -329,17 +329,22 @@ def test_a_predicted_x0_is_clipped():
 
 @pytest.mark.parametrize("T", [100, 1000])
 def test_times_fall_from_the_last_step_to_zero(T):
-    schedule = kd.Schedule(T)
     for steps in (1, 2, 7, 33, T):
-        times = kd.sampling_times(schedule, steps)
+        times = kd.falling(T, steps)
         assert times[0] == T and times[-1] == 0 and len(times) == steps + 1
         assert all(a > b for a, b in zip(times, times[1:]))
     for steps in (0, T + 1):
         with pytest.raises(ValueError, match=f"wanted 1 to {T}"):
-            kd.sampling_times(schedule, steps)
-    late = kd.sampling_times(schedule, 10, "eps")[0]
-    assert schedule.alpha_bar[late] >= 1e-4 > schedule.alpha_bar[late + 1]
-    assert kd.sampling_times(schedule, T, "eps")[0] == T
+            kd.falling(T, steps)
+
+
+@pytest.mark.parametrize("steps", [10, 100])
+def test_a_predicted_noise_is_asked_where_a_picture_can_be_told_from_it(steps, monkeypatch):
+    model, asked = tiny_unet(target="eps"), []
+    monkeypatch.setattr(kd, "predict_x0", lambda *given: asked.append(given[-1]) or given[-2])
+    *_, _ = kd.sample(model, None, None, [0], steps)
+    alpha_bar = kd.Schedule(100).alpha_bar
+    assert alpha_bar[asked[0]] >= 1e-4 > alpha_bar[asked[0] + 1] if steps == 10 else asked[0] == 100
 
 
 def test_an_unknown_sampler_is_refused_by_name():
@@ -381,7 +386,7 @@ def affine_map(sampler, schedule, times, variance=0.09):
 @pytest.mark.parametrize("name", list(kd.SAMPLERS))
 def test_samplers_reach_the_mean_and_variance_of_gaussian_data(name):
     schedule = kd.Schedule(1000)
-    times = kd.sampling_times(schedule, 250 if name == "dpm" else 1000)
+    times = kd.falling(1000, 250 if name == "dpm" else 1000)
     for variance in VARIANCES:
         offset, coefficients = affine_map(kd.SAMPLERS[name], schedule, times, variance)
         assert offset == pytest.approx(MU, abs=0.01)

@@ -237,10 +237,10 @@ def test_a_long_prompt_is_cut_with_a_warning(world, tmp_path):
     ["fox", "--prompts", "nowhere"], ["fox", "--seed", -1], ["fox", "--seed", 2**63],
     ["fox", "--k", 0, "--condition", "neighbors"], ["fox", "--k", 0, "--query", "nearest"],
     ["fox", "--condition", "query", "--query", "nearest"], ["fox", "--truncation", 0.9],
-    ["fox", "--sampler", "euler"], ["fox", "--out", "picture.jpg"], ["fox", "--out", "no/g.png"],
+    ["fox", "--sampler", "euler"], ["fox", "--out", "picture.jpg"],
     ["fox", "--backbone", "discrete"], ["fox", "--weights", "w" * 5000],
     ["fox", "--device", "abacus"], ["fox", "--batch-size", 0], ["fox", "--n", 10**10],
-    ["fox", "--singles", "no/such/folder"], ["fox", "--singles", "FILE"],
+    ["fox", "--singles", "FILE"],
     ["--prompts", "FILE", "--out", "FILE"]])
 def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys, monkeypatch, extra):
     monkeypatch.chdir(tmp_path)
