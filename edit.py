@@ -382,24 +382,14 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Edit a picture from a text, with no mask.",
+        description="Edit a picture from a text, with no mask. The grid shows the picture, then "
+                    "each result and where it changed.",
         epilog="guidance: e(0,0) + S_I·[e(I,0) − e(0,0)] + S_T·[e(I,T) − e(I,0)] at every step, "
                "with I the picture, T the text and its neighbours, 0 for none.")
-    flag = parser.add_argument
+    flag = sample.add_flags(parser, "edited.png")
     flag("image", type=Path, metavar="IMAGE")
     flag("text", nargs="+", metavar="TEXT", help='a thing that is to be there, "a red heart"; '
-         'instructions ("make it red") are not understood. A row per text')
-    flag("--backbone", choices=["continuous", "discrete"], help="default: what the weights are")
-    flag("--weights", type=Path, help="default: the shipped ones of the backbone")
-    flag("--clip", type=Path, default=sample.SHIPPED / "clip.safetensors")
-    flag("--vqvae", type=Path, default=sample.SHIPPED / "vqvae.safetensors",
-         help="of discrete weights")
-    flag("--index", type=Path, default=sample.SHIPPED / "index")
-    flag("--k", type=int, default=10, help="neighbours (default 10); 0: none")
-    flag("--query", choices=["text", "nearest"], default="text", help="beside the neighbours: the "
-         "text's own embedding (default), or the best neighbour's")
-    flag("--n", type=int, default=4, help="pictures per text (default 4)")
-    flag("--steps", type=int, help="default: continuous 20, discrete 25")
+         'instructions ("make it red") are not understood')
     flag("--guidance-text", type=float, default=2.0, metavar="S_T",
          help="how far towards the text (default 2; 1: off)")
     flag("--guidance-image", type=float, default=1.0, metavar="S_I",
@@ -408,12 +398,6 @@ def main(argv: list[str] | None = None) -> int:
          "share of the T steps, from the picture noised so far (default 1: from noise alone)")
     flag("--paste", action=argparse.BooleanOptionalAction, default=False, help="also put results "
          "back at the picture's own resolution, where it changed: OUT-000-00.png, ... beside OUT")
-    flag("--seed", type=int, default=0, help="picture j of a text uses seed + j")
-    flag("--out", type=Path, default=Path("edited.png"),
-         help="a grid: the picture, then each result and where it changed")
-    flag("--singles", type=Path, metavar="DIR", help="also every result alone, at the model's own "
-         "resolution, not pasted")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return clip_model.run_command(parser, run, argv)
 
 

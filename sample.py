@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -267,37 +268,44 @@ def run(args: argparse.Namespace) -> None:
     print(f"wrote {args.out if has_grid else args.singles}, {time.time() - start:.1f} s")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Draw pictures of a text with kNN-Diffusion.")
+def add_flags(parser: argparse.ArgumentParser, out: str) -> Callable[..., argparse.Action]:
+    """What sample.py and edit.py both take. Returns what adds more."""
     flag = parser.add_argument
-    flag("prompt", nargs="*", metavar="PROMPT")
-    flag("--prompts", type=Path, metavar="FILE", help="more prompts, one per line")
-    flag("--backbone", choices=["continuous", "discrete"], help="default: discrete")
+    flag("--backbone", choices=list(OPTIONS), help="default: that of the weights")
     flag("--weights", type=Path, help="default: the shipped ones of the backbone")
     flag("--clip", type=Path, default=SHIPPED / "clip.safetensors")
-    flag("--vqvae", type=Path, default=SHIPPED / "vqvae.safetensors", help="of discrete weights")
+    flag("--vqvae", type=Path, default=VQVAE, help="of discrete weights")
     flag("--index", type=Path, default=SHIPPED / "index", help="another gives another domain")
     flag("--k", type=int, default=10, help="neighbours (default 10); 0: none")
     flag("--query", choices=["text", "nearest"], default="text", help="beside the neighbours: the "
          "text's own embedding (default, the paper's way), or the best neighbour's")
+    flag("--n", type=int, default=4, help="pictures per text (default 4)")
+    flag("--steps", type=int, help="default: continuous 20, discrete 25")
+    flag("--seed", type=int, default=0, help="picture j of a text uses seed + j")
+    flag("--out", type=Path, default=Path(out), help=f"a grid, a row per text (default {out})")
+    flag("--singles", type=Path, metavar="DIR", help="every picture alone, at the model's own "
+         "resolution")
+    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    return flag
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Draw pictures of a text with kNN-Diffusion.")
+    flag = add_flags(parser, "picture.png")
+    flag("prompt", nargs="*", metavar="PROMPT")
+    flag("--prompts", type=Path, metavar="FILE", help="more prompts, one per line. With --singles "
+         "picture m of the run uses seed + m; one that is there is skipped, so a stopped run goes "
+         "on")
     flag("--condition", choices=["both", "query", "neighbors"],
          help="what the network is shown (default: what it was trained with)")
-    flag("--n", type=int, default=4, help="pictures per prompt (default 4)")
-    flag("--steps", type=int, help="default: continuous 20, discrete 25")
     flag("--sampler", help="continuous: dpm (DPM-Solver++(2M), default), ddim or ddpm; discrete: "
          "ancestral")
     flag("--guidance", type=float, metavar="G", help="classifier-free guidance: "
          "uncond + G·(cond − uncond) at every step (default 2; 1: off)")
     flag("--truncation", type=float, metavar="R",
          help="discrete, top-p: the likeliest codes up to this mass (default 0.6; 1: all)")
-    flag("--seed", type=int, default=0, help="sample j of a prompt uses seed + j; with --singles "
-         "picture m of the run uses seed + m")
     flag("--batch-size", type=int, default=16, help="pictures at once (default 16)")
-    flag("--out", type=Path, default=Path("picture.png"), help="a grid, a row per prompt")
-    flag("--singles", type=Path, metavar="DIR", help="every picture alone, as it comes, at the "
-         "model's resolution; one that is there is skipped, so that a stopped run goes on")
     flag("--save-neighbors", action="store_true", help="OUT.neighbors.jsonl beside OUT")
-    flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return clip_model.run_command(parser, run, argv)
 
 
