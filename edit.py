@@ -254,13 +254,9 @@ def region_crop(box: tuple[int, int, int, int], height: int, width: int
     embeds of a region."""
     left, top, right, bottom = box
     side = max(right - left, bottom - top)
-
-    def fit(first: int, last: int, room: int) -> tuple[int, int]:
-        begin = max(0, min((first + last - side) // 2, room - side))
-        return begin, min(room, begin + side)
-
-    (left, right), (top, bottom) = fit(left, right, width), fit(top, bottom, height)
-    return left, top, right, bottom
+    left = max(0, min((left + right - side) // 2, width - side))
+    top = max(0, min((top + bottom - side) // 2, height - side))
+    return left, top, min(left + side, width), min(top + side, height)
 
 
 # ---------------------------------------------------------------- text in, edited picture out

@@ -332,7 +332,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, resize: str = "") -> None:
         super().__init__()
-        self.resize = resize                                               # "", "up" or "down"
+        self.resize = {"": nn.Identity(), "down": nn.AvgPool2d(2),
+                       "up": nn.Upsample(scale_factor=2)}[resize]
         self.norm_in = nn.GroupNorm(config.norm_groups, c_in)
         self.conv_in = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.modulation = nn.Linear(config.time_width, 2 * c_out)
@@ -341,17 +342,12 @@ class ResBlock(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def resized(self, x: Tensor) -> Tensor:
-        if self.resize == "down":
-            return F.avg_pool2d(x, 2)
-        return F.interpolate(x, scale_factor=2.0, mode="nearest") if self.resize == "up" else x
-
     def forward(self, x: Tensor, time: Tensor) -> Tensor:                  # (B, C, h, w)
-        h = self.conv_in(self.resized(F.silu(self.norm_in(x))))            # (B, C', h', w')
+        h = self.conv_in(self.resize(F.silu(self.norm_in(x))))            # (B, C', h', w')
         scale, shift = self.modulation(time)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
         h = self.conv_out(self.dropout(F.silu(h)))
-        return self.skip(self.resized(x)) + h
+        return self.skip(self.resize(x)) + h
 
 
 class AttentionBlock(nn.Module):
@@ -463,7 +459,7 @@ class UNet(nn.Module):
         for level in self.middle:
             x = level(x, time, tokens)
         for level in self.up:
-            if level.block.resize != "up":
+            if not isinstance(level.block.resize, nn.Upsample):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = level(x, time, tokens)
         x = self.conv_out(F.silu(self.norm_out(x)))
