@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import hashlib
 import math
 import shlex
@@ -157,13 +156,6 @@ def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: T
     return loss, norm
 
 
-def descend(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float,
-            max_norm: float) -> bool:
-    """`take_step` down one loss, nothing accumulated. False where no step was taken."""
-    loss.backward()
-    return math.isfinite(sum(take_step(model, optimizers, loss, lr, max_norm)))
-
-
 @torch.no_grad()
 def average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
     """ema ← d·ema + (1 − d)·weights with d = min(decay, (1 + step)/(10 + step)): early weights,
@@ -177,66 +169,6 @@ def step_seed(seed: int, step: int) -> int:
     return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
 
 
-class Progress:
-    """A line per LOG_EVERY steps, on stdout and in log.csv; and what ends a run early: the clock,
-    Ctrl-C, SIGTERM. The first signal lets the step end and be saved, a second one does not."""
-
-    def __init__(self, out: Path, first_step: int, steps: int, minutes: float | None) -> None:
-        self.path, self.first, self.steps = out / "log.csv", first_step, steps
-        self.start = time.time()
-        self.deadline = self.start + 60 * (math.inf if minutes is None else minutes)
-        self.skipped, self.in_a_row, self.stopped = 0, 0, False
-        self.recent: list[float] = []
-        if first_step == 0:
-            self.path.write_text("step,loss,lr,images_per_second,gradient_norm,skipped\n")
-        self.handlers = {number: signal.signal(number, self.stop)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def stop(self, number: int, _: object) -> None:
-        self.stopped = True
-        signal.signal(number, signal.SIG_DFL)
-
-    def update(self, step: int, loss: float, lr: float, batch_size: int, finite: bool,
-               norm: float = math.nan) -> None:
-        """Count a finished step, and log some. norm: the gradient's. Raises
-        FloatingPointError after 20 non-finite steps in a row."""
-        self.skipped += not finite
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        if self.in_a_row >= 20:
-            raise FloatingPointError("the loss or its gradient was not finite 20 times in a row: "
-                                     "--resume with a lower --lr")
-        self.recent += [loss] * finite
-        if (step + 1) % LOG_EVERY == 0 or step + 1 == self.steps:
-            seconds = (time.time() - self.start) / (step + 1 - self.first)
-            speed, mean = batch_size / seconds, sum(self.recent) / max(1, len(self.recent))
-            left, self.recent = (self.steps - step - 1) * seconds / 60, []
-            with open(self.path, "a") as file:
-                print(step + 1, f"{mean:.5f},{lr:.2e},{speed:.1f},{norm:.3g}", self.skipped,
-                      sep=",", file=file)
-            print(f"step {step + 1}/{self.steps}  loss {mean:.4f}  gradient {norm:.3g}  {speed:.1f}"
-                  f" images/s  {self.skipped} skipped  {left:.0f} min left", flush=True)
-
-    def out_of_time(self) -> bool:
-        """Whether the step just done has to be the last one."""
-        return self.stopped or time.time() > self.deadline
-
-    def finish(self, step: int, weights: Path) -> None:
-        """Say where the run ended, and hand the signals back."""
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        print(f"wrote {weights}, {(time.time() - self.start) / 60:.1f} min" if step == self.steps
-              else f"stopped at step {step}, saved; --resume goes on", flush=True)
-
-
-def save_state(path: Path, step: int, settings: dict, model: nn.Module, ema: nn.Module,
-               optimizers: list) -> None:
-    """Write all that a resumed run needs, atomically; seed and step are the random state."""
-    with clip_model.replacing(path) as file:
-        torch.save({"step": step, "settings": settings, "model": model.state_dict(),
-                    "ema": ema.state_dict(),
-                    "optimizers": [each.state_dict() for each in optimizers]}, file)
-
-
 def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn.Module,
                optimizers: list) -> int:
     """Restore weights, average and optimisers in place; return the steps done. Raises ValueError
@@ -246,83 +178,133 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
             require(archive.testzip() is None, "its checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         done, then = state["step"], state["settings"]
-        for one, name in ((model, "model"), (ema, "ema")):
-            one.load_state_dict(state[name])
+        model.load_state_dict(state["model"])
+        ema.load_state_dict(state["ema"])
         for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
     except Exception as error:                # torch's reader raises many kinds on a damaged file
         raise ValueError(f"can't resume from {path}: {clip_model.reason(error)}") from None
-    changed = [f"{name} was {then.get(name)}, is {value}" for name, value in settings.items()
-               if then.get(name) != value]
-    require(not changed, f"can't resume from {path}: {'; '.join(changed)}")
+    for name, value in settings.items():
+        require(then.get(name) == value,
+                f"can't resume from {path}: {name} was {then.get(name)}, is {value}")
     require(done < steps, f"nothing left to do: {path} has {done} steps, --steps is {steps}")
     return done
 
 
-def all_commands(weights: Path | None, command: str) -> str:
-    """The commands that made some weights, a line each, and now this one."""
-    before = clip_model.read_tensors(weights)[1].get("command", "") if weights else ""
-    return f"{before}\n{command}".strip()
-
-
 class Run:
-    """A training under way: what all loops begin, save and resume alike. settings: what may not
-    change when it is resumed."""
+    """A training under way: what all loops begin, log, save and resume alike. The clock, Ctrl-C and
+    SIGTERM end it early: the step at work is finished and saved, unless a second signal comes.
 
-    def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict) -> None:
-        self.args, self.settings = args, {"seed": args.seed, "preset": args.preset, **settings}
+    settings: what may not change when it is resumed. write: saves a model as `save_model` does.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
+                 optimizers: list[torch.optim.Optimizer] | None = None,
+                 write: Callable = clip_model.save_model) -> None:
+        self.args, self.write, self.out = args, write, args.out
+        self.settings = {"seed": args.seed, "preset": args.preset, **settings}
         self.model = model.to(args.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         model.train().requires_grad_(True)
-        self.optimizers = muon_and_adam(model, args.lr, ENDS[type(model)])
+        self.optimizers = optimizers or muon_and_adam(model, args.lr, ENDS[type(model)])
         self.n = args.accumulate * args.batch_size                         # pictures per step
-        self.parts = [slice(i, i + args.batch_size) for i in range(0, self.n, args.batch_size)]
-        self.first = load_state(args.out / "state.pt", args.steps, self.settings, model, self.ema,
+        before = clip_model.read_tensors(args.weights)[1].get("command", "") if args.weights else ""
+        self.command = f"{before}\n{args.command}".strip()       # all that made these weights
+        self.first = load_state(self.out / "state.pt", args.steps, self.settings, model, self.ema,
                                 self.optimizers) if args.resume else 0
-        (args.out / "samples").mkdir(parents=True, exist_ok=True)
-        print(f"{args.what}: {args.data} -> {args.out}, "
+        self.losses, self.skipped, self.in_a_row, self.is_stopped = [], 0, 0, False
+        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        if self.first == 0:
+            (self.out / "log.csv").write_text(
+                "step,loss,lr,images_per_second,gradient_norm,skipped\n")
+        print(f"{args.what}: {args.data} -> {self.out}, "
               f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {self.first} to "
               f"{args.steps} of {args.accumulate} x {args.batch_size}, {args.device}, "
               f"{'bfloat16' if args.bf16 else 'float32'}", flush=True)
 
-    def steps(self, show: Callable[[int], None]) -> Iterator[tuple[int, torch.Generator]]:
+    def stop(self, number: int, _: object) -> None:
+        self.is_stopped = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def steps(self, look: Callable = lambda step: None) -> Iterator[tuple[int, torch.Generator]]:
         """The steps to do, each with its generator. Now and then, and at the end, the training is
-        saved; then `show` draws or measures, and may run out of memory."""
-        args = self.args
-        self.progress = Progress(args.out, self.first, args.steps, args.minutes)
+        saved; then `look` draws or measures, and may run out of memory."""
+        args, self.start = self.args, time.time()
+        deadline = self.start + 60 * (math.inf if args.minutes is None else args.minutes)
+        handlers = {number: signal.signal(number, self.stop)
+                    for number in (signal.SIGINT, signal.SIGTERM)}
         for step in range(self.first, args.steps):
             torch.manual_seed(step_seed(args.seed + 1, step))              # dropout in the model
             yield step, torch.Generator().manual_seed(step_seed(args.seed, step))
-            is_last = self.progress.out_of_time() or step + 1 == args.steps
-            if is_last or (step + 1) % args.save_every == 0:
+            is_last = self.is_stopped or time.time() > deadline or step + 1 == args.steps
+            is_saved = is_last or (step + 1) % args.save_every == 0
+            if is_saved:
                 self.save(step + 1)
-                show(step + 1)
+                look(step + 1)
+            if is_saved or (step + 1) % LOG_EVERY == 0:
+                self.log(step + 1)
             if is_last:
                 break
-        self.progress.finish(step + 1, args.out / f"{args.what}.safetensors")
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        print(f"wrote {self.out / args.what}.safetensors, {(time.time() - self.start) / 60:.1f} min"
+              if step + 1 == args.steps else
+              f"stopped at step {step + 1}, saved; --resume goes on", flush=True)
 
-    def advance(self, step: int, loss: Tensor, rate: float, decay: float) -> None:
-        """Step, average, log."""
-        loss, norm = take_step(self.model, self.optimizers, loss, rate, max_norm=1.0)
+    def loss(self, model: nn.Module, loss_of: Callable, *inputs: Tensor) -> Tensor:
+        """The mean of `loss_of(model, *inputs)` over the rows of `inputs`, in batches of
+        --batch-size. A model that learns is left with its gradients."""
+        total = 0
+        for batch in zip(*(each.split(self.args.batch_size) for each in inputs)):
+            with autocast(self.args.device, self.args.bf16):
+                loss = loss_of(model, *(each.to(self.args.device) for each in batch))
+            loss = loss * (len(batch[0]) / len(inputs[0]))
+            if loss.requires_grad:
+                loss.backward()
+            total += loss.detach()
+        return total
+
+    def advance(self, step: int, loss: Tensor, decay: float, warmup: int = 300) -> None:
+        """Step, average, count. Raises FloatingPointError after 20 non-finite steps in a row."""
+        self.rate = learning_rate(step, self.args.lr, warmup, self.args.steps)
+        loss, self.norm = take_step(self.model, self.optimizers, loss, self.rate, max_norm=1.0)
         average(self.ema, self.model, step, decay)
-        self.progress.update(step, loss, rate, self.n, math.isfinite(loss + norm), norm)
+        is_finite = math.isfinite(loss + self.norm)
+        self.losses += [loss] * is_finite
+        self.skipped += not is_finite
+        self.in_a_row = 0 if is_finite else self.in_a_row + 1
+        if self.in_a_row == 20:
+            raise FloatingPointError("the loss or its gradient was not finite 20 times in a row: "
+                                     "--resume with a lower --lr")
+
+    def log(self, step: int) -> None:
+        """A line on stdout and in log.csv; the loss is the mean since the last one."""
+        seconds = (time.time() - self.start) / (step - self.first)
+        speed, mean = self.n / seconds, sum(self.losses) / max(1, len(self.losses))
+        left, self.losses = (self.args.steps - step) * seconds / 60, []
+        with open(self.out / "log.csv", "a") as file:
+            print(f"{step},{mean:.5f},{self.rate:.2e},{speed:.1f},{self.norm:.3g},{self.skipped}",
+                  file=file)
+        print(f"step {step}/{self.args.steps}  loss {mean:.4f}  gradient {self.norm:.3g}  "
+              f"{speed:.1f} images/s  {self.skipped} skipped  {left:.0f} min left", flush=True)
 
     def save(self, step: int) -> None:
-        """WHAT.safetensors, the averaged weights; with --keep also under the step's number."""
-        path = self.args.out / f"{self.args.what}.safetensors"
-        metadata = {"step": str(step), "command": self.args.command}
-        for name in {"condition", "clip", "vqvae"} & set(self.settings):
-            metadata[name] = self.settings[name]
-        clip_model.save_model(path, self.ema, metadata)
+        """WHAT.safetensors, the averaged weights, with --keep also under the step's number; then
+        state.pt, all that a resumed run needs. Seed and step are the random state."""
+        path, state = self.out / f"{self.args.what}.safetensors", self.settings
+        told = {name: state[name] for name in ("condition", "clip", "vqvae") if name in state}
+        self.write(path, self.ema, {"step": str(step), "command": self.command, **told})
         if self.args.keep:
             shutil.copyfile(path, path.with_stem(f"{self.args.what}-{step:07d}"))
-        save_state(path.with_name("state.pt"), step, self.settings, self.model, self.ema,
-                   self.optimizers)
+        with clip_model.replacing(self.out / "state.pt") as file:
+            torch.save({"step": step, "settings": self.settings, "model": self.model.state_dict(),
+                        "ema": self.ema.state_dict(),
+                        "optimizers": [each.state_dict() for each in self.optimizers]}, file)
 
     def save_grid(self, step: int, rows: list[Tensor]) -> None:
         """samples/STEP.png, a row of pictures per batch x (n, 3, S, S)."""
         sheet = clip_model.grid([clip_model.to_pictures(x) for x in rows], rows[0].shape[-1])
-        sheet.save(self.args.out / "samples" / f"{step:07d}.png")
+        sheet.save(self.out / "samples" / f"{step:07d}.png")
 
 
 # ---------------------------------------------------------------- pictures, made ready once
@@ -341,24 +323,25 @@ def read_square(path: Path, size: int) -> np.ndarray:
 def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False) -> np.ndarray:
     """Pictures of a folder, squares of `size`: uint8 (N, S, S, 3). One that can't be read raises
     ValueError; with `skip` it is said and left out."""
-    def read(name: str) -> np.ndarray | None:
+    def read(name: str) -> list[np.ndarray]:
         try:
-            return read_square(folder / name, size)
+            return [read_square(folder / name, size)]
         except ValueError as error:
             require(skip, str(error))
             print(f"skipped: {error}", file=sys.stderr)
+            return []
 
     with ThreadPoolExecutor(8) as pool:                   # Pillow lets other threads run meanwhile
-        found = [picture for picture in pool.map(read, names) if picture is not None]
+        found = sum(pool.map(read, names), [])
     return np.array(found, np.uint8).reshape(-1, size, size, 3)
 
 
 def prepared(folder: Path, names: list[str], size: int, path: Path, skip: bool = False
              ) -> np.ndarray:
     """`read_pictures`, kept in `path`: made anew where names or sizes of the files change."""
-    missing = [name for name in names if not (folder / name).is_file()]
-    require(not missing, f"{folder} has no {missing[:1]}: give the --index (edit: --swap-index) of "
-            "this folder, `python index.py build` makes it")
+    for name in names:
+        require((folder / name).is_file(), f"{folder} has no {name}: give the --index (edit: "
+                "--swap-index) of this folder, `python index.py build` makes it")
     files = [(name, (folder / name).stat().st_size) for name in names]
     blocks = (read_pictures(folder, names[i:i + 256], size, skip)
               for i in range(0, len(names), 256))
@@ -376,11 +359,6 @@ def split_by_drawing(names: list[str], every: int, are_stickers: bool = True
     kept_out = set(sorted(set(drawing.values()))[every - 1::every]) if every else set()
     return ([name for name in names if drawing[name] not in kept_out],
             [name for name in names if drawing[name] in kept_out])
-
-
-def some(names: list[str], n: int) -> list[str]:
-    """At most n names from all over a list: its head alone would be one folder."""
-    return names[::-(-len(names) // n)] if names else []
 
 
 @torch.no_grad()
@@ -410,8 +388,9 @@ def train_vqvae(args: argparse.Namespace) -> None:
     names, others = split_by_drawing(retrieval.list_images(args.data), args.keep_out, are_stickers)
     require(len(names) > 0, f"no picture to train on below {args.data}")
     pictures = prepared(args.data, names, size, args.out / f"pictures-{size}.npy", skip=True)
-    tests = prepared(args.data, some(others or names, 1000), size,
-                     args.out / f"measured-{size}.npy", skip=True)
+    measured = others or names
+    measured = measured[::len(measured) // 1000 + 1]   # from all over, not one folder
+    tests = prepared(args.data, measured, size, args.out / f"measured-{size}.npy", skip=True)
     print(f"{len(pictures)} pictures, {len(others)} kept out, {size} px, factor {config.factor}, "
           f"V {config.n_codes}")
     run = Run(args, model, {"keep_out": args.keep_out})
@@ -437,138 +416,114 @@ def train_vqvae(args: argparse.Namespace) -> None:
               f"{len(counts)} codes used, perplexity {vqvae.perplexity(counts):.0f}", flush=True)
         run.save_grid(step, [to_x(tests[:len(x)]), x])
 
-    for step, seeded in run.steps(show=measure):
+    def loss_of(model: vqvae.VQVAE, x: Tensor) -> Tensor:
+        found, codebook_loss, _ = model(x)
+        return vqvae.reconstruction_loss(found, x) + codebook_loss
+
+    for step, seeded in run.steps(look=measure):
         if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:       # codes settle in the end
             revive(step)
-        batch, total = draw(run.n, seeded), 0
-        for part in run.parts:
-            x = to_x(batch[part], device)
-            with autocast(device, args.bf16):
-                found, codebook_loss, _ = model(x)
-                loss = vqvae.reconstruction_loss(found, x) + codebook_loss
-            (loss / args.accumulate).backward()
-            total += loss.detach() / args.accumulate
-        rate = learning_rate(step, args.lr, 300, args.steps)
-        run.advance(step, total, rate, decay=0.999)
+        loss = run.loss(model, loss_of, to_x(draw(run.n, seeded)))
+        run.advance(step, loss, decay=0.999)
 
 
 # ---------------------------------------------------------------- what a diffusion may see
 
-@dataclass(frozen=True)
+@dataclass
 class Data:
     """All that a diffusion training reads. Row i tells of picture i modulo N."""
     x0: np.ndarray                   # what to learn: uint8 (N, S, S, 3), or tokens int32 (N, L)
     queries: np.ndarray              # float16 (R, E): f_img(x_0), or of x_0's swapped region
     neighbors: np.ndarray            # int32 (R, K): rows of the database
-    database: np.ndarray             # float16, E columns: the rows of an index
-    swapped: np.ndarray | None       # I_manip, as x0 but (R, ...); None where nothing is edited
+    database: retrieval.Rows         # float16, E columns: the rows of an index
+    manipulated: list[np.ndarray]    # I_manip, as x0 but (R, ...); empty where nothing is edited
 
-    def condition(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """The query (B, E) and kNN(query) (B, K, E), float32, of rows (B,)."""
-        near = self.database[self.neighbors[rows].astype(np.int64)]
-        return torch.from_numpy(self.queries[rows]).float(), torch.from_numpy(near).float()
+    def batch(self, rows: np.ndarray) -> list[Tensor]:
+        """Of rows (B,): x_0; the query float32 (B, E); kNN(query) (B, K, E); I_manip, if any."""
+        found = [self.x0[rows % len(self.x0)], *(each[rows] for each in self.manipulated)]
+        x0, *picture = [to_x(each) if each.ndim == 4 else torch.from_numpy(each).long()
+                        for each in found]
+        query, near = self.queries[rows], self.database[self.neighbors[rows]]
+        return [x0, torch.from_numpy(query).float(), torch.from_numpy(near).float(), *picture]
 
-    def pictures(self, rows: np.ndarray) -> list[np.ndarray]:
-        """x_0 of rows (B,), and for a model that edits their I_manip."""
-        x0 = self.x0[rows % len(self.x0)]
-        return [x0] if self.swapped is None else [x0, self.swapped[rows]]
-
-    def twelve(self, args: argparse.Namespace
-               ) -> tuple[list[np.ndarray], Tensor | None, Tensor | None]:
+    def twelve(self, args: argparse.Namespace) -> list[Tensor | None]:
         """Twelve rows from all over to draw samples for; None for what --condition blinds."""
         rows = np.arange(12) * (len(self.queries) // 13)  # of 12 some would be of one picture
-        query, neighbors = (part.to(args.device) for part in self.condition(rows))
-        return (self.pictures(rows), None if args.condition == "neighbors" else query,
-                None if args.condition == "query" else neighbors)
+        x0, query, neighbors, *picture = [each.to(args.device) for each in self.batch(rows)]
+        return [x0, None if args.condition == "neighbors" else query,
+                None if args.condition == "query" else neighbors, *picture]
 
 
 def swaps(args: argparse.Namespace, own: retrieval.Index, database: retrieval.Index, k: int,
-          clip: clip_model.CLIP, pictures: np.ndarray
-          ) -> tuple[str, np.ndarray, np.ndarray, np.ndarray]:
+          pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3).
 
-    Returns a name for the lot; I_manip uint8 (R, S, S, 3); the *original* regions' embeddings
-    float16 (R, E); their rows in the database int32 (R, K). R is --swaps times N, all pictures in
-    turn. Kept in out/swaps-NAME.npz; NAME is a digest of all that they depend on, edit.py too.
+    Returns I_manip uint8 (R, S, S, 3); the *original* regions' embeddings float16 (R, E); their
+    rows in the database int32 (R, K). R is --swaps times N, all pictures in turn. A resumed run
+    reads them from out/swaps.npz.
     """
+    path = args.out / "swaps.npz"
+    if args.resume:
+        with np.load(path) as made:
+            return made["manipulated"], made["queries"], made["neighbors"]
     (N, size), step = pictures.shape[:2], PIXELS // pictures.shape[1]**2
     require(N > 1, f"{args.data} holds one picture, and a swap needs another one")
-    digests = [retrieval.rows_digest(each.rows) for each in (own, database)]
-    told = size, k, args.swaps, args.seed, clip.fingerprint(), digests
-    source = Path(edit.__file__).read_text("utf-8")
-    name = hashlib.sha256(f"{told} {source}".encode()).hexdigest()[:16]
-    path = args.out / f"swaps-{name}.npz"
-    try:
-        with np.load(path, allow_pickle=False) as found:
-            return name, *(found[part] for part in ("manipulated", "queries", "neighbors"))
-    except Exception:                                     # missing, or damaged: made anew
-        pass
-    generator = torch.Generator().manual_seed(args.seed)
+    clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(args.device)
+    retrieval.check_encoder(own, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
     partner = retrieval.neighbor_table(own, 1, device=args.device)[:, 0]   # (N,), never itself
-    manipulated, queries, n_moved = [], [], 0
-    for start in list(range(0, N, step)) * args.swaps:
-        rows = np.arange(start, min(start + step, N))
-        x, boxes, moved = edit.region_swap(to_x(pictures[rows], args.device),
-                                           to_x(pictures[partner[rows]], args.device), generator)
-        n_moved += int(moved.sum())
+    generator = torch.Generator().manual_seed(args.seed)
+    manipulated, queries = [], []
+    for rows in [slice(i, i + step) for i in range(0, N, step)] * args.swaps:
+        x, boxes, _ = edit.region_swap(to_x(pictures[rows], args.device),
+                                       to_x(pictures[partner[rows]], args.device), generator)
         manipulated += clip_model.to_pictures(x)
-        crops = [Image.fromarray(pictures[row]).crop(edit.region_crop(tuple(box), size, size))
-                 for row, box in zip(rows, boxes.tolist())]
+        crops = [Image.fromarray(picture).crop(edit.region_crop(tuple(box), size, size))
+                 for picture, box in zip(pictures[rows], boxes.tolist())]
         queries.append(clip.embed_pictures(crops))
-    queries = torch.cat(queries)
-    print(f"{len(queries)} swaps, {n_moved} of neighbours that could be aligned", flush=True)
-    ids = database.search(queries, k)[1].int().cpu().numpy()
-    made = np.stack(manipulated), queries.half().cpu().numpy(), ids
+    queries, manipulated = torch.cat(queries), np.stack(manipulated)
+    neighbors = database.search(queries, k)[1].int().cpu().numpy()
+    queries = queries.half().cpu().numpy()
     args.out.mkdir(parents=True, exist_ok=True)
-    with clip_model.replacing(path) as file:
-        np.savez(file, manipulated=made[0], queries=made[1], neighbors=made[2])
-    return name, *made
+    np.savez(path, manipulated=manipulated, queries=queries, neighbors=neighbors)
+    return manipulated, queries, neighbors
 
 
 # ---------------------------------------------------------------- the U-Net (Sec. 3.2)
 
 def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings: dict) -> None:
     """Train the U-Net, to draw or to edit."""
-    config, device, size = model.config, args.device, model.config.image_size
-    schedule = knn_diffusion.Schedule(config.T, config.noise_shift, device)
-    draw_drops = knn_diffusion.draw_edit_drops if config.edit else knn_diffusion.draw_drops
-    run = Run(args, model, {**settings, "target": config.target})
+    T = model.config.T
+    schedule = knn_diffusion.Schedule(T, model.config.noise_shift, args.device)
+    draw_drops = knn_diffusion.draw_edit_drops if model.config.edit else knn_diffusion.draw_drops
+    run = Run(args, model, {**settings, "target": model.config.target})
 
     def draw_samples(step: int) -> None:
-        pictures, query, neighbors = data.twelve(args)
-        shown = [to_x(each, device) for each in pictures]
-        with autocast(device, args.bf16):
+        x0, query, neighbors, *picture = data.twelve(args)
+        with autocast(args.device, args.bf16):
             *_, x = knn_diffusion.sample(run.ema, query, neighbors, list(range(12)),
-                                         steps=min(20, config.T), picture=(*shown, None)[1])
-        run.save_grid(step, [*shown, x])
+                                         steps=min(20, T), picture=picture[0] if picture else None)
+        run.save_grid(step, [x0, *picture, x])
 
-    for step, seeded in run.steps(show=draw_samples):
+    def loss_of(model: UNet, *inputs: Tensor) -> Tensor:
+        return knn_diffusion.diffusion_loss(model, schedule, *inputs)
+
+    for step, seeded in run.steps(look=draw_samples):
         rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
-        x0, *manipulated = data.pictures(rows)                             # uint8 (n, S, S, 3)
-        query, neighbors = data.condition(rows)                            # (n, E), (n, K, E)
-        t = torch.randint(1, config.T + 1, (run.n,), generator=seeded)
-        eps = torch.randn(run.n, 3, size, size, generator=seeded)
+        x0, query, neighbors, *picture = data.batch(rows)
+        t = torch.randint(1, T + 1, (run.n,), generator=seeded)
+        eps = torch.randn(x0.shape, generator=seeded)
         drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
         if args.flip:                         # the embeddings stay those of the unflipped picture
-            flip = (torch.rand(run.n, generator=seeded) < 0.5).numpy()
-            for pictures in (x0, *manipulated):
-                pictures[flip] = pictures[flip, :, ::-1]
+            is_flipped = torch.rand(run.n, generator=seeded) < 0.5
+            for x in (x0, *picture):
+                x[is_flipped] = x[is_flipped].flip(-1)
         if args.query_noise:
             query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
-        inputs, total = (query, neighbors, t, eps, drop_query, drop_neighbors), 0
-        for part in run.parts:
-            picture = None
-            if config.edit:                                                # a null picture is grey
-                is_null = drop_picture[0][part, None, None, None].to(device)
-                picture = to_x(manipulated[0][part], device).masked_fill(is_null, 0)
-            with autocast(device, args.bf16):
-                loss = knn_diffusion.diffusion_loss(
-                    model, schedule, to_x(x0[part], device),
-                    *(each[part].to(device) for each in inputs), picture)
-            (loss / args.accumulate).backward()
-            total += loss.detach() / args.accumulate
-        rate = learning_rate(step, args.lr, 300, args.steps)
-        run.advance(step, total, rate, decay=0.9995)
+        for x, is_null in zip(picture, drop_picture):
+            x[is_null] = 0                                                 # a null picture is grey
+        loss = run.loss(model, loss_of, x0, query, neighbors, t, eps, drop_query, drop_neighbors,
+                        *picture)
+        run.advance(step, loss, decay=0.9995)
 
 
 # ---------------------------------------------------------------- the transformer
@@ -576,43 +531,38 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
 def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data,
                    codec: vqvae.VQVAE, settings: dict) -> None:
     """Train the transformer, to draw or to edit."""
-    config, device, V = model.config, args.device, model.config.n_codes
-    schedule = knn_diffusion.MaskSchedule(config.T, V, config.schedule, device)
-    draw_drops = knn_diffusion.draw_edit_drops if config.edit else knn_diffusion.draw_drops
+    T, V = model.config.T, model.config.n_codes
+    schedule = knn_diffusion.MaskSchedule(T, V, model.config.schedule, args.device)
+    draw_drops = knn_diffusion.draw_edit_drops if model.config.edit else knn_diffusion.draw_drops
     run = Run(args, model, settings)
 
     def draw_samples(step: int) -> None:
-        pictures, query, neighbors = data.twelve(args)
-        shown = [torch.from_numpy(each).long().to(device) for each in pictures]
-        with autocast(device, args.bf16):
-            *_, tokens = knn_diffusion.sample_tokens(
-                run.ema, query, neighbors, list(range(12)), steps=min(25, config.T),
-                picture=(*shown, None)[1])
-            run.save_grid(step, [codec.decode(each) for each in (*shown, tokens)])
+        x0, query, neighbors, *picture = data.twelve(args)
+        with autocast(args.device, args.bf16):
+            *_, x = knn_diffusion.sample_tokens(run.ema, query, neighbors, list(range(12)),
+                                                steps=min(25, T),
+                                                picture=picture[0] if picture else None)
+            run.save_grid(step, [codec.decode(tokens) for tokens in (x0, *picture, x)])
 
-    for step, seeded in run.steps(show=draw_samples):
+    def loss_of(model: TokenTransformer, x0: Tensor, u: Tensor, codes: Tensor, t: Tensor,
+                *condition: Tensor) -> Tensor:
+        xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
+        return knn_diffusion.discrete_loss(model, schedule, x0, xt, t, *condition)
+
+    for step, seeded in run.steps(look=draw_samples):
         rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
-        x0, *manipulated = (torch.from_numpy(each).long() for each in data.pictures(rows))
-        query, neighbors = data.condition(rows)                            # (n, E), (n, K, E)
-        t = torch.randint(1, config.T + 1, (run.n,), generator=seeded)
+        x0, query, neighbors, *picture = data.batch(rows)
+        t = torch.randint(1, T + 1, (run.n,), generator=seeded)
         u = torch.rand(x0.shape, generator=seeded)                         # (n, L)
         codes = torch.randint(V, x0.shape, generator=seeded)
         drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
-        if config.edit:
-            manipulated[0][drop_picture[0]] = V                            # a null picture: MASK
         if args.query_noise:
             query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
-        inputs = x0, t, u, codes, query, neighbors, drop_query, drop_neighbors, *manipulated
-        total = 0
-        for part in run.parts:
-            x0, t, u, codes, *condition = (each[part].to(device) for each in inputs)
-            xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
-            with autocast(device, args.bf16):
-                loss = knn_diffusion.discrete_loss(model, schedule, x0, xt, t, *condition)
-            (loss / args.accumulate).backward()
-            total += loss.detach() / args.accumulate
-        rate = learning_rate(step, args.lr, 300, args.steps)
-        run.advance(step, total, rate, decay=0.9995)
+        for tokens, is_null in zip(picture, drop_picture):
+            tokens[is_null] = V                                            # a null picture: MASK
+        loss = run.loss(model, loss_of, x0, u, codes, t, query, neighbors, drop_query,
+                        drop_neighbors, *picture)
+        run.advance(step, loss, decay=0.9995)
 
 
 # ---------------------------------------------------------------- the command
@@ -672,24 +622,14 @@ def run(args: argparse.Namespace) -> None:
         args.batch_size = BATCH_SIZES.get((args.what, args.preset), 64)
     args.steps = STEPS[args.what] if args.steps is None else args.steps
     args.lr = (1e-3 if args.what == "edit" else 2e-3) if args.lr is None else args.lr
-    for name, least in {"steps": 1, "batch_size": 1, "accumulate": 1, "k": 1, "save_every": 1,
-                        "swaps": 1, "seed": 0, "keep_out": 0, "query_noise": 0, "lr": 1e-12,
-                        "minutes": 1e-9}.items():
-        value, most = getattr(args, name), 2**16 if name in ("batch_size", "accumulate") else 2**62
-        require(value is None or least <= value <= most,
-                f"--{name.replace('_', '-')} is {value}, wanted {least} to {most}")
-    for name, those in {"swap_index": "edit", "neighbors_from": "continuous, discrete",
-                        "flip": "continuous, edit", "target": "continuous"}.items():
-        require(not getattr(args, name) or args.what in those,
-                f"--{name.replace('_', '-')} is for {those}, not for {args.what}")
-    require(args.what != "edit" or args.swap_index, "edit needs --swap-index, an index of the "
-            "pictures in --data (python index.py build makes one)")
-    require(args.data.is_dir(), f"no folder of pictures at {args.data}")
-    require(args.out.is_dir() or not args.out.exists(), f"{args.out} is a file, not a folder")
-    state = args.out / "state.pt"
-    require(args.resume or not state.exists(), f"{args.out} holds a run: --resume goes on with it, "
-            "another --out begins a new one")
-    require(not args.resume or state.is_file(), f"nothing to resume: {state} does not exist")
+    for name in ("steps", "batch_size", "accumulate", "k", "save_every", "swaps", "lr", "minutes"):
+        value = getattr(args, name)
+        require(value is None or value > 0,
+                f"--{name.replace('_', '-')} is {value}, wanted more than 0")
+    require((args.what == "edit") == bool(args.swap_index), "edit, and nothing else, needs "
+            "--swap-index: an index of the pictures in --data (python index.py build makes one)")
+    require(args.resume or not (args.out / "state.pt").exists(), f"{args.out} holds a run: "
+            "--resume goes on with it, another --out begins a new one")
     args.device = clip_model.pick_device(args.device)
     args.bf16 = not args.no_bf16 and has_bf16(args.device)
     if args.device.type == "cuda":
@@ -697,7 +637,6 @@ def run(args: argparse.Namespace) -> None:
         torch.backends.cudnn.benchmark = True
     default = SHIPPED / "continuous.safetensors" if args.what == "edit" else None
     args.weights = args.out / f"{args.what}.safetensors" if args.resume else args.init or default
-    args.command = all_commands(args.weights, args.command)
     (train_vqvae if args.what == "vqvae" else train_backbone)(args)
 
 
@@ -709,46 +648,41 @@ def train_backbone(args: argparse.Namespace) -> None:
     if args.neighbors_from or args.swap_index:
         database = retrieval.open_index(args.neighbors_from or args.index)
         retrieval.check_encoder(database, *made_by, own.rows.shape[1])
-    if args.clip or args.what == "edit":
-        clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(args.device)
-        retrieval.check_encoder(own, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
     model, codec = start_model(args, database, made_by[1])
-    size, k, N = model.config.image_size, model.config.n_neighbors, len(own)
+    size, k, queries, manipulated = model.config.image_size, model.config.n_neighbors, own.rows, []
     digest = retrieval.rows_digest(own.rows)
     settings = {"condition": args.condition, "k": k, "clip": made_by[1], "pictures": digest[:16],
                 "index": retrieval.rows_digest(database.rows)[:16],
                 "query_noise": args.query_noise, "flip": args.flip}
 
-    @functools.cache                                      # not called where there are tokens
-    def pictures() -> np.ndarray:
+    def pictures() -> np.ndarray:                         # not called where there are tokens
         return prepared(args.data, own.paths, size, own.folder / f"pictures-{size}.npy")
 
-    queries, swapped = own.rows, None
     if args.what == "edit":
-        name, swapped, queries, neighbors = swaps(args, own, database, k, clip, pictures())
-        settings["swaps"] = name
+        settings["swaps"] = args.swaps
+        swapped, queries, neighbors = swaps(args, own, database, k, pictures())
+        manipulated = [swapped]
     elif args.neighbors_from:
-        neighbors = retrieval.cached(
-            own.folder / f"neighbors-{k}-from-{settings['index']}.npy", digest,
-            (database.search(torch.from_numpy(own.rows[ids]).to(args.device).float(), k)[1].int()
-             .cpu().numpy() for ids in np.split(np.arange(N), range(1024, N, 1024))))
+        near = (database.search(torch.from_numpy(own.rows[ids]).to(args.device), k)[1].int().cpu()
+                .numpy() for ids in torch.arange(len(own)).split(1024))
+        name = f"neighbors-{k}-from-{settings['index']}.npy"
+        neighbors = retrieval.cached(own.folder / name, digest, near)
     else:
         neighbors = retrieval.neighbor_table(own, k, device=args.device)
-    about = f"{N} pictures, {len(queries)} queries, K {neighbors.shape[1]} of {database.folder}"
+    print(f"{len(own)} pictures, {len(queries)} queries, K {neighbors.shape[1]} of "
+          f"{database.folder}")
     if codec is None:
-        print(about)
-        data = Data(pictures(), queries, neighbors, database.rows, swapped)
+        data = Data(pictures(), queries, neighbors, database.rows, manipulated)
         return train_continuous(args, model, data, settings)
     settings["vqvae"] = vqvae.fingerprint(codec)
     name = f"tokens-{settings['vqvae']}.npy"
     x0 = retrieval.cached(own.folder / name, digest, token_blocks(codec, pictures, args.device))
-    require(int(x0.max()) < codec.config.n_codes, f"{own.folder / name} is damaged: delete it")
-    if swapped is not None:
-        blocks = token_blocks(codec, functools.partial(np.asarray, swapped), args.device)
-        swapped = retrieval.cached(args.out / name, settings["swaps"], blocks)
-    print(about)
-    train_discrete(args, model, Data(x0, queries, neighbors, database.rows, swapped), codec,
-                   settings)
+    if args.what == "edit":
+        key = hashlib.sha256(swapped).hexdigest()
+        blocks = token_blocks(codec, lambda: swapped, args.device)
+        manipulated = [retrieval.cached(args.out / name, key, blocks)]
+    data = Data(x0, queries, neighbors, database.rows, manipulated)
+    train_discrete(args, model, data, codec, settings)
 
 
 @torch.no_grad()
@@ -774,21 +708,17 @@ def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: st
         config = replace(PRESETS[args.what][args.preset], embed_dim=E, n_neighbors=k)
     else:
         model, metadata = knn_diffusion.load(args.weights)
-        config, wanted = model.config, metadata.get("clip", "")
-        require(kind is None or type(model) is kind and not config.edit,
-                f"{args.weights} holds a {type(model).__name__}{' that edits' * config.edit}, "
-                f"{args.what} trains a {kind and kind.__name__}")
-        require(config.embed_dim == E and wanted in ("", made_by),
-                f"{args.weights} was trained with the CLIP {wanted} ({config.embed_dim} "
-                f"dimensions), the index at {database.folder} is of {made_by} ({E} dimensions)")
+        if args.what == "edit" and not model.config.edit:
+            model = knn_diffusion.widened(model)
+        config, made_with = model.config, metadata.get("clip") or made_by
+        require(kind is None or type(model) is kind and not config.edit, f"{args.weights} holds a "
+                f"{type(model).__name__}{' that edits' * config.edit}, no start for {args.what}")
+        require(made_with == made_by and config.embed_dim == E, f"{args.weights} was trained with "
+                f"another CLIP ({made_with}) than that of the index at {database.folder}")
         require(args.k is None or k == config.n_neighbors,
                 f"{args.weights} has {config.n_neighbors} neighbours, --k is {args.k}")
-        model = knn_diffusion.widened(model) if kind is None and not config.edit else model
-        config = model.config
-    if args.target:
-        config = replace(config, target=args.target)
     if isinstance(config, TransformerConfig):
-        require(not args.flip, "--flip is the U-Net's: tokens can't be mirrored")
+        require(not (args.flip or args.target), "--flip and --target are the U-Net's")
         side = config.tokens_a_side
         ours = f"{side}x{side} tokens of {config.n_codes} from {config.image_size} px"
         require(args.vqvae or args.preset == "stickers", f"preset {args.preset} needs --vqvae, "
@@ -798,6 +728,8 @@ def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: st
         config = replace(config, n_codes=n_codes, tokens_a_side=side)
         require(args.weights is None or config == model.config,
                 f"{args.weights} draws {ours}, the VQ-VAE makes {side}x{side} of {n_codes}")
+    elif args.target:
+        config = replace(config, target=args.target)
     if args.weights is None:
         torch.manual_seed(args.seed)
         model = kind(config)
