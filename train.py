@@ -35,8 +35,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from PIL.JpegImagePlugin import JpegImageFile
+from PIL import Image
 from torch import Tensor, nn
 
 import clip_model
@@ -48,6 +47,7 @@ from clip_model import SHIPPED, require, to_x
 from knn_diffusion import TokenTransformer, TransformerConfig, UNet
 
 REVIVE_EVERY, LOG_EVERY = 100, 50      # steps
+MOMENTUM = 0.95                        # of Muon
 PIXELS = 2**20                         # that a VQ-VAE encodes in one pass
 PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
            "discrete": knn_diffusion.DISCRETE_PRESETS,
@@ -81,23 +81,22 @@ class Muon(torch.optim.Optimizer):
     start a hundred small products than to compute them.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float,
-                 momentum: float = 0.95) -> None:
-        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
         for p in parameters:
             self.state[p]["mean"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
-            lr, momentum, alike = group["lr"], group["momentum"], defaultdict(list)
+            lr, alike = group["lr"], defaultdict(list)
             for p in (p for p in group["params"] if p.grad is not None):
                 alike[p.shape].append(p)
             for shape, parameters in alike.items():
                 gradients = [p.grad for p in parameters]
                 means = [self.state[p]["mean"] for p in parameters]
-                torch._foreach_lerp_(means, gradients, 1 - momentum)
-                ahead = torch._foreach_lerp(gradients, means, momentum)    # Nesterov's look ahead
+                torch._foreach_lerp_(means, gradients, 1 - MOMENTUM)
+                ahead = torch._foreach_lerp(gradients, means, MOMENTUM)    # Nesterov's look ahead
                 matrices = torch.stack(ahead).flatten(2)                   # (n, C', C·h·w)
                 scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
                 updates = orthogonal(matrices.squeeze(0)).reshape(-1, *shape).unbind()
@@ -108,10 +107,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: Tensor) -> Tensor:
     """U Vᵀ of each matrix U S Vᵀ (..., rows, columns), roughly: five Newton-Schulz steps bring
     every singular value to between about 0.7 and 1.2. Coefficients: Jordan et al. (2024). They bear
-    bfloat16, which is taken where the device multiplies it."""
+    bfloat16."""
     is_wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if is_wide else matrices.mT
-    x = x.to(torch.bfloat16 if has_bf16(x.device) else torch.float32)
+    x = x.to(torch.bfloat16)
     x = x / x.flatten(-2).norm(dim=-1).clamp(min=1e-7)[..., None, None]
     add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
     for _ in range(5):
@@ -121,20 +120,14 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return (x if is_wide else x.mT).to(matrices)
 
 
-def muon_and_adam(model: nn.Module, lr: float, at_the_ends: tuple[str, ...]
-                  ) -> list[torch.optim.Optimizer]:
+def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices and convolutions inside, AdamW for vectors, maps, and the layers at the
-    ends that `at_the_ends` names."""
+    ends, which ENDS names."""
     inside = {name: p for name, p in model.named_parameters()
-              if p.ndim >= 2 and name.endswith("weight") and not name.startswith(at_the_ends)}
+              if p.ndim >= 2 and name.endswith("weight") and not name.startswith(ENDS[type(model)])}
     others = [p for name, p in model.named_parameters() if name not in inside]
     return [Muon(list(inside.values()), lr=lr, weight_decay=0.01),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 itself. GPUs before Ampere only imitate it, slowly."""
-    return device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
@@ -201,23 +194,23 @@ class Run:
     def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
                  optimizers: list[torch.optim.Optimizer] | None = None,
                  write: Callable = clip_model.save_model) -> None:
-        self.args, self.write, self.out = args, write, args.out
+        self.args, self.write = args, write
         self.settings = {"seed": args.seed, "preset": args.preset, **settings}
         self.model = model.to(args.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         model.train().requires_grad_(True)
-        self.optimizers = optimizers or muon_and_adam(model, args.lr, ENDS[type(model)])
+        self.optimizers = optimizers or muon_and_adam(model, args.lr)
         self.n = args.accumulate * args.batch_size                         # pictures per step
         before = clip_model.read_tensors(args.weights)[1].get("command", "") if args.weights else ""
         self.command = f"{before}\n{args.command}".strip()       # all that made these weights
-        self.first = load_state(self.out / "state.pt", args.steps, self.settings, model, self.ema,
+        self.first = load_state(args.out / "state.pt", args.steps, self.settings, model, self.ema,
                                 self.optimizers) if args.resume else 0
-        self.losses, self.skipped, self.in_a_row, self.is_stopped = [], 0, 0, False
-        (self.out / "samples").mkdir(parents=True, exist_ok=True)
+        self.losses, self.skipped, self.is_stopped = [], 0, False
+        (args.out / "samples").mkdir(parents=True, exist_ok=True)
         if self.first == 0:
-            (self.out / "log.csv").write_text(
+            (args.out / "log.csv").write_text(
                 "step,loss,lr,images_per_second,gradient_norm,skipped\n")
-        print(f"{args.what}: {args.data} -> {self.out}, "
+        print(f"{args.what}: {args.data} -> {args.out}, "
               f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {self.first} to "
               f"{args.steps} of {args.accumulate} x {args.batch_size}, {args.device}, "
               f"{'bfloat16' if args.bf16 else 'float32'}", flush=True)
@@ -226,17 +219,17 @@ class Run:
         self.is_stopped = True
         signal.signal(number, signal.SIG_DFL)
 
-    def steps(self, look: Callable = lambda step: None) -> Iterator[tuple[int, torch.Generator]]:
+    def steps(self, look: Callable[[int], None]) -> Iterator[tuple[int, torch.Generator]]:
         """The steps to do, each with its generator. Now and then, and at the end, the training is
         saved; then `look` draws or measures, and may run out of memory."""
         args, self.start = self.args, time.time()
-        deadline = self.start + 60 * (math.inf if args.minutes is None else args.minutes)
         handlers = {number: signal.signal(number, self.stop)
                     for number in (signal.SIGINT, signal.SIGTERM)}
         for step in range(self.first, args.steps):
             torch.manual_seed(step_seed(args.seed + 1, step))              # dropout in the model
             yield step, torch.Generator().manual_seed(step_seed(args.seed, step))
-            is_last = self.is_stopped or time.time() > deadline or step + 1 == args.steps
+            is_late = time.time() - self.start > 60 * args.minutes
+            is_last = self.is_stopped or is_late or step + 1 == args.steps
             is_saved = is_last or (step + 1) % args.save_every == 0
             if is_saved:
                 self.save(step + 1)
@@ -247,7 +240,7 @@ class Run:
                 break
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        print(f"wrote {self.out / args.what}.safetensors, {(time.time() - self.start) / 60:.1f} min"
+        print(f"wrote {args.out / args.what}.safetensors, {(time.time() - self.start) / 60:.1f} min"
               if step + 1 == args.steps else
               f"stopped at step {step + 1}, saved; --resume goes on", flush=True)
 
@@ -265,38 +258,39 @@ class Run:
         return total
 
     def advance(self, step: int, loss: Tensor, decay: float, warmup: int = 300) -> None:
-        """Step, average, count. Raises FloatingPointError after 20 non-finite steps in a row."""
+        """Step, average, count. Raises FloatingPointError after 20 non-finite steps."""
         self.rate = learning_rate(step, self.args.lr, warmup, self.args.steps)
         loss, self.norm = take_step(self.model, self.optimizers, loss, self.rate, max_norm=1.0)
         average(self.ema, self.model, step, decay)
         is_finite = math.isfinite(loss + self.norm)
         self.losses += [loss] * is_finite
         self.skipped += not is_finite
-        self.in_a_row = 0 if is_finite else self.in_a_row + 1
-        if self.in_a_row == 20:
-            raise FloatingPointError("the loss or its gradient was not finite 20 times in a row: "
-                                     "--resume with a lower --lr")
+        if self.skipped == 20:
+            raise FloatingPointError("the loss or its gradient was not finite 20 times: --resume "
+                                     "with a lower --lr")
 
     def log(self, step: int) -> None:
         """A line on stdout and in log.csv; the loss is the mean since the last one."""
         seconds = (time.time() - self.start) / (step - self.first)
-        speed, mean = self.n / seconds, sum(self.losses) / max(1, len(self.losses))
-        left, self.losses = (self.args.steps - step) * seconds / 60, []
-        with open(self.out / "log.csv", "a") as file:
-            print(f"{step},{mean:.5f},{self.rate:.2e},{speed:.1f},{self.norm:.3g},{self.skipped}",
-                  file=file)
-        print(f"step {step}/{self.args.steps}  loss {mean:.4f}  gradient {self.norm:.3g}  "
-              f"{speed:.1f} images/s  {self.skipped} skipped  {left:.0f} min left", flush=True)
+        mean = np.mean(self.losses)
+        row = {"step": step, "loss": f"{mean:.5f}", "lr": f"{self.rate:.2e}",
+               "images_per_second": f"{self.n / seconds:.1f}",
+               "gradient_norm": f"{self.norm:.3g}", "skipped": self.skipped}
+        with open(self.args.out / "log.csv", "a") as file:
+            print(*row.values(), sep=",", file=file)
+        print(*(f"{name} {value} " for name, value in row.items()),
+              f"{(self.args.steps - step) * seconds / 60:.0f} min left", flush=True)
+        self.losses = []
 
     def save(self, step: int) -> None:
         """WHAT.safetensors, the averaged weights, with --keep also under the step's number; then
         state.pt, all that a resumed run needs. Seed and step are the random state."""
-        path, state = self.out / f"{self.args.what}.safetensors", self.settings
-        told = {name: state[name] for name in ("condition", "clip", "vqvae") if name in state}
-        self.write(path, self.ema, {"step": str(step), "command": self.command, **told})
+        path = self.args.out / f"{self.args.what}.safetensors"
+        told = {name: str(value) for name, value in self.settings.items()}
+        self.write(path, self.ema, {**told, "step": str(step), "command": self.command})
         if self.args.keep:
             shutil.copyfile(path, path.with_stem(f"{self.args.what}-{step:07d}"))
-        with clip_model.replacing(self.out / "state.pt") as file:
+        with clip_model.replacing(self.args.out / "state.pt") as file:
             torch.save({"step": step, "settings": self.settings, "model": self.model.state_dict(),
                         "ema": self.ema.state_dict(),
                         "optimizers": [each.state_dict() for each in self.optimizers]}, file)
@@ -304,28 +298,17 @@ class Run:
     def save_grid(self, step: int, rows: list[Tensor]) -> None:
         """samples/STEP.png, a row of pictures per batch x (n, 3, S, S)."""
         sheet = clip_model.grid([clip_model.to_pictures(x) for x in rows], rows[0].shape[-1])
-        sheet.save(self.out / "samples" / f"{step:07d}.png")
+        sheet.save(self.args.out / "samples" / f"{step:07d}.png")
 
 
 # ---------------------------------------------------------------- pictures, made ready once
 
-def read_square(path: Path, size: int) -> np.ndarray:
-    """A picture as a square, uint8 (size, size, 3)."""
-    try:               # A JPEG can be decoded at 1/2, 1/4 or 1/8 of its size, six times as fast.
-        with JpegImageFile(path) as picture:
-            picture.draft(None, (2 * size, 2 * size))
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-    except Exception:                                     # another format, or a damaged one
-        picture = clip_model.read_image(path)
-    return np.asarray(clip_model.fit_square(picture, size))
-
-
 def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False) -> np.ndarray:
     """Pictures of a folder, squares of `size`: uint8 (N, S, S, 3). One that can't be read raises
     ValueError; with `skip` it is said and left out."""
-    def read(name: str) -> list[np.ndarray]:
+    def read(name: str) -> list[Image.Image]:
         try:
-            return [read_square(folder / name, size)]
+            return [clip_model.fit_square(clip_model.read_image(folder / name), size)]
         except ValueError as error:
             require(skip, str(error))
             print(f"skipped: {error}", file=sys.stderr)
@@ -333,19 +316,15 @@ def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False)
 
     with ThreadPoolExecutor(8) as pool:                   # Pillow lets other threads run meanwhile
         found = sum(pool.map(read, names), [])
-    return np.array(found, np.uint8).reshape(-1, size, size, 3)
+    return np.array([np.asarray(each) for each in found]).reshape(-1, size, size, 3)
 
 
-def prepared(folder: Path, names: list[str], size: int, path: Path, skip: bool = False
+def prepared(path: Path, key: str, folder: Path, names: list[str], size: int, skip: bool = False
              ) -> np.ndarray:
-    """`read_pictures`, kept in `path`: made anew where names or sizes of the files change."""
-    for name in names:
-        require((folder / name).is_file(), f"{folder} has no {name}: give the --index (edit: "
-                "--swap-index) of this folder, `python index.py build` makes it")
-    files = [(name, (folder / name).stat().st_size) for name in names]
+    """`read_pictures`, kept in `path` under `key`."""
     blocks = (read_pictures(folder, names[i:i + 256], size, skip)
               for i in range(0, len(names), 256))
-    return retrieval.cached(path, hashlib.sha256(repr(files).encode()).hexdigest(), blocks)
+    return retrieval.cached(path, key, blocks)
 
 
 # ---------------------------------------------------------------- the VQ-VAE
@@ -366,15 +345,15 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
                 ) -> tuple[Tensor, float, Tensor]:
     """Some reconstructions, the mean PSNR in dB, and how often each code was used (V,)."""
     counts = torch.zeros(model.config.n_codes, dtype=torch.int64)
-    first, quality, step = torch.zeros(0), [], PIXELS // pictures.shape[1]**2
+    some, quality, step = [], [], PIXELS // pictures.shape[1]**2
     for i in range(0, len(pictures), step):
         x = to_x(pictures[i:i + step], device)
         tokens = model.encode(x)
-        found = model.decode(tokens, x.shape[2] // model.config.factor)
-        counts += tokens.flatten().cpu().bincount(minlength=len(counts))
+        found = model.decode(tokens)
+        some.append(found[:12].cpu())
         quality.append(vqvae.psnr(found, x).cpu())
-        first = found[:12].cpu() if i == 0 else first
-    return first, torch.cat(quality).mean().item(), counts
+        counts += tokens.flatten().cpu().bincount(minlength=len(counts))
+    return torch.cat(some)[:12], torch.cat(quality).mean().item(), counts
 
 
 def train_vqvae(args: argparse.Namespace) -> None:
@@ -386,11 +365,10 @@ def train_vqvae(args: argparse.Namespace) -> None:
     require(not config.gumbel, "the Gumbel codebook loads and runs here; training it is left out")
     are_stickers = (args.data.parent / "captions.jsonl").is_file()
     names, others = split_by_drawing(retrieval.list_images(args.data), args.keep_out, are_stickers)
-    require(len(names) > 0, f"no picture to train on below {args.data}")
-    pictures = prepared(args.data, names, size, args.out / f"pictures-{size}.npy", skip=True)
-    measured = others or names
-    measured = measured[::len(measured) // 1000 + 1]   # from all over, not one folder
-    tests = prepared(args.data, measured, size, args.out / f"measured-{size}.npy", skip=True)
+    key = hashlib.sha256(repr(names).encode()).hexdigest()
+    pictures = prepared(args.out / f"pictures-{size}.npy", key, args.data, names, size, skip=True)
+    measured = others or names                            # some from all over, not of one folder
+    tests = read_pictures(args.data, measured[::len(measured) // 1000 + 1], size, skip=True)
     print(f"{len(pictures)} pictures, {len(others)} kept out, {size} px, factor {config.factor}, "
           f"V {config.n_codes}")
     run = Run(args, model, {"keep_out": args.keep_out})
@@ -446,46 +424,48 @@ class Data:
         query, near = self.queries[rows], self.database[self.neighbors[rows]]
         return [x0, torch.from_numpy(query).float(), torch.from_numpy(near).float(), *picture]
 
-    def twelve(self, args: argparse.Namespace) -> list[Tensor | None]:
-        """Twelve rows from all over to draw samples for; None for what --condition blinds."""
-        rows = np.arange(12) * (len(self.queries) // 13)  # of 12 some would be of one picture
-        x0, query, neighbors, *picture = [each.to(args.device) for each in self.batch(rows)]
-        return [x0, None if args.condition == "neighbors" else query,
-                None if args.condition == "query" else neighbors, *picture]
 
-
-def swaps(args: argparse.Namespace, own: retrieval.Index, database: retrieval.Index, k: int,
-          pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
+          ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3).
 
-    Returns I_manip uint8 (R, S, S, 3); the *original* regions' embeddings float16 (R, E); their
-    rows in the database int32 (R, K). R is --swaps times N, all pictures in turn. A resumed run
-    reads them from out/swaps.npz.
+    Returns I_manip uint8 (R, S, S, 3) and the *original* regions' embeddings float16 (R, E). R is
+    --swaps times N, all pictures in turn. A resumed run reads them from out/swaps.npz.
     """
-    path = args.out / "swaps.npz"
+    path, device = args.out / "swaps.npz", args.device
     if args.resume:
         with np.load(path) as made:
-            return made["manipulated"], made["queries"], made["neighbors"]
+            return made["manipulated"], made["queries"]
     (N, size), step = pictures.shape[:2], PIXELS // pictures.shape[1]**2
-    require(N > 1, f"{args.data} holds one picture, and a swap needs another one")
-    clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(args.device)
+    clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(device)
     retrieval.check_encoder(own, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
-    partner = retrieval.neighbor_table(own, 1, device=args.device)[:, 0]   # (N,), never itself
+    partner = retrieval.neighbor_table(own, 1, device=device)[:, 0]        # (N,), never itself
     generator = torch.Generator().manual_seed(args.seed)
     manipulated, queries = [], []
     for rows in [slice(i, i + step) for i in range(0, N, step)] * args.swaps:
-        x, boxes, _ = edit.region_swap(to_x(pictures[rows], args.device),
-                                       to_x(pictures[partner[rows]], args.device), generator)
+        shown = [to_x(pictures[each], device) for each in (rows, partner[rows])]
+        x, boxes, _ = edit.region_swap(*shown, generator)
         manipulated += clip_model.to_pictures(x)
         crops = [Image.fromarray(picture).crop(edit.region_crop(tuple(box), size, size))
                  for picture, box in zip(pictures[rows], boxes.tolist())]
         queries.append(clip.embed_pictures(crops))
-    queries, manipulated = torch.cat(queries), np.stack(manipulated)
-    neighbors = database.search(queries, k)[1].int().cpu().numpy()
-    queries = queries.half().cpu().numpy()
+    queries, manipulated = torch.cat(queries).half().cpu().numpy(), np.stack(manipulated)
     args.out.mkdir(parents=True, exist_ok=True)
-    np.savez(path, manipulated=manipulated, queries=queries, neighbors=neighbors)
-    return manipulated, queries, neighbors
+    np.savez(path, manipulated=manipulated, queries=queries)
+    return manipulated, queries
+
+
+def samples(args: argparse.Namespace, model: nn.Module, data: Data, sample: Callable
+            ) -> list[Tensor]:
+    """x_0, I_manip if any, and what is drawn for them, of twelve rows from all over."""
+    rows = np.arange(12) * (len(data.queries) // 13)      # of 12 some would be of one picture
+    x0, query, neighbors, *picture = [each.to(args.device) for each in data.batch(rows)]
+    query = None if args.condition == "neighbors" else query
+    neighbors = None if args.condition == "query" else neighbors
+    with autocast(args.device, args.bf16):
+        *_, x = sample(model, query, neighbors, list(range(12)), steps=min(20, model.config.T),
+                       picture=picture[0] if picture else None)
+    return [x0, *picture, x]
 
 
 # ---------------------------------------------------------------- the U-Net (Sec. 3.2)
@@ -497,17 +477,13 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
     draw_drops = knn_diffusion.draw_edit_drops if model.config.edit else knn_diffusion.draw_drops
     run = Run(args, model, {**settings, "target": model.config.target})
 
-    def draw_samples(step: int) -> None:
-        x0, query, neighbors, *picture = data.twelve(args)
-        with autocast(args.device, args.bf16):
-            *_, x = knn_diffusion.sample(run.ema, query, neighbors, list(range(12)),
-                                         steps=min(20, T), picture=picture[0] if picture else None)
-        run.save_grid(step, [x0, *picture, x])
+    def look(step: int) -> None:
+        run.save_grid(step, samples(args, run.ema, data, knn_diffusion.sample))
 
     def loss_of(model: UNet, *inputs: Tensor) -> Tensor:
         return knn_diffusion.diffusion_loss(model, schedule, *inputs)
 
-    for step, seeded in run.steps(look=draw_samples):
+    for step, seeded in run.steps(look):
         rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
         x0, query, neighbors, *picture = data.batch(rows)
         t = torch.randint(1, T + 1, (run.n,), generator=seeded)
@@ -536,20 +512,16 @@ def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data
     draw_drops = knn_diffusion.draw_edit_drops if model.config.edit else knn_diffusion.draw_drops
     run = Run(args, model, settings)
 
-    def draw_samples(step: int) -> None:
-        x0, query, neighbors, *picture = data.twelve(args)
-        with autocast(args.device, args.bf16):
-            *_, x = knn_diffusion.sample_tokens(run.ema, query, neighbors, list(range(12)),
-                                                steps=min(25, T),
-                                                picture=picture[0] if picture else None)
-            run.save_grid(step, [codec.decode(tokens) for tokens in (x0, *picture, x)])
+    def look(step: int) -> None:
+        found = samples(args, run.ema, data, knn_diffusion.sample_tokens)
+        run.save_grid(step, [codec.decode(tokens) for tokens in found])
 
     def loss_of(model: TokenTransformer, x0: Tensor, u: Tensor, codes: Tensor, t: Tensor,
                 *condition: Tensor) -> Tensor:
         xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
         return knn_diffusion.discrete_loss(model, schedule, x0, xt, t, *condition)
 
-    for step, seeded in run.steps(look=draw_samples):
+    for step, seeded in run.steps(look):
         rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
         x0, query, neighbors, *picture = data.batch(rows)
         t = torch.randint(1, T + 1, (run.n,), generator=seeded)
@@ -584,7 +556,7 @@ def main(argv: list[str] | None = None) -> int:
         help="go on; all arguments as they were, but for --steps, --lr, --batch-size")
     add("--init", type=Path, help="start from these weights, of their sizes, k and target, "
         "optimiser fresh (default: none; edit: the shipped continuous ones)")
-    add("--minutes", type=float, help="save and stop after this long")
+    add("--minutes", type=float, default=math.inf, help="save and stop after this long")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default 500)")
     add("--keep", action="store_true", help="keep the weights of every save")
     add("--index", type=Path, default=SHIPPED / "index", help="the index of the pictures in "
@@ -595,8 +567,8 @@ def main(argv: list[str] | None = None) -> int:
         "neighbours the regions are swapped for")
     add("--swaps", type=int, default=4, metavar="N", help="edit: swaps per picture (default 4)")
     add("--vqvae", type=Path, help="what makes tokens (default: the stickers', for their preset)")
-    add("--clip", type=Path, help="edit: embeds regions (default: the stickers'); else: checked")
-    add("--k", type=int, help="neighbours (default 10, at most all others)")
+    add("--clip", type=Path, help="edit: embeds regions (default: the stickers')")
+    add("--k", type=int, help="neighbours of a new model (default 10, at most all others)")
     add("--condition", choices=["both", "query", "neighbors"], default="both",
         help="query trains the paper's no-kNN baseline")
     add("--query-noise", type=float, default=0.0, metavar="S",
@@ -618,21 +590,21 @@ def run(args: argparse.Namespace) -> None:
     before the first step; by then only caches are written."""
     require(args.preset in PRESETS[args.what], f"no preset {args.preset!r} for {args.what}; there "
             f"is {', '.join(PRESETS[args.what])}")
-    if args.batch_size is None:
-        args.batch_size = BATCH_SIZES.get((args.what, args.preset), 64)
-    args.steps = STEPS[args.what] if args.steps is None else args.steps
-    args.lr = (1e-3 if args.what == "edit" else 2e-3) if args.lr is None else args.lr
     for name in ("steps", "batch_size", "accumulate", "k", "save_every", "swaps", "lr", "minutes"):
         value = getattr(args, name)
         require(value is None or value > 0,
                 f"--{name.replace('_', '-')} is {value}, wanted more than 0")
+    args.batch_size = args.batch_size or BATCH_SIZES.get((args.what, args.preset), 64)
+    args.steps = args.steps or STEPS[args.what]
+    args.lr = args.lr or (1e-3 if args.what == "edit" else 2e-3)
     require((args.what == "edit") == bool(args.swap_index), "edit, and nothing else, needs "
             "--swap-index: an index of the pictures in --data (python index.py build makes one)")
     require(args.resume or not (args.out / "state.pt").exists(), f"{args.out} holds a run: "
             "--resume goes on with it, another --out begins a new one")
     args.device = clip_model.pick_device(args.device)
-    args.bf16 = not args.no_bf16 and has_bf16(args.device)
-    if args.device.type == "cuda":
+    args.bf16 = not args.no_bf16
+    if args.device.type == "cuda":                        # before Ampere bfloat16 is only imitated
+        args.bf16 &= torch.cuda.is_bf16_supported(including_emulation=False)
         torch.set_float32_matmul_precision("high")        # TF32 for what is left in float32
         torch.backends.cudnn.benchmark = True
     default = SHIPPED / "continuous.safetensors" if args.what == "edit" else None
@@ -648,6 +620,9 @@ def train_backbone(args: argparse.Namespace) -> None:
     if args.neighbors_from or args.swap_index:
         database = retrieval.open_index(args.neighbors_from or args.index)
         retrieval.check_encoder(database, *made_by, own.rows.shape[1])
+    for name in own.paths:
+        require((args.data / name).is_file(), f"{args.data} has no {name}: give the --index (edit: "
+                "--swap-index) of this folder, `python index.py build` makes it")
     model, codec = start_model(args, database, made_by[1])
     size, k, queries, manipulated = model.config.image_size, model.config.n_neighbors, own.rows, []
     digest = retrieval.rows_digest(own.rows)
@@ -656,31 +631,29 @@ def train_backbone(args: argparse.Namespace) -> None:
                 "query_noise": args.query_noise, "flip": args.flip}
 
     def pictures() -> np.ndarray:                         # not called where there are tokens
-        return prepared(args.data, own.paths, size, own.folder / f"pictures-{size}.npy")
+        return prepared(own.folder / f"pictures-{size}.npy", digest, args.data, own.paths, size)
 
     if args.what == "edit":
         settings["swaps"] = args.swaps
-        swapped, queries, neighbors = swaps(args, own, database, k, pictures())
+        swapped, queries = swaps(args, own, pictures())
         manipulated = [swapped]
-    elif args.neighbors_from:
-        near = (database.search(torch.from_numpy(own.rows[ids]).to(args.device), k)[1].int().cpu()
-                .numpy() for ids in torch.arange(len(own)).split(1024))
-        name = f"neighbors-{k}-from-{settings['index']}.npy"
-        neighbors = retrieval.cached(own.folder / name, digest, near)
-    else:
+    if database is own:
         neighbors = retrieval.neighbor_table(own, k, device=args.device)
+    else:
+        near = (database.search(torch.from_numpy(queries[ids]).to(args.device), k)[1].int().cpu()
+                .numpy() for ids in torch.arange(len(queries)).split(1024))
+        path = own.folder / f"neighbors-{k}-from-{settings['index']}.npy"
+        neighbors = retrieval.cached(path, hashlib.sha256(queries[:]).hexdigest(), near)
     print(f"{len(own)} pictures, {len(queries)} queries, K {neighbors.shape[1]} of "
           f"{database.folder}")
     if codec is None:
         data = Data(pictures(), queries, neighbors, database.rows, manipulated)
         return train_continuous(args, model, data, settings)
     settings["vqvae"] = vqvae.fingerprint(codec)
-    name = f"tokens-{settings['vqvae']}.npy"
-    x0 = retrieval.cached(own.folder / name, digest, token_blocks(codec, pictures, args.device))
+    path = own.folder / f"tokens-{settings['vqvae']}.npy"
+    x0 = retrieval.cached(path, digest, token_blocks(codec, pictures, args.device))
     if args.what == "edit":
-        key = hashlib.sha256(swapped).hexdigest()
-        blocks = token_blocks(codec, lambda: swapped, args.device)
-        manipulated = [retrieval.cached(args.out / name, key, blocks)]
+        manipulated = [np.concatenate(list(token_blocks(codec, lambda: swapped, args.device)))]
     data = Data(x0, queries, neighbors, database.rows, manipulated)
     train_discrete(args, model, data, codec, settings)
 
@@ -702,7 +675,7 @@ def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: st
 
     Raises ValueError where the weights are of another kind, CLIP, K or VQ-VAE than the rest.
     """
-    E, k = database.rows.shape[1], min(args.k or 10, max(1, len(database) - 1))
+    E, k = database.rows.shape[1], min(args.k or 10, len(database) - 1)
     kind, codec = {"continuous": UNet, "discrete": TokenTransformer}.get(args.what), None
     if args.weights is None:
         config = replace(PRESETS[args.what][args.preset], embed_dim=E, n_neighbors=k)
@@ -715,19 +688,15 @@ def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: st
                 f"{type(model).__name__}{' that edits' * config.edit}, no start for {args.what}")
         require(made_with == made_by and config.embed_dim == E, f"{args.weights} was trained with "
                 f"another CLIP ({made_with}) than that of the index at {database.folder}")
-        require(args.k is None or k == config.n_neighbors,
-                f"{args.weights} has {config.n_neighbors} neighbours, --k is {args.k}")
     if isinstance(config, TransformerConfig):
         require(not (args.flip or args.target), "--flip and --target are the U-Net's")
-        side = config.tokens_a_side
-        ours = f"{side}x{side} tokens of {config.n_codes} from {config.image_size} px"
-        require(args.vqvae or args.preset == "stickers", f"preset {args.preset} needs --vqvae, "
-                f"best of {ours}; the stickers' is another size")
         codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0].to(args.device)
         side, n_codes = config.image_size // codec.config.factor, codec.config.n_codes
-        config = replace(config, n_codes=n_codes, tokens_a_side=side)
-        require(args.weights is None or config == model.config,
-                f"{args.weights} draws {ours}, the VQ-VAE makes {side}x{side} of {n_codes}")
+        fitting = replace(config, n_codes=n_codes, tokens_a_side=side)
+        require(fitting == config or args.vqvae and not args.weights,
+                f"--vqvae makes {side}x{side} tokens of {n_codes}, wanted one that makes "
+                f"{config.tokens_a_side}x{config.tokens_a_side} of {config.n_codes}")
+        config = fitting
     elif args.target:
         config = replace(config, target=args.target)
     if args.weights is None:
