@@ -10,7 +10,8 @@ swaps are made once and kept in files.
 
 Each loop is flat: rows → x_0, query, neighbours → t, ε, drops → loss → step → average → log. The
 generators of a step are seeded with (seed, step), so a resumed run goes on as if it had never
-stopped. Left out: more than one GPU, held-out losses, float16.
+stopped. Of 100 pictures or more, every 50th is kept out of the loops for the backbones: its loss
+stands in log.csv at each save. Left out: more than one GPU, float16.
 
 Shapes: B pictures per step, C channels, S pixels per side, L tokens, V codes, E CLIP dimension,
 K neighbours, N pictures, R rows to learn from: R = N, or several swaps per picture.
@@ -48,6 +49,7 @@ from knn_diffusion import TokenTransformer, TransformerConfig, UNet
 
 REVIVE_EVERY, LOG_EVERY = 100, 50      # steps
 MOMENTUM = 0.95                        # of Muon
+SWAPS = 4                              # of every picture, to learn editing
 PIXELS = 2**20                         # that a VQ-VAE encodes in one pass
 PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
            "discrete": knn_diffusion.DISCRETE_PRESETS,
@@ -134,11 +136,12 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
-def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float,
-              max_norm: float) -> tuple[float, float]:
-    """One step down the gradients that backward() left, clipped; none where the loss or their norm
-    is not finite. Returns both, in the one read-back of a step: a GPU runs out of work in each."""
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float
+              ) -> tuple[float, float]:
+    """One step down the gradients that backward() left, clipped to a norm of 1; none where the loss
+    or their norm is not finite. Returns both, in the one read-back of a step: a GPU runs out of
+    work in each."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     loss, norm = torch.stack([loss.detach(), norm]).tolist()
     if math.isfinite(loss + norm):
         for optimizer in optimizers:
@@ -188,13 +191,12 @@ class Run:
     """A training under way: what all loops begin, log, save and resume alike. The clock, Ctrl-C and
     SIGTERM end it early: the step at work is finished and saved, unless a second signal comes.
 
-    settings: what may not change when it is resumed. write: saves a model as `save_model` does.
+    settings: what may not change when it is resumed. The weights' metadata tells it.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
-                 optimizers: list[torch.optim.Optimizer] | None = None,
-                 write: Callable = clip_model.save_model) -> None:
-        self.args, self.write = args, write
+                 optimizers: list[torch.optim.Optimizer] | None = None) -> None:
+        self.args = args
         self.settings = {"seed": args.seed, "preset": args.preset, **settings}
         self.model = model.to(args.device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -209,7 +211,7 @@ class Run:
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
         if self.first == 0:
             (args.out / "log.csv").write_text(
-                "step,loss,lr,images_per_second,gradient_norm,skipped\n")
+                "step,loss,lr,images_per_second,gradient_norm,skipped,held_out_loss\n")
         print(f"{args.what}: {args.data} -> {args.out}, "
               f"{sum(p.numel() for p in model.parameters()):,} parameters, steps {self.first} to "
               f"{args.steps} of {args.accumulate} x {args.batch_size}, {args.device}, "
@@ -219,9 +221,10 @@ class Run:
         self.is_stopped = True
         signal.signal(number, signal.SIG_DFL)
 
-    def steps(self, look: Callable[[int], None]) -> Iterator[tuple[int, torch.Generator]]:
+    def steps(self, look: Callable[[int], Tensor | None]) -> Iterator[tuple[int, torch.Generator]]:
         """The steps to do, each with its generator. Now and then, and at the end, the training is
-        saved; then `look` draws or measures, and may run out of memory."""
+        saved; then `look` draws, and returns the held-out loss if there is one. It may run out of
+        memory."""
         args, self.start = self.args, time.time()
         handlers = {number: signal.signal(number, self.stop)
                     for number in (signal.SIGINT, signal.SIGTERM)}
@@ -233,9 +236,8 @@ class Run:
             is_saved = is_last or (step + 1) % args.save_every == 0
             if is_saved:
                 self.save(step + 1)
-                look(step + 1)
             if is_saved or (step + 1) % LOG_EVERY == 0:
-                self.log(step + 1)
+                self.log(step + 1, look(step + 1) if is_saved else None)
             if is_last:
                 break
         for number, handler in handlers.items():
@@ -260,7 +262,7 @@ class Run:
     def advance(self, step: int, loss: Tensor, decay: float, warmup: int = 300) -> None:
         """Step, average, count. Raises FloatingPointError after 20 non-finite steps."""
         self.rate = learning_rate(step, self.args.lr, warmup, self.args.steps)
-        loss, self.norm = take_step(self.model, self.optimizers, loss, self.rate, max_norm=1.0)
+        loss, self.norm = take_step(self.model, self.optimizers, loss, self.rate)
         average(self.ema, self.model, step, decay)
         is_finite = math.isfinite(loss + self.norm)
         self.losses += [loss] * is_finite
@@ -269,13 +271,14 @@ class Run:
             raise FloatingPointError("the loss or its gradient was not finite 20 times: --resume "
                                      "with a lower --lr")
 
-    def log(self, step: int) -> None:
+    def log(self, step: int, held_out: Tensor | None) -> None:
         """A line on stdout and in log.csv; the loss is the mean since the last one."""
         seconds = (time.time() - self.start) / (step - self.first)
         mean = np.mean(self.losses)
         row = {"step": step, "loss": f"{mean:.5f}", "lr": f"{self.rate:.2e}",
                "images_per_second": f"{self.n / seconds:.1f}",
-               "gradient_norm": f"{self.norm:.3g}", "skipped": self.skipped}
+               "gradient_norm": f"{self.norm:.3g}", "skipped": self.skipped,
+               "held_out_loss": "" if held_out is None else f"{held_out:.5f}"}
         with open(self.args.out / "log.csv", "a") as file:
             print(*row.values(), sep=",", file=file)
         print(*(f"{name} {value} " for name, value in row.items()),
@@ -287,7 +290,8 @@ class Run:
         state.pt, all that a resumed run needs. Seed and step are the random state."""
         path = self.args.out / f"{self.args.what}.safetensors"
         told = {name: str(value) for name, value in self.settings.items()}
-        self.write(path, self.ema, {**told, "step": str(step), "command": self.command})
+        told |= {"step": str(step), "command": self.command}
+        clip_model.save_model(path, self.ema, told)
         if self.args.keep:
             shutil.copyfile(path, path.with_stem(f"{self.args.what}-{step:07d}"))
         with clip_model.replacing(self.args.out / "state.pt") as file:
@@ -306,7 +310,7 @@ class Run:
 def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False) -> np.ndarray:
     """Pictures of a folder, squares of `size`: uint8 (N, S, S, 3). One that can't be read raises
     ValueError; with `skip` it is said and left out."""
-    def read(name: str) -> list[Image.Image]:
+    def read(name):
         try:
             return [clip_model.fit_square(clip_model.read_image(folder / name), size)]
         except ValueError as error:
@@ -316,7 +320,7 @@ def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False)
 
     with ThreadPoolExecutor(8) as pool:                   # Pillow lets other threads run meanwhile
         found = sum(pool.map(read, names), [])
-    return np.array([np.asarray(each) for each in found]).reshape(-1, size, size, 3)
+    return np.array([np.asarray(each) for each in found], np.uint8).reshape(-1, size, size, 3)
 
 
 def prepared(path: Path, key: str, folder: Path, names: list[str], size: int, skip: bool = False
@@ -340,22 +344,6 @@ def split_by_drawing(names: list[str], every: int, are_stickers: bool = True
             [name for name in names if drawing[name] in kept_out])
 
 
-@torch.no_grad()
-def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray, device: torch.device
-                ) -> tuple[Tensor, float, Tensor]:
-    """Some reconstructions, the mean PSNR in dB, and how often each code was used (V,)."""
-    counts = torch.zeros(model.config.n_codes, dtype=torch.int64)
-    some, quality, step = [], [], PIXELS // pictures.shape[1]**2
-    for i in range(0, len(pictures), step):
-        x = to_x(pictures[i:i + step], device)
-        tokens = model.encode(x)
-        found = model.decode(tokens)
-        some.append(found[:12].cpu())
-        quality.append(vqvae.psnr(found, x).cpu())
-        counts += tokens.flatten().cpu().bincount(minlength=len(counts))
-    return torch.cat(some)[:12], torch.cat(quality).mean().item(), counts
-
-
 def train_vqvae(args: argparse.Namespace) -> None:
     """Train the VQ-VAE on a folder of pictures."""
     torch.manual_seed(args.seed)
@@ -367,16 +355,15 @@ def train_vqvae(args: argparse.Namespace) -> None:
     names, others = split_by_drawing(retrieval.list_images(args.data), args.keep_out, are_stickers)
     key = hashlib.sha256(repr(names).encode()).hexdigest()
     pictures = prepared(args.out / f"pictures-{size}.npy", key, args.data, names, size, skip=True)
-    measured = others or names                            # some from all over, not of one folder
-    tests = read_pictures(args.data, measured[::len(measured) // 1000 + 1], size, skip=True)
+    tests = read_pictures(args.data, others[::len(others) // 256 + 1], size, skip=True)
     print(f"{len(pictures)} pictures, {len(others)} kept out, {size} px, factor {config.factor}, "
           f"V {config.n_codes}")
     run = Run(args, model, {"keep_out": args.keep_out})
 
-    def draw(n: int, seeded: torch.Generator) -> np.ndarray:
+    def draw(n, seeded):
         return pictures[torch.randint(len(pictures), (n,), generator=seeded).numpy()]
 
-    def revive(step: int) -> None:
+    def revive(step):
         """Restart the codes that eight batches do not use. The weights and (seed, step) decide
         alone, so a resumed run does the same."""
         seeded = torch.Generator().manual_seed(step_seed(args.seed + 1, step))
@@ -387,18 +374,16 @@ def train_vqvae(args: argparse.Namespace) -> None:
                 counts += model.quantize.nearest(z).flatten().cpu().bincount(minlength=len(counts))
         vqvae.restart_dead_codes(model.quantize, counts, z, seeded)
 
-    def measure(step: int) -> None:
-        x, quality, counts = reconstruct(run.ema, tests, device)
-        print(f"step {step}: PSNR {quality:.2f} dB on {len(tests)} pictures "
-              f"{'kept out' if others else 'trained on'}, {int((counts > 0).sum())} of "
-              f"{len(counts)} codes used, perplexity {vqvae.perplexity(counts):.0f}", flush=True)
-        run.save_grid(step, [to_x(tests[:len(x)]), x])
-
-    def loss_of(model: vqvae.VQVAE, x: Tensor) -> Tensor:
+    def loss_of(model, x):
         found, codebook_loss, _ = model(x)
         return vqvae.reconstruction_loss(found, x) + codebook_loss
 
-    for step, seeded in run.steps(look=measure):
+    def look(step):
+        x = to_x((tests if len(tests) else pictures)[:12], device)
+        run.save_grid(step, [x, run.ema(x)[0]])
+        return run.loss(run.ema, loss_of, to_x(tests)) if len(tests) else None
+
+    for step, seeded in run.steps(look):
         if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:       # codes settle in the end
             revive(step)
         loss = run.loss(model, loss_of, to_x(draw(run.n, seeded)))
@@ -416,6 +401,16 @@ class Data:
     database: retrieval.Rows         # float16, E columns: the rows of an index
     manipulated: list[np.ndarray]    # I_manip, as x0 but (R, ...); empty where nothing is edited
 
+    def __post_init__(self) -> None:
+        picture = np.arange(len(self.queries)) % len(self.x0)
+        is_out = (picture % 50 == 49) & (len(self.x0) >= 100)
+        self.rows, held_out = np.flatnonzero(~is_out), np.flatnonzero(is_out)
+        self.held_out = held_out[::len(held_out) // 256 + 1]               # at most 256
+
+    def draw(self, n: int, seeded: torch.Generator) -> list[Tensor]:
+        """`batch` of n random rows that are not kept out."""
+        return self.batch(self.rows[torch.randint(len(self.rows), (n,), generator=seeded).numpy()])
+
     def batch(self, rows: np.ndarray) -> list[Tensor]:
         """Of rows (B,): x_0; the query float32 (B, E); kNN(query) (B, K, E); I_manip, if any."""
         found = [self.x0[rows % len(self.x0)], *(each[rows] for each in self.manipulated)]
@@ -430,7 +425,7 @@ def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
     """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3).
 
     Returns I_manip uint8 (R, S, S, 3) and the *original* regions' embeddings float16 (R, E). R is
-    --swaps times N, all pictures in turn. A resumed run reads them from out/swaps.npz.
+    SWAPS times N, all pictures in turn. A resumed run reads them from out/swaps.npz.
     """
     path, device = args.out / "swaps.npz", args.device
     if args.resume:
@@ -442,7 +437,7 @@ def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
     partner = retrieval.neighbor_table(own, 1, device=device)[:, 0]        # (N,), never itself
     generator = torch.Generator().manual_seed(args.seed)
     manipulated, queries = [], []
-    for rows in [slice(i, i + step) for i in range(0, N, step)] * args.swaps:
+    for rows in [slice(i, i + step) for i in range(0, N, step)] * SWAPS:
         shown = [to_x(pictures[each], device) for each in (rows, partner[rows])]
         x, boxes, _ = edit.region_swap(*shown, generator)
         manipulated += clip_model.to_pictures(x)
@@ -468,6 +463,17 @@ def samples(args: argparse.Namespace, model: nn.Module, data: Data, sample: Call
     return [x0, *picture, x]
 
 
+def held_out_loss(run: Run, data: Data, draw_noise: Callable, loss_of: Callable) -> Tensor | None:
+    """The averaged model's loss on the rows kept out, the noise the same each time. Nothing is
+    dropped but what --condition blinds."""
+    if len(data.held_out) == 0:
+        return None
+    x0, query, neighbors, *picture = data.batch(data.held_out)
+    noise = draw_noise(x0, torch.Generator().manual_seed(run.args.seed))
+    drops = [torch.full((len(x0),), run.args.condition == only) for only in ("neighbors", "query")]
+    return run.loss(run.ema, loss_of, x0, query, neighbors, *noise, *drops, *picture)
+
+
 # ---------------------------------------------------------------- the U-Net (Sec. 3.2)
 
 def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings: dict) -> None:
@@ -475,19 +481,22 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
     T = model.config.T
     schedule = knn_diffusion.Schedule(T, model.config.noise_shift, args.device)
     draw_drops = knn_diffusion.draw_edit_drops if model.config.edit else knn_diffusion.draw_drops
-    run = Run(args, model, {**settings, "target": model.config.target})
+    run = Run(args, model, settings)
 
-    def look(step: int) -> None:
-        run.save_grid(step, samples(args, run.ema, data, knn_diffusion.sample))
+    def draw_noise(x0, seeded):
+        t = torch.randint(1, T + 1, (len(x0),), generator=seeded)
+        return t, torch.randn(x0.shape, generator=seeded)                  # ε
 
-    def loss_of(model: UNet, *inputs: Tensor) -> Tensor:
+    def loss_of(model, *inputs):
         return knn_diffusion.diffusion_loss(model, schedule, *inputs)
 
+    def look(step):
+        run.save_grid(step, samples(args, run.ema, data, knn_diffusion.sample))
+        return held_out_loss(run, data, draw_noise, loss_of)
+
     for step, seeded in run.steps(look):
-        rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
-        x0, query, neighbors, *picture = data.batch(rows)
-        t = torch.randint(1, T + 1, (run.n,), generator=seeded)
-        eps = torch.randn(x0.shape, generator=seeded)
+        x0, query, neighbors, *picture = data.draw(run.n, seeded)
+        t, eps = draw_noise(x0, seeded)
         drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
         if args.flip:                         # the embeddings stay those of the unflipped picture
             is_flipped = torch.rand(run.n, generator=seeded) < 0.5
@@ -512,27 +521,30 @@ def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data
     draw_drops = knn_diffusion.draw_edit_drops if model.config.edit else knn_diffusion.draw_drops
     run = Run(args, model, settings)
 
-    def look(step: int) -> None:
+    def draw_noise(x0, seeded):
+        t = torch.randint(1, T + 1, (len(x0),), generator=seeded)
+        u = torch.rand(x0.shape, generator=seeded)                         # (n, L)
+        return t, u, torch.randint(V, x0.shape, generator=seeded)
+
+    def loss_of(model, x0, query, neighbors, t, u, codes, *drops_and_picture):
+        xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
+        return knn_diffusion.discrete_loss(model, schedule, x0, xt, t, query, neighbors,
+                                           *drops_and_picture)
+
+    def look(step):
         found = samples(args, run.ema, data, knn_diffusion.sample_tokens)
         run.save_grid(step, [codec.decode(tokens) for tokens in found])
-
-    def loss_of(model: TokenTransformer, x0: Tensor, u: Tensor, codes: Tensor, t: Tensor,
-                *condition: Tensor) -> Tensor:
-        xt = knn_diffusion.mask_and_replace(x0, t, schedule, u, codes)
-        return knn_diffusion.discrete_loss(model, schedule, x0, xt, t, *condition)
+        return held_out_loss(run, data, draw_noise, loss_of)
 
     for step, seeded in run.steps(look):
-        rows = torch.randint(len(data.queries), (run.n,), generator=seeded).numpy()
-        x0, query, neighbors, *picture = data.batch(rows)
-        t = torch.randint(1, T + 1, (run.n,), generator=seeded)
-        u = torch.rand(x0.shape, generator=seeded)                         # (n, L)
-        codes = torch.randint(V, x0.shape, generator=seeded)
+        x0, query, neighbors, *picture = data.draw(run.n, seeded)
+        t, u, codes = draw_noise(x0, seeded)
         drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
         if args.query_noise:
             query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
         for tokens, is_null in zip(picture, drop_picture):
             tokens[is_null] = V                                            # a null picture: MASK
-        loss = run.loss(model, loss_of, x0, u, codes, t, query, neighbors, drop_query,
+        loss = run.loss(model, loss_of, x0, query, neighbors, t, u, codes, drop_query,
                         drop_neighbors, *picture)
         run.advance(step, loss, decay=0.9995)
 
@@ -565,7 +577,6 @@ def main(argv: list[str] | None = None) -> int:
         help="another index, whose rows are the neighbours, none excluded")
     add("--swap-index", type=Path, help="edit: the index of the pictures in --data, whose nearest "
         "neighbours the regions are swapped for")
-    add("--swaps", type=int, default=4, metavar="N", help="edit: swaps per picture (default 4)")
     add("--vqvae", type=Path, help="what makes tokens (default: the stickers', for their preset)")
     add("--clip", type=Path, help="edit: embeds regions (default: the stickers')")
     add("--k", type=int, help="neighbours of a new model (default 10, at most all others)")
@@ -575,7 +586,6 @@ def main(argv: list[str] | None = None) -> int:
         help="half of the queries get noise of a norm up to S (default 0)")
     add("--flip", action="store_true",
         help="U-Net: mirror half of the pictures; embeddings stay the unmirrored ones'")
-    add("--target", choices=["eps", "v", "x0"], help="what the U-Net predicts (default: preset's)")
     add("--keep-out", type=int, default=10, metavar="N", help="vqvae: measure on every N-th file "
         "(stickers: drawing) instead of training on it (default 10; 0: none)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -590,7 +600,7 @@ def run(args: argparse.Namespace) -> None:
     before the first step; by then only caches are written."""
     require(args.preset in PRESETS[args.what], f"no preset {args.preset!r} for {args.what}; there "
             f"is {', '.join(PRESETS[args.what])}")
-    for name in ("steps", "batch_size", "accumulate", "k", "save_every", "swaps", "lr", "minutes"):
+    for name in ("steps", "batch_size", "accumulate", "k", "save_every", "lr", "minutes"):
         value = getattr(args, name)
         require(value is None or value > 0,
                 f"--{name.replace('_', '-')} is {value}, wanted more than 0")
@@ -630,11 +640,10 @@ def train_backbone(args: argparse.Namespace) -> None:
                 "index": retrieval.rows_digest(database.rows)[:16],
                 "query_noise": args.query_noise, "flip": args.flip}
 
-    def pictures() -> np.ndarray:                         # not called where there are tokens
+    def pictures():                       # not called where there are tokens
         return prepared(own.folder / f"pictures-{size}.npy", digest, args.data, own.paths, size)
 
     if args.what == "edit":
-        settings["swaps"] = args.swaps
         swapped, queries = swaps(args, own, pictures())
         manipulated = [swapped]
     if database is own:
@@ -671,7 +680,7 @@ def token_blocks(codec: vqvae.VQVAE, pictures: Callable[[], np.ndarray], device:
 def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: str
                 ) -> tuple[UNet | TokenTransformer, vqvae.VQVAE | None]:
     """The model to train, and for tokens the VQ-VAE. A new model has the preset's sizes, one from
-    weights its own, and its K and target, unless --target names another.
+    weights its own, and its K and target.
 
     Raises ValueError where the weights are of another kind, CLIP, K or VQ-VAE than the rest.
     """
@@ -689,7 +698,7 @@ def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: st
         require(made_with == made_by and config.embed_dim == E, f"{args.weights} was trained with "
                 f"another CLIP ({made_with}) than that of the index at {database.folder}")
     if isinstance(config, TransformerConfig):
-        require(not (args.flip or args.target), "--flip and --target are the U-Net's")
+        require(not args.flip, "--flip is the U-Net's: tokens can't be mirrored")
         codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0].to(args.device)
         side, n_codes = config.image_size // codec.config.factor, codec.config.n_codes
         fitting = replace(config, n_codes=n_codes, tokens_a_side=side)
@@ -697,8 +706,6 @@ def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: st
                 f"--vqvae makes {side}x{side} tokens of {n_codes}, wanted one that makes "
                 f"{config.tokens_a_side}x{config.tokens_a_side} of {config.n_codes}")
         config = fitting
-    elif args.target:
-        config = replace(config, target=args.target)
     if args.weights is None:
         torch.manual_seed(args.seed)
         model = kind(config)

@@ -267,8 +267,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"{len(pictures.rows)} pictures, {len(captions)} captions, {len(tokenizer.words)} tokens")
     optimizers = [torch.optim.AdamW(weight_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.98),
                                     eps=1e-6, fused=True)]
-    settings = {"batch_size": args.batch_size, "lr": args.lr, "text_only": args.text_only}
-    training = train.Run(args, model, settings, optimizers, write=clip_model.save)
+    settings = {"batch_size": args.batch_size, "lr": args.lr, "text_only": args.text_only,
+                "merges": "\n".join(" ".join(pair) for pair in tokenizer.merges)}
+    training = train.Run(args, model, settings, optimizers)
     model.visual.requires_grad_(not args.text_only)
     for step, _ in training.steps(look=lambda step: None):
         rng = np.random.default_rng((args.seed, step))

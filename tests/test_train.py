@@ -51,7 +51,7 @@ def command(world, what, out, steps, *more, codec=None):
            "discrete": ["--preset", "tiny", "--index", world / "index", "--k", 3, "--vqvae", codec],
            "vqvae": ["--preset", "tiny"],
            "edit": ["--swap-index", world / "index", "--index", world / "index", "--clip",
-                    world / "clip.safetensors", "--swaps", 3]}[what]
+                    world / "clip.safetensors", *([] if "SWAPS" in vars(train) else ["--swaps", 3])]}[what]
     return [str(part) for part in (
         what, "--data", world / "images", "--out", out, "--steps", steps, "--batch-size", 4,
         "--lr", 1e-3, "--seed", 5, "--no-bf16", *own, *more)]
