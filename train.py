@@ -10,8 +10,8 @@ swaps are made once and kept in files.
 
 Each loop is flat: rows → x_0, query, neighbours → t, ε, drops → loss → step → average → log. The
 generators of a step are seeded with (seed, step), so a resumed run goes on as if it had never
-stopped. Of 100 pictures or more, every 50th is kept out of the loops for the backbones: its loss
-stands in log.csv at each save. Left out: more than one GPU, float16.
+stopped. Of 100 pictures or more no backbone learns every 50th (others still have it as neighbour);
+its loss stands in log.csv at each save. Left out: more than one GPU, float16.
 
 Shapes: B pictures per step, C channels, S pixels per side, L tokens, V codes, E CLIP dimension,
 K neighbours, N pictures, R rows to learn from: R = N, or several swaps per picture.
@@ -48,8 +48,7 @@ from clip_model import SHIPPED, require, to_x
 from knn_diffusion import TokenTransformer, TransformerConfig, UNet
 
 REVIVE_EVERY, LOG_EVERY = 100, 50      # steps
-MOMENTUM = 0.95                        # of Muon
-SWAPS = 4                              # of every picture, to learn editing
+MOMENTUM, SWAPS = 0.95, 4              # of Muon; of each picture, to learn editing
 PIXELS = 2**20                         # that a VQ-VAE encodes in one pass
 PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
            "discrete": knn_diffusion.DISCRETE_PRESETS,
@@ -108,8 +107,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrices: Tensor) -> Tensor:
     """U Vᵀ of each matrix U S Vᵀ (..., rows, columns), roughly: five Newton-Schulz steps bring
-    every singular value to between about 0.7 and 1.2. Coefficients: Jordan et al. (2024). They bear
-    bfloat16."""
+    every singular value to about 0.7 … 1.2, in bfloat16 too. Coefficients: Jordan et al."""
     is_wide = matrices.shape[-2] <= matrices.shape[-1]
     x = matrices if is_wide else matrices.mT
     x = x.to(torch.bfloat16)
@@ -123,8 +121,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices and convolutions inside, AdamW for vectors, maps, and the layers at the
-    ends, which ENDS names."""
+    """Muon for matrices and convolutions inside, AdamW for vectors, maps, and what ENDS names."""
     inside = {name: p for name, p in model.named_parameters()
               if p.ndim >= 2 and name.endswith("weight") and not name.startswith(ENDS[type(model)])}
     others = [p for name, p in model.named_parameters() if name not in inside]
@@ -138,9 +135,8 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
 
 def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float
               ) -> tuple[float, float]:
-    """One step down the gradients that backward() left, clipped to a norm of 1; none where the loss
-    or their norm is not finite. Returns both, in the one read-back of a step: a GPU runs out of
-    work in each."""
+    """One step down the gradients that backward() left, clipped to a norm of 1; none where loss or
+    norm is not finite. Returns both, in a step's one read-back: a GPU runs out of work in each."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     loss, norm = torch.stack([loss.detach(), norm]).tolist()
     if math.isfinite(loss + norm):
@@ -223,8 +219,7 @@ class Run:
 
     def steps(self, look: Callable[[int], Tensor | None]) -> Iterator[tuple[int, torch.Generator]]:
         """The steps to do, each with its generator. Now and then, and at the end, the training is
-        saved; then `look` draws, and returns the held-out loss if there is one. It may run out of
-        memory."""
+        saved; then `look` draws and returns the held-out loss, if any. It may run out of memory."""
         args, self.start = self.args, time.time()
         handlers = {number: signal.signal(number, self.stop)
                     for number in (signal.SIGINT, signal.SIGTERM)}
@@ -268,22 +263,20 @@ class Run:
         self.losses += [loss] * is_finite
         self.skipped += not is_finite
         if self.skipped == 20:
-            raise FloatingPointError("the loss or its gradient was not finite 20 times: --resume "
-                                     "with a lower --lr")
+            raise FloatingPointError("20 steps were not finite: --resume with a lower --lr")
 
     def log(self, step: int, held_out: Tensor | None) -> None:
         """A line on stdout and in log.csv; the loss is the mean since the last one."""
         seconds = (time.time() - self.start) / (step - self.first)
-        mean = np.mean(self.losses)
-        row = {"step": step, "loss": f"{mean:.5f}", "lr": f"{self.rate:.2e}",
-               "images_per_second": f"{self.n / seconds:.1f}",
-               "gradient_norm": f"{self.norm:.3g}", "skipped": self.skipped,
-               "held_out_loss": "" if held_out is None else f"{held_out:.5f}"}
+        speed, mean = self.n / seconds, np.mean(self.losses)
+        left, self.losses = (self.args.steps - step) * seconds / 60, []
+        held = "" if held_out is None else f"{held_out:.5f}"
         with open(self.args.out / "log.csv", "a") as file:
-            print(*row.values(), sep=",", file=file)
-        print(*(f"{name} {value} " for name, value in row.items()),
-              f"{(self.args.steps - step) * seconds / 60:.0f} min left", flush=True)
-        self.losses = []
+            print(f"{step},{mean:.5f},{self.rate:.2e},{speed:.1f},{self.norm:.3g},{self.skipped}",
+                  held, sep=",", file=file)
+        print(f"step {step}/{self.args.steps}  loss {mean:.4f}{'  held-out loss ' * bool(held)}"
+              f"{held}  gradient {self.norm:.3g}  {speed:.1f} images/s  {self.skipped} skipped  "
+              f"{left:.0f} min left", flush=True)
 
     def save(self, step: int) -> None:
         """WHAT.safetensors, the averaged weights, with --keep also under the step's number; then
@@ -356,16 +349,14 @@ def train_vqvae(args: argparse.Namespace) -> None:
     key = hashlib.sha256(repr(names).encode()).hexdigest()
     pictures = prepared(args.out / f"pictures-{size}.npy", key, args.data, names, size, skip=True)
     tests = read_pictures(args.data, others[::len(others) // 256 + 1], size, skip=True)
-    print(f"{len(pictures)} pictures, {len(others)} kept out, {size} px, factor {config.factor}, "
-          f"V {config.n_codes}")
+    print(f"{len(pictures)} pictures, {len(others)} kept out, {config}")
     run = Run(args, model, {"keep_out": args.keep_out})
 
     def draw(n, seeded):
         return pictures[torch.randint(len(pictures), (n,), generator=seeded).numpy()]
 
     def revive(step):
-        """Restart the codes that eight batches do not use. The weights and (seed, step) decide
-        alone, so a resumed run does the same."""
+        """Restart the codes that eight batches, drawn from (seed, step), do not use."""
         seeded = torch.Generator().manual_seed(step_seed(args.seed + 1, step))
         counts = torch.zeros(config.n_codes, dtype=torch.int64)
         with torch.no_grad(), autocast(device, args.bf16):
@@ -464,8 +455,7 @@ def samples(args: argparse.Namespace, model: nn.Module, data: Data, sample: Call
 
 
 def held_out_loss(run: Run, data: Data, draw_noise: Callable, loss_of: Callable) -> Tensor | None:
-    """The averaged model's loss on the rows kept out, the noise the same each time. Nothing is
-    dropped but what --condition blinds."""
+    """The averaged model's, on rows kept out: always the same noise, no drops but --condition's."""
     if len(data.held_out) == 0:
         return None
     x0, query, neighbors, *picture = data.batch(data.held_out)
@@ -557,35 +547,27 @@ def main(argv: list[str] | None = None) -> int:
     add("what", choices=list(PRESETS))
     add("--data", type=Path, required=True, help="a folder of pictures")
     add("--out", type=Path, required=True, help="folder to write: WHAT.safetensors, state.pt, ...")
-    add("--preset", default="stickers",
-        help="stickers; continuous, discrete: gpu, paper; vqvae: f16-1024, f16-16384")
+    add("--preset", default="stickers", help="or gpu, paper; vqvae: f16-1024, f16-16384")
     add("--steps", type=int, help=f"total, resumed ones included; the rate falls to it ({STEPS})")
     add("--batch-size", type=int, help="pictures at once (default 64, less for large presets)")
     add("--accumulate", type=int, default=1, metavar="A", help="batches per step: one of A·B")
     add("--lr", type=float, help="peak learning rate (default 2e-3; edit: 1e-3)")
     add("--seed", type=int, default=0)
-    add("--resume", action="store_true",
-        help="go on; all arguments as they were, but for --steps, --lr, --batch-size")
-    add("--init", type=Path, help="start from these weights, of their sizes, k and target, "
-        "optimiser fresh (default: none; edit: the shipped continuous ones)")
+    add("--resume", action="store_true", help="go on; --steps, --lr, --batch-size may differ")
+    add("--init", type=Path, help="start from these weights (edit: by default the shipped U-Net)")
     add("--minutes", type=float, default=math.inf, help="save and stop after this long")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default 500)")
     add("--keep", action="store_true", help="keep the weights of every save")
-    add("--index", type=Path, default=SHIPPED / "index", help="the index of the pictures in "
-        "--data; edit: the one that the condition's neighbours come from")
-    add("--neighbors-from", type=Path, metavar="DIR",
-        help="another index, whose rows are the neighbours, none excluded")
-    add("--swap-index", type=Path, help="edit: the index of the pictures in --data, whose nearest "
-        "neighbours the regions are swapped for")
+    add("--index", type=Path, default=SHIPPED / "index", help="of --data; edit: of the neighbours")
+    add("--neighbors-from", type=Path, metavar="DIR", help="another index, of the neighbours")
+    add("--swap-index", type=Path, help="edit: the index of the pictures in --data")
     add("--vqvae", type=Path, help="what makes tokens (default: the stickers', for their preset)")
     add("--clip", type=Path, help="edit: embeds regions (default: the stickers')")
     add("--k", type=int, help="neighbours of a new model (default 10, at most all others)")
     add("--condition", choices=["both", "query", "neighbors"], default="both",
         help="query trains the paper's no-kNN baseline")
-    add("--query-noise", type=float, default=0.0, metavar="S",
-        help="half of the queries get noise of a norm up to S (default 0)")
-    add("--flip", action="store_true",
-        help="U-Net: mirror half of the pictures; embeddings stay the unmirrored ones'")
+    add("--query-noise", type=float, default=0.0, help="largest norm, for half of the queries")
+    add("--flip", action="store_true", help="U-Net: mirror half of the pictures, no embedding")
     add("--keep-out", type=int, default=10, metavar="N", help="vqvae: measure on every N-th file "
         "(stickers: drawing) instead of training on it (default 10; 0: none)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -652,7 +634,7 @@ def train_backbone(args: argparse.Namespace) -> None:
         near = (database.search(torch.from_numpy(queries[ids]).to(args.device), k)[1].int().cpu()
                 .numpy() for ids in torch.arange(len(queries)).split(1024))
         path = own.folder / f"neighbors-{k}-from-{settings['index']}.npy"
-        neighbors = retrieval.cached(path, hashlib.sha256(queries[:]).hexdigest(), near)
+        neighbors = retrieval.cached(path, retrieval.rows_digest(queries), near)
     print(f"{len(own)} pictures, {len(queries)} queries, K {neighbors.shape[1]} of "
           f"{database.folder}")
     if codec is None:
