@@ -221,22 +221,23 @@ class Run:
         """The steps to do, each with its generator. Now and then, and at the end, the training is
         saved; then `look` draws and returns the held-out loss, if any. It may run out of memory."""
         args, self.start = self.args, time.time()
-        handlers = {number: signal.signal(number, self.stop)
-                    for number in (signal.SIGINT, signal.SIGTERM)}
-        for step in range(self.first, args.steps):
-            torch.manual_seed(step_seed(args.seed + 1, step))              # dropout in the model
-            yield step, torch.Generator().manual_seed(step_seed(args.seed, step))
-            is_late = time.time() - self.start > 60 * args.minutes
-            is_last = self.is_stopped or is_late or step + 1 == args.steps
-            is_saved = is_last or (step + 1) % args.save_every == 0
-            if is_saved:
-                self.save(step + 1)
-            if is_saved or (step + 1) % LOG_EVERY == 0:
-                self.log(step + 1, look(step + 1) if is_saved else None)
-            if is_last:
-                break
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            for step in range(self.first, args.steps):
+                torch.manual_seed(step_seed(args.seed + 1, step))          # dropout in the model
+                yield step, torch.Generator().manual_seed(step_seed(args.seed, step))
+                is_late = time.time() - self.start > 60 * args.minutes
+                is_last = self.is_stopped or is_late or step + 1 == args.steps
+                is_saved = is_last or (step + 1) % args.save_every == 0
+                if is_saved:
+                    self.save(step + 1)
+                if is_saved or (step + 1) % LOG_EVERY == 0:
+                    self.log(step + 1, look(step + 1) if is_saved else None)
+                if is_last:
+                    break
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         print(f"wrote {args.out / args.what}.safetensors, {(time.time() - self.start) / 60:.1f} min"
               if step + 1 == args.steps else
               f"stopped at step {step + 1}, saved; --resume goes on", flush=True)
@@ -268,7 +269,7 @@ class Run:
     def log(self, step: int, held_out: Tensor | None) -> None:
         """A line on stdout and in log.csv; the loss is the mean since the last one."""
         seconds = (time.time() - self.start) / (step - self.first)
-        speed, mean = self.n / seconds, np.mean(self.losses)
+        speed, mean = self.n / seconds, np.mean(self.losses or math.nan)
         left, self.losses = (self.args.steps - step) * seconds / 60, []
         held = "" if held_out is None else f"{held_out:.5f}"
         with open(self.args.out / "log.csv", "a") as file:
@@ -635,8 +636,7 @@ def train_backbone(args: argparse.Namespace) -> None:
                 .numpy() for ids in torch.arange(len(queries)).split(1024))
         path = own.folder / f"neighbors-{k}-from-{settings['index']}.npy"
         neighbors = retrieval.cached(path, retrieval.rows_digest(queries), near)
-    print(f"{len(own)} pictures, {len(queries)} queries, K {neighbors.shape[1]} of "
-          f"{database.folder}")
+    print(f"{len(own)} pictures, {len(queries)} queries, K {k} of {database.folder}")
     if codec is None:
         data = Data(pictures(), queries, neighbors, database.rows, manipulated)
         return train_continuous(args, model, data, settings)
