@@ -75,26 +75,18 @@ def captioned(tmp_path_factory):
 
 
 def test_batches_hold_twins_with_exact_captions_and_crops(captioned):
+    """A concept with one picture is no twin: as a pair it would be its own negative."""
     data = train_clip.CaptionedPictures(captioned, 16)
-    pictures, captions, concepts, is_exact = data.batch(8, np.random.default_rng(0))
-    assert np.shape(pictures) == (8, 16, 16, 3)
-    assert concepts[0] == concepts[1] and captions[0] != captions[1] and is_exact[:4].all()
-    assert all("background" in caption for caption in captions[:4])
-    again = data.batch(8, np.random.default_rng(0))
+    for seed in range(20):
+        pictures, captions, concepts, is_exact = data.batch(8, np.random.default_rng(seed))
+        assert np.shape(pictures) == (8, 16, 16, 3)
+        assert concepts[0] == concepts[1] and captions[0] != captions[1] and is_exact[:4].all()
+        assert all("background" in caption for caption in captions[:4])
+        assert "thing 5" not in concepts[:4]
+    again = data.batch(8, np.random.default_rng(seed))
     assert again[1] == captions and np.array_equal(again[0], pictures)
     crop = data.crop_of(11, data.rows[11]["parts"][0], np.random.default_rng(0))
     assert crop.shape == (16, 16, 3)
-
-
-def test_a_concept_with_one_picture_is_no_twin_of_itself(captioned):
-    """As a pair of exact captions it would be its own negative."""
-    data = train_clip.CaptionedPictures(captioned, 16)
-    alone = [name for name, rows in data.members.items() if len(rows) == 1]
-    assert alone == ["thing 5"]
-    for seed in range(20):
-        _, _, concepts, is_exact = data.batch(8, np.random.default_rng(seed))
-        assert is_exact[:4].all() and concepts[0] == concepts[1]
-        assert not set(concepts[:4]) & set(alone)
 
 
 def test_embedded_batches_say_the_same_of_the_pictures_own_embeddings(captioned, monkeypatch):
@@ -114,10 +106,7 @@ def test_embedded_batches_say_the_same_of_the_pictures_own_embeddings(captioned,
 @pytest.mark.parametrize("line", [
     "{bad", "[]", "[" * 100_000, '{"path": "x.png"}', '{"path": "x.png", "captions": ["a"]}',
     '{"path": "x.png", "captions": [], "concept": "a"}',
-    '{"path": "x.png", "captions": [1], "concept": "a"}',
-    '{"path": "x.png", "captions": {"a": 1}, "concept": "a"}',
     '{"path": "x.png", "captions": ["a"], "concept": null}',
-    '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": null}',
     '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": [1]}',
     '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": [{"concept": "a", '
     '"captions": ["a"], "box": null}]}'])
@@ -146,12 +135,13 @@ def run(captioned, out, steps, *more):
 
 @pytest.mark.parametrize("text_only", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one(captioned, tmp_path, monkeypatch, text_only):
-    monkeypatch.setattr(train_clip, "STICKERS", CLIP_CONFIG)
-    monkeypatch.setattr(train_clip, "VOCABULARY", 520)
-    monkeypatch.setattr(train_clip, "SCENES", 5)
+    """And --text-only leaves the picture tower as it was, bit for bit."""
+    for name, value in (("STICKERS", CLIP_CONFIG), ("VOCABULARY", 520), ("SCENES", 5)):
+        monkeypatch.setattr(train_clip, name, value)
     monkeypatch.setattr(train_clip.train, "learning_rate", lambda step, *_: 1e-3)
-    clip_model.save(tmp_path / "clip.safetensors", tiny_clip(), {})
-    more = ["--text-only", "--init", tmp_path / "clip.safetensors"] if text_only else []
+    start = tmp_path / "clip.safetensors"
+    clip_model.save(start, tiny_clip(), {})
+    more = ["--text-only", "--init", start] if text_only else []
     whole = run(captioned, tmp_path / "a", 6, *more)
     run(captioned, tmp_path / "b", 3, *more)
     resumed = run(captioned, tmp_path / "b", 6, "--resume", *more)
@@ -160,16 +150,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(captioned, tmp_path, monkeypa
         assert all(torch.equal(whole[part][name], tensor) for name, tensor in resumed[part].items())
     clip = clip_model.load(tmp_path / "b" / "clip.safetensors")
     assert clip.config.vocab_size == 514 + len(clip.tokenizer.merges) <= 520
-
-
-def test_text_only_leaves_the_picture_tower_as_it_was_bit_for_bit(captioned, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_clip, "SCENES", 5)
-    clip_model.save(tmp_path / "clip.safetensors", tiny_clip(), {})
-    run(captioned, tmp_path / "out", 3, "--text-only", "--init", tmp_path / "clip.safetensors")
-    before, after = (clip_model.read_weights(path / "clip.safetensors")[0]
-                     for path in (tmp_path, tmp_path / "out"))
+    before, after = (clip_model.read_weights(path)[0]
+                     for path in (start, tmp_path / "b" / "clip.safetensors"))
     visual = [name for name in before if name.startswith("visual.")]
-    assert visual and all(torch.equal(after[name], before[name]) for name in visual)
+    assert all(torch.equal(after[name], before[name]) for name in visual) == text_only
     assert not torch.equal(after["text_projection"], before["text_projection"])
 
 
