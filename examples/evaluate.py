@@ -385,7 +385,7 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray) -> tuple[Tensor, Tenso
     counts, found, quality = torch.zeros(model.config.n_codes, dtype=torch.int64), [], []
     for x in clip_model.to_x(pictures).split(64):
         tokens = model.encode(x)
-        found.append(model.decode(tokens))
+        found.append(model.decode(tokens, x.shape[2] // model.config.factor))
         quality.append(vqvae.psnr(found[-1], x))
         counts += tokens.flatten().bincount(minlength=len(counts))
     return torch.cat(found), torch.cat(quality), counts

@@ -57,7 +57,6 @@ def test_parts_of_like_length_give_the_same_embeddings():
 
 # ---------------------------------------------------------------- captioned pictures
 
-
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
     """Six things, the last one in one picture alone, and a scene."""
@@ -107,23 +106,18 @@ def test_embedded_batches_say_the_same_of_the_pictures_own_embeddings(captioned,
     "{bad", "[]", "[" * 100_000, '{"path": "x.png"}', '{"path": "x.png", "captions": ["a"]}',
     '{"path": "x.png", "captions": [], "concept": "a"}',
     '{"path": "x.png", "captions": ["a"], "concept": null}',
-    '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": [1]}',
-    '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": [{"concept": "a", '
-    '"captions": ["a"], "box": null}]}'])
+    '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": [1]}'])
 def test_a_broken_row_is_named_by_its_line(tmp_path, line):
-    good = '{"path": "x.png", "concept": "a", "captions": ["a"]}\n'
-    (tmp_path / "captions.jsonl").write_text(good + line + "\n")
+    path = tmp_path / "captions.jsonl"
+    path.write_text(f'{{"path": "x.png", "concept": "a", "captions": ["a"]}}\n{line}\n')
     with pytest.raises(ValueError, match="captions.jsonl line 2 "):
-        train_clip.read_captions(tmp_path / "captions.jsonl")
-    scene = '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": []}'
-    for text in ("", scene):
-        (tmp_path / "captions.jsonl").write_text(text)
-        with pytest.raises(ValueError, match="no picture of one thing"):
-            train_clip.read_captions(tmp_path / "captions.jsonl")
+        train_clip.read_captions(path)
+    path.write_text('{"path": "x.png", "captions": ["a"], "concept": "a", "parts": []}')
+    with pytest.raises(ValueError, match="no picture of one thing"):
+        train_clip.read_captions(path)
 
 
 # ---------------------------------------------------------------- the loop
-
 
 def run(captioned, out, steps, *more):
     """Train a tiny one through the command line; the state it leaves."""
@@ -162,7 +156,7 @@ def test_what_is_no_start_is_said_in_a_sentence(captioned, tmp_path, monkeypatch
     monkeypatch.setattr(clip_model, "load", lambda path: lacking)
     base = ["--data", str(captioned), "--out", str(tmp_path / "out")]
     for more, said in ((["--init", "x.pt"], "no vocabulary"), (["--text-only"], "--init"),
-                       (["--resume"], "to resume"), (["--steps", "0"], "--steps"),
+                       (["--steps", "0"], "--steps"),
                        (["--lr", "nan"], "--lr"), (["--data", str(tmp_path)], "captions.jsonl")):
         assert train_clip.main([*base, *more]) == 2
         error = capsys.readouterr().err.strip()
