@@ -36,16 +36,14 @@ def test_a_grown_vocabulary_keeps_what_it_had_and_halves_new_ones():
 
 
 def test_contrastive_loss_is_clips_without_false_negatives():
+    """Twins with exact captions tell each other apart, two loose captions of one concept do not."""
     logits, target = torch.randn(4, 4), torch.arange(4)
-    wanted = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    exact = np.array([True, True, False, False])
-    assert torch.allclose(train_clip.contrastive_loss(logits, list("abcd"), exact), wanted)
-    # Twins with exact captions tell each other apart; two loose captions of one concept do not.
-    assert torch.allclose(train_clip.contrastive_loss(logits, list("aacd"), exact), wanted)
-    masked = logits.clone()
+    masked, exact = logits.clone(), np.array([True, True, False, False])
     masked[2, 3] = masked[3, 2] = -torch.inf
-    wanted = (F.cross_entropy(masked, target) + F.cross_entropy(masked.T, target)) / 2
-    assert torch.allclose(train_clip.contrastive_loss(logits, list("abcc"), exact), wanted)
+    for concepts, seen in (("abcd", logits), ("aacd", logits), ("abcc", masked)):
+        wanted = (F.cross_entropy(seen, target) + F.cross_entropy(seen.T, target)) / 2
+        found = train_clip.contrastive_loss(logits, list(concepts), exact)
+        assert torch.allclose(found, wanted)
 
 
 def test_parts_of_like_length_give_the_same_embeddings():
@@ -62,12 +60,10 @@ def captioned(tmp_path_factory):
     """Six things, the last one in one picture alone, and a scene."""
     folder = tmp_path_factory.mktemp("captioned")
     write_pictures(folder / "images", 12)
-    rows = []
-    for i in range(12):
-        name, style = f"thing {i // 2}", ("flat", "outlined")[i % 2]
-        rows.append({"path": f"images/{i:03d}.png", "concept": name, "style": style,
-                     "background": "red",
-                     "captions": [name, f"{style} {name} on a red background"]})
+    rows = [{"path": f"images/{i:03d}.png", "concept": f"thing {i // 2}", "background": "red",
+             "style": ("flat", "outlined")[i % 2]} for i in range(12)]
+    for row in rows:
+        row["captions"] = [row["concept"], f"{row['style']} {row['concept']} on a red background"]
     rows[11]["parts"] = [{"concept": "thing 0", "box": [2, 2, 9, 8], "captions": ["thing 0"]}]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -96,10 +92,9 @@ def test_embedded_batches_say_the_same_of_the_pictures_own_embeddings(captioned,
     assert torch.allclose(data.shown, wanted, atol=1e-6) and len(data.crops) == 5
     embeddings, captions, concepts, is_exact = data.batch(16, np.random.default_rng(0))
     assert is_exact.sum() == 4 and len(captions) == len(concepts) == 16
-    for embedding, caption, exact in zip(embeddings, captions, is_exact):
-        if exact:                                        # such a caption belongs to one picture
-            row = [caption in row["captions"] for row in data.rows].index(True)
-            assert torch.equal(embedding, data.shown[row])
+    for i in np.flatnonzero(is_exact):                   # such a caption belongs to one picture
+        row = [captions[i] in row["captions"] for row in data.rows].index(True)
+        assert torch.equal(embeddings[i], data.shown[row])
 
 
 @pytest.mark.parametrize("line", [
@@ -139,13 +134,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(captioned, tmp_path, monkeypa
     whole = run(captioned, tmp_path / "a", 6, *more)
     run(captioned, tmp_path / "b", 3, *more)
     resumed = run(captioned, tmp_path / "b", 6, "--resume", *more)
-    assert whole["step"] == resumed["step"] == 6
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][name], tensor) for name, tensor in resumed[part].items())
-    clip = clip_model.load(tmp_path / "b" / "clip.safetensors")
+    path = tmp_path / "b" / "clip.safetensors"
+    clip = clip_model.load(path)
     assert clip.config.vocab_size == 514 + len(clip.tokenizer.merges) <= 520
-    before, after = (clip_model.read_weights(path)[0]
-                     for path in (start, tmp_path / "b" / "clip.safetensors"))
+    before, after = (clip_model.read_weights(each)[0] for each in (start, path))
     visual = [name for name in before if name.startswith("visual.")]
     assert all(torch.equal(after[name], before[name]) for name in visual) == text_only
     assert not torch.equal(after["text_projection"], before["text_projection"])
