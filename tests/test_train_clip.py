@@ -48,9 +48,9 @@ def test_contrastive_loss_is_clips_without_false_negatives():
 
 def test_parts_of_like_length_give_the_same_embeddings():
     clip = tiny_clip()
-    texts = ["red", "a red fox on blue", "fo"] * 100
-    found = train_clip.embed_by_length(clip, clip.tokenizer(texts))
-    assert torch.allclose(found, clip.embed_texts(texts), atol=1e-6)
+    tokens = clip.tokenizer(["red", "a red fox on blue", "fo"] * 100)
+    found = train_clip.embed_by_length(clip, tokens)
+    assert torch.allclose(found, clip.embed_tokens(tokens), atol=1e-6)
 
 
 # ---------------------------------------------------------------- captioned pictures
