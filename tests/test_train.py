@@ -164,6 +164,8 @@ def test_accumulated_batches_are_one_large_batch_and_seeds_differ(world, tmp_pat
     parts = trained(world, what, tmp_path / "b", 3, "--accumulate", 2)
     for name, tensor in large["model"].items():
         assert torch.allclose(tensor, parts["model"][name], atol=2e-3), name
+    losses_and_norms = [[float(log_of(tmp_path / out)[0][i]) for i in (1, 4)] for out in "ab"]
+    assert losses_and_norms[0] == pytest.approx(losses_and_norms[1], rel=0.02)
     assert not equal_states(parts, trained(world, what, tmp_path / "c", 3, "--accumulate", 2,
                                            "--seed", 6))
 
@@ -315,6 +317,7 @@ def test_the_loss_of_rows_kept_out_is_logged_and_they_are_not_trained_on(codec, 
     is_kept = [(given[i][:, None] == kept).all(-1).any(1).tolist() for given in seen]
     assert not any(map(any, is_kept[:4] + is_kept[5:6])) and is_kept[4::2] == [[True, True]] * 2
 
+    assert seen[-1][7].all() and not seen[-1][8].any()                     # the query is blinded
     model, seeded = seen[-1][0], torch.Generator().manual_seed(5)
     assert all(torch.equal(model.state_dict()[name], x) for name, x in state["ema"].items())
     x0 = train.to_x(train.read_pictures(images, ["049.png", "099.png"], 16))
@@ -325,7 +328,7 @@ def test_the_loss_of_rows_kept_out_is_logged_and_they_are_not_trained_on(codec, 
         alpha_bar = knn_diffusion.Schedule(100).at(t, x0)
         xt = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
         v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
-        wanted = (model(xt, t, None, near) - v).square().mean()            # the query is blinded
+        wanted = (model(xt, t, None, near) - v).square().mean()
     else:
         x0, masks = vqvae.load(codec)[0].encode(x0), knn_diffusion.MaskSchedule(6, 16)
         u = torch.rand(2, 64, generator=seeded)
