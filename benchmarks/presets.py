@@ -57,8 +57,8 @@ def prepare(name: str, batch: int, device: torch.device | str) -> tuple[nn.Modul
             return knn_diffusion.UNet(c), lambda model: knn_diffusion.diffusion_loss(
                 model, schedule, x0, *condition, t, eps, *drops)
         x0, xt = torch.randint(c.n_codes, (2, batch, c.tokens_a_side ** 2))
-        return knn_diffusion.TokenTransformer(c), lambda model: sum(
-            knn_diffusion.discrete_loss(model, schedule, x0, xt, t, *condition, *drops)).mean()
+        return knn_diffusion.TokenTransformer(c), lambda model: knn_diffusion.discrete_loss(
+            model, schedule, x0, xt, t, *condition, *drops)
 
 
 class Autocast(TorchFunctionMode):
@@ -122,12 +122,13 @@ def measure(name: str, batch: int, device: str) -> None:
     device = clip_model.pick_device(device)
     model, loss_of = prepare(name, batch, device)
     ema, seconds = copy.deepcopy(model.to(memory_format=torch.channels_last)), []
-    optimizers = train.muon_and_adam(model, 1e-4, ("conv_in.", "conv_out.", "token.", "out."))
+    optimizers = train.muon_and_adam(model, 1e-4)
     for step in range(6):
         start = time.perf_counter()
         with train.autocast(device, True):
             loss = loss_of(model)
-        train.descend(model, optimizers, loss, 1e-4, 1.0)
+        loss.backward()
+        train.take_step(model, optimizers, loss, 1e-4)
         train.average(ema, model, step, 0.9995)
         loss.item()                                                        # waits for the device
         seconds.append(time.perf_counter() - start)

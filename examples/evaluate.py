@@ -378,6 +378,19 @@ def held_out_recall(data: Path, scores, hit, code: dict[str, int]) -> None:
 
 # ---------------------------------------------------------------- tokens
 
+@torch.no_grad()
+def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    """Reconstructions (N, 3, S, S) of uint8 (N, S, S, 3), the PSNR of each in dB, and how often
+    each code was used (V,)."""
+    counts, found, quality = torch.zeros(model.config.n_codes, dtype=torch.int64), [], []
+    for x in clip_model.to_x(pictures).split(64):
+        tokens = model.encode(x)
+        found.append(model.decode(tokens, x.shape[2] // model.config.factor))
+        quality.append(vqvae.psnr(found[-1], x))
+        counts += tokens.flatten().bincount(minlength=len(counts))
+    return torch.cat(found), torch.cat(quality), counts
+
+
 def evaluate_vqvae(args: argparse.Namespace) -> None:
     """PSNR over the drawings that `train.py vqvae` keeps out by default, style by style; with
     --grid twelve of each style, originals over reconstructions."""
@@ -389,12 +402,12 @@ def evaluate_vqvae(args: argparse.Namespace) -> None:
     for style in STYLES:
         names = [name for name in kept_out if name.startswith(f"{style}/")]
         pictures = train.read_pictures(folder, names, codec.config.image_size)
-        _, quality, counts = train.reconstruct(codec, pictures, torch.device("cpu"))
-        print(f"{style}: {quality:.2f} dB, {len(names)} pictures of drawings kept out")
-        qualities += len(names) * [quality]
+        _, quality, counts = reconstruct(codec, pictures)
+        print(f"{style}: {quality.mean():.2f} dB, {len(names)} pictures of drawings kept out")
+        qualities += quality.tolist()
         total += counts
-        shown = train.read_pictures(folder, train.some(names, 12), codec.config.image_size)
-        found, _, _ = train.reconstruct(codec, shown, torch.device("cpu"))
+        shown = train.read_pictures(folder, names[::-(-len(names) // 12)], codec.config.image_size)
+        found, _, _ = reconstruct(codec, shown)
         grid += [clip_model.to_pictures(x) for x in (train.to_x(shown), found)]
     print(f"{args.vqvae}: PSNR {np.mean(qualities):.2f} dB on {len(qualities)} pictures, "
           f"{int((total > 0).sum())} of {len(total)} codes used, perplexity "

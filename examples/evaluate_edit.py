@@ -163,8 +163,11 @@ def train_judge(args: argparse.Namespace) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             logits = judge(pictures.to(memory_format=torch.channels_last))
         loss = sum(F.cross_entropy(got.float(), wanted) for got, wanted in zip(logits, targets))
-        train.descend(judge, [optimizer], loss, train.learning_rate(
-            step, 2e-3, args.steps // 10, args.steps), max_norm=math.inf)
+        optimizer.param_groups[0]["lr"] = train.learning_rate(step, 2e-3, args.steps // 10,
+                                                              args.steps)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
     judge.eval()

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_model import require, run_command  # noqa: E402
 
-PANELS = {"loss": "loss", "held_out": "held-out loss", "gradient_norm": "gradient norm",
+PANELS = {"loss": "loss", "held_out_loss": "held-out loss", "gradient_norm": "gradient norm",
           "images_per_second": "pictures per second"}
 
 

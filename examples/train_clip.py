@@ -12,8 +12,8 @@ Shapes: B batch, H W picture, E CLIP dimension, D width of the text tower.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import math
 import shlex
 import sys
 import warnings
@@ -239,13 +239,18 @@ def weight_groups(model: nn.Module, weight_decay: float) -> list[dict]:
             {"params": others, "weight_decay": 0.0}]
 
 
-def train_clip(args: argparse.Namespace, command: str) -> None:
-    """Train; write out/clip.safetensors (the EMA) and out/state.pt. Raises ValueError before the
-    first step."""
-    out, steps, device = args.out, args.steps, clip_model.pick_device(args.device)
-    weights = out / "clip.safetensors" if args.resume else args.init
-    model = clip_model.load(weights).requires_grad_(True) if weights else None
-    require(model is None or model.tokenizer is not None, f"no vocabulary was found for {weights}")
+def run(args: argparse.Namespace) -> None:
+    """Train; write out/clip.safetensors (the EMA) and out/state.pt. Raises ValueError or
+    FileNotFoundError before the first step."""
+    for name in ("steps", "batch_size", "save_every", "lr", "minutes"):
+        require(getattr(args, name) > 0, f"--{name.replace('_', '-')} must be more than 0")
+    require(args.resume or args.init or not args.text_only, "--text-only needs --init, a picture "
+            "tower to keep")
+    args.device = clip_model.pick_device(args.device)
+    args.bf16 = not args.no_bf16
+    args.weights = args.out / "clip.safetensors" if args.resume else args.init
+    model = clip_model.load(args.weights) if args.weights else None
+    require(model is None or model.tokenizer, f"no vocabulary was found for {args.weights}")
     config = model.config if model else STICKERS
     pictures = CaptionedPictures(args.data, config.image_size)
     captions = [caption for row in pictures.rows for caption in row["captions"]]
@@ -256,65 +261,29 @@ def train_clip(args: argparse.Namespace, command: str) -> None:
         model.tokenizer = clip_model.Tokenizer(merges, config.context_length)
     elif args.text_only and not args.resume:
         model = grow_vocabulary(model, captions, VOCABULARY)
-    model, tokenizer = model.to(device), model.tokenizer
+    model, tokenizer = model.to(args.device), model.tokenizer
     if args.text_only:
-        model.visual.requires_grad_(False)
         pictures.embed(model, np.random.default_rng(args.seed))
-    ema = copy.deepcopy(model).eval()
+    print(f"{len(pictures.rows)} pictures, {len(captions)} captions, {len(tokenizer.words)} tokens")
     optimizers = [torch.optim.AdamW(weight_groups(model, 0.1), lr=args.lr, betas=(0.9, 0.98),
                                     eps=1e-6, fused=True)]
-    settings = {"seed": args.seed, "batch_size": args.batch_size, "lr": args.lr,
-                "text_only": args.text_only}
-    first = (train.load_state(out / "state.pt", steps, settings, model, ema, optimizers)
-             if args.resume else 0)
-    command = train.all_commands(weights, command)
-    out.mkdir(parents=True, exist_ok=True)
-    print(f"clip: {args.data} ({len(pictures.rows)} pictures, {len(captions)} captions) -> {out}, "
-          f"{len(tokenizer.words)} tokens, {sum(p.numel() for p in model.parameters()):,} "
-          f"parameters, steps {first} to {steps} of {args.batch_size}, {device}", flush=True)
-
-    def checkpoint(step: int) -> None:
-        clip_model.save(out / "clip.safetensors", ema, {"step": str(step), "command": command})
-        train.save_state(out / "state.pt", step, settings, model, ema, optimizers)
-
-    progress = train.Progress(out, first, steps, args.minutes)
-    for step in range(first, steps):
+    settings = {"batch_size": args.batch_size, "lr": args.lr, "text_only": args.text_only,
+                "merges": "\n".join(" ".join(pair) for pair in tokenizer.merges)}
+    training = train.Run(args, model, settings, optimizers)
+    model.visual.requires_grad_(not args.text_only)
+    for step, _ in training.steps(look=lambda step: None):
         rng = np.random.default_rng((args.seed, step))
         shown, texts, concepts, is_exact = pictures.batch(args.batch_size, rng)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                # a few captions are cut: no news here
-            tokens = tokenizer(texts).to(device)
-        with train.autocast(device, not args.no_bf16):
+            tokens = tokenizer(texts).to(args.device)
+        with train.autocast(args.device, args.bf16):
             images = (torch.stack(shown) if args.text_only else
-                      model.embed_images(clip_model.to_pixels(shown).to(device)))      # (B, E)
+                      model.embed_images(clip_model.to_pixels(shown).to(args.device)))  # (B, E)
             found = embed_by_length(model, tokens)                                     # (B, E)
         loss = contrastive_loss(model.logits(images, found), concepts, is_exact)
-        rate = train.learning_rate(step, args.lr, 200, steps)
-        finite = train.descend(model, optimizers, loss, rate, max_norm=1.0)
-        train.average(ema, model, step, 0.998)
-        progress.update(step, loss.item(), rate, args.batch_size, finite)
-        if (step + 1) % args.save_every == 0:
-            checkpoint(step + 1)
-        if progress.out_of_time():
-            break
-    if (step + 1) % args.save_every:
-        checkpoint(step + 1)
-    progress.finish(step + 1, out / "clip.safetensors")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Check what was asked for, then train. Raises ValueError or FileNotFoundError."""
-    out = args.out
-    require(min(args.steps, args.batch_size, args.save_every) >= 1 and args.lr > 0
-            and args.seed >= 0 and (args.minutes is None or args.minutes > 0),
-            "--steps, --batch-size and --save-every must be 1 or more, --lr and --minutes above 0, "
-            "--seed 0 or more")
-    require((args.data / "captions.jsonl").is_file(), f"no captions.jsonl in {args.data}")
-    require(not args.resume or (out / "state.pt").is_file(), f"no {out / 'state.pt'} to resume")
-    require(out.is_dir() or not out.exists(), f"{out} is a file, not a folder")
-    require(not args.text_only or args.init is not None, "--text-only needs --init, a picture "
-                                                         "tower to keep")
-    train_clip(args, "python examples/train_clip.py " + shlex.join(args.argv))
+        loss.backward()
+        training.advance(step, loss, decay=0.998, warmup=200)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -331,12 +300,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/state.pt, all other "
                         "arguments as they were; --steps may differ")
-    parser.add_argument("--minutes", type=float, help="stop after this long, state written")
+    parser.add_argument("--minutes", type=float, default=math.inf,
+                        help="stop after this long, state written")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--no-bf16", action="store_true", help="train in float32")
     argv = sys.argv[1:] if argv is None else argv
-    parser.set_defaults(argv=argv)
+    parser.set_defaults(what="clip", preset=None, accumulate=1, keep=False,
+                        command="python examples/train_clip.py " + shlex.join(argv))
     return clip_model.run_command(parser, run, argv)
 
 

@@ -96,7 +96,7 @@ def test_a_damaged_state_is_refused_or_equal(world, tmp_path, capsys):
     model, ema = (knn_diffusion.load(world / "continuous.safetensors")[0] for _ in range(2))
     for _ in range(500):
         path.write_bytes(mutated(content, rng))
-        optimizers = train.muon_and_adam(model, 1e-3, ("conv_in.", "conv_out."))
+        optimizers = train.muon_and_adam(model, 1e-3)
         try:
             train.load_state(path, 9, sound["settings"], model, ema, optimizers)
         except ValueError as error:

@@ -73,7 +73,7 @@ def test_runs_are_plotted_whatever_columns_they_have_and_harmed_rows_are_left_ou
     import plot_runs
 
     logs = {"old": "step,loss,lr\n50,0.5,0.1\n\n100,0.4,0.1\n150,x,\n",
-            "new": "step,loss,lr,images_per_second,held_out\n50,0.6,.1,54.0,\n100,0.3,.1,55,0.7\n"}
+            "new": "step,loss,images_per_second,held_out_loss\n50,0.6,54.0,\n100,0.3,55,0.7\n"}
     for name, text in logs.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.csv").write_text(text)

@@ -36,65 +36,52 @@ def test_a_grown_vocabulary_keeps_what_it_had_and_halves_new_ones():
 
 
 def test_contrastive_loss_is_clips_without_false_negatives():
+    """Twins with exact captions tell each other apart, two loose captions of one concept do not."""
     logits, target = torch.randn(4, 4), torch.arange(4)
-    wanted = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    exact = np.array([True, True, False, False])
-    assert torch.allclose(train_clip.contrastive_loss(logits, list("abcd"), exact), wanted)
-    # Twins with exact captions tell each other apart; two loose captions of one concept do not.
-    assert torch.allclose(train_clip.contrastive_loss(logits, list("aacd"), exact), wanted)
-    masked = logits.clone()
+    masked, exact = logits.clone(), np.array([True, True, False, False])
     masked[2, 3] = masked[3, 2] = -torch.inf
-    wanted = (F.cross_entropy(masked, target) + F.cross_entropy(masked.T, target)) / 2
-    assert torch.allclose(train_clip.contrastive_loss(logits, list("abcc"), exact), wanted)
+    for concepts, seen in (("abcd", logits), ("aacd", logits), ("abcc", masked)):
+        wanted = (F.cross_entropy(seen, target) + F.cross_entropy(seen.T, target)) / 2
+        found = train_clip.contrastive_loss(logits, list(concepts), exact)
+        assert torch.allclose(found, wanted)
 
 
 def test_parts_of_like_length_give_the_same_embeddings():
     clip = tiny_clip()
-    texts = ["red", "a red fox on blue", "fo"] * 100
-    found = train_clip.embed_by_length(clip, clip.tokenizer(texts))
-    assert torch.allclose(found, clip.embed_texts(texts), atol=1e-6)
+    tokens = clip.tokenizer(["red", "a red fox on blue", "fo"] * 100)
+    found = train_clip.embed_by_length(clip, tokens)
+    assert torch.allclose(found, clip.embed_tokens(tokens), atol=1e-6)
 
 
 # ---------------------------------------------------------------- captioned pictures
-
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory):
     """Six things, the last one in one picture alone, and a scene."""
     folder = tmp_path_factory.mktemp("captioned")
     write_pictures(folder / "images", 12)
-    rows = []
-    for i in range(12):
-        name, style = f"thing {i // 2}", ("flat", "outlined")[i % 2]
-        rows.append({"path": f"images/{i:03d}.png", "concept": name, "style": style,
-                     "background": "red",
-                     "captions": [name, f"{style} {name} on a red background"]})
+    rows = [{"path": f"images/{i:03d}.png", "concept": f"thing {i // 2}", "background": "red",
+             "style": ("flat", "outlined")[i % 2]} for i in range(12)]
+    for row in rows:
+        row["captions"] = [row["concept"], f"{row['style']} {row['concept']} on a red background"]
     rows[11]["parts"] = [{"concept": "thing 0", "box": [2, 2, 9, 8], "captions": ["thing 0"]}]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
 def test_batches_hold_twins_with_exact_captions_and_crops(captioned):
+    """A concept with one picture is no twin: as a pair it would be its own negative."""
     data = train_clip.CaptionedPictures(captioned, 16)
-    pictures, captions, concepts, is_exact = data.batch(8, np.random.default_rng(0))
-    assert np.shape(pictures) == (8, 16, 16, 3)
-    assert concepts[0] == concepts[1] and captions[0] != captions[1] and is_exact[:4].all()
-    assert all("background" in caption for caption in captions[:4])
-    again = data.batch(8, np.random.default_rng(0))
+    for seed in range(20):
+        pictures, captions, concepts, is_exact = data.batch(8, np.random.default_rng(seed))
+        assert np.shape(pictures) == (8, 16, 16, 3)
+        assert concepts[0] == concepts[1] and captions[0] != captions[1] and is_exact[:4].all()
+        assert all("background" in caption for caption in captions[:4])
+        assert "thing 5" not in concepts[:4]
+    again = data.batch(8, np.random.default_rng(seed))
     assert again[1] == captions and np.array_equal(again[0], pictures)
     crop = data.crop_of(11, data.rows[11]["parts"][0], np.random.default_rng(0))
     assert crop.shape == (16, 16, 3)
-
-
-def test_a_concept_with_one_picture_is_no_twin_of_itself(captioned):
-    """As a pair of exact captions it would be its own negative."""
-    data = train_clip.CaptionedPictures(captioned, 16)
-    alone = [name for name, rows in data.members.items() if len(rows) == 1]
-    assert alone == ["thing 5"]
-    for seed in range(20):
-        _, _, concepts, is_exact = data.batch(8, np.random.default_rng(seed))
-        assert is_exact[:4].all() and concepts[0] == concepts[1]
-        assert not set(concepts[:4]) & set(alone)
 
 
 def test_embedded_batches_say_the_same_of_the_pictures_own_embeddings(captioned, monkeypatch):
@@ -105,36 +92,27 @@ def test_embedded_batches_say_the_same_of_the_pictures_own_embeddings(captioned,
     assert torch.allclose(data.shown, wanted, atol=1e-6) and len(data.crops) == 5
     embeddings, captions, concepts, is_exact = data.batch(16, np.random.default_rng(0))
     assert is_exact.sum() == 4 and len(captions) == len(concepts) == 16
-    for embedding, caption, exact in zip(embeddings, captions, is_exact):
-        if exact:                                        # such a caption belongs to one picture
-            row = [caption in row["captions"] for row in data.rows].index(True)
-            assert torch.equal(embedding, data.shown[row])
+    for i in np.flatnonzero(is_exact):                   # such a caption belongs to one picture
+        row = [captions[i] in row["captions"] for row in data.rows].index(True)
+        assert torch.equal(embeddings[i], data.shown[row])
 
 
 @pytest.mark.parametrize("line", [
     "{bad", "[]", "[" * 100_000, '{"path": "x.png"}', '{"path": "x.png", "captions": ["a"]}',
     '{"path": "x.png", "captions": [], "concept": "a"}',
-    '{"path": "x.png", "captions": [1], "concept": "a"}',
-    '{"path": "x.png", "captions": {"a": 1}, "concept": "a"}',
     '{"path": "x.png", "captions": ["a"], "concept": null}',
-    '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": null}',
-    '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": [1]}',
-    '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": [{"concept": "a", '
-    '"captions": ["a"], "box": null}]}'])
+    '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": [1]}'])
 def test_a_broken_row_is_named_by_its_line(tmp_path, line):
-    good = '{"path": "x.png", "concept": "a", "captions": ["a"]}\n'
-    (tmp_path / "captions.jsonl").write_text(good + line + "\n")
+    path = tmp_path / "captions.jsonl"
+    path.write_text(f'{{"path": "x.png", "concept": "a", "captions": ["a"]}}\n{line}\n')
     with pytest.raises(ValueError, match="captions.jsonl line 2 "):
-        train_clip.read_captions(tmp_path / "captions.jsonl")
-    scene = '{"path": "x.png", "captions": ["a"], "concept": "a", "parts": []}'
-    for text in ("", scene):
-        (tmp_path / "captions.jsonl").write_text(text)
-        with pytest.raises(ValueError, match="no picture of one thing"):
-            train_clip.read_captions(tmp_path / "captions.jsonl")
+        train_clip.read_captions(path)
+    path.write_text('{"path": "x.png", "captions": ["a"], "concept": "a", "parts": []}')
+    with pytest.raises(ValueError, match="no picture of one thing"):
+        train_clip.read_captions(path)
 
 
 # ---------------------------------------------------------------- the loop
-
 
 def run(captioned, out, steps, *more):
     """Train a tiny one through the command line; the state it leaves."""
@@ -146,30 +124,24 @@ def run(captioned, out, steps, *more):
 
 @pytest.mark.parametrize("text_only", [False, True])
 def test_a_resumed_run_equals_an_uninterrupted_one(captioned, tmp_path, monkeypatch, text_only):
-    monkeypatch.setattr(train_clip, "STICKERS", CLIP_CONFIG)
-    monkeypatch.setattr(train_clip, "VOCABULARY", 520)
-    monkeypatch.setattr(train_clip, "SCENES", 5)
+    """And --text-only leaves the picture tower as it was, bit for bit."""
+    for name, value in (("STICKERS", CLIP_CONFIG), ("VOCABULARY", 520), ("SCENES", 5)):
+        monkeypatch.setattr(train_clip, name, value)
     monkeypatch.setattr(train_clip.train, "learning_rate", lambda step, *_: 1e-3)
-    clip_model.save(tmp_path / "clip.safetensors", tiny_clip(), {})
-    more = ["--text-only", "--init", tmp_path / "clip.safetensors"] if text_only else []
+    start = tmp_path / "clip.safetensors"
+    clip_model.save(start, tiny_clip(), {})
+    more = ["--text-only", "--init", start] if text_only else []
     whole = run(captioned, tmp_path / "a", 6, *more)
     run(captioned, tmp_path / "b", 3, *more)
     resumed = run(captioned, tmp_path / "b", 6, "--resume", *more)
-    assert whole["step"] == resumed["step"] == 6
     for part in ("model", "ema"):
         assert all(torch.equal(whole[part][name], tensor) for name, tensor in resumed[part].items())
-    clip = clip_model.load(tmp_path / "b" / "clip.safetensors")
+    path = tmp_path / "b" / "clip.safetensors"
+    clip = clip_model.load(path)
     assert clip.config.vocab_size == 514 + len(clip.tokenizer.merges) <= 520
-
-
-def test_text_only_leaves_the_picture_tower_as_it_was_bit_for_bit(captioned, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_clip, "SCENES", 5)
-    clip_model.save(tmp_path / "clip.safetensors", tiny_clip(), {})
-    run(captioned, tmp_path / "out", 3, "--text-only", "--init", tmp_path / "clip.safetensors")
-    before, after = (clip_model.read_weights(path / "clip.safetensors")[0]
-                     for path in (tmp_path, tmp_path / "out"))
+    before, after = (clip_model.read_weights(each)[0] for each in (start, path))
     visual = [name for name in before if name.startswith("visual.")]
-    assert visual and all(torch.equal(after[name], before[name]) for name in visual)
+    assert all(torch.equal(after[name], before[name]) for name in visual) == text_only
     assert not torch.equal(after["text_projection"], before["text_projection"])
 
 
@@ -178,7 +150,7 @@ def test_what_is_no_start_is_said_in_a_sentence(captioned, tmp_path, monkeypatch
     monkeypatch.setattr(clip_model, "load", lambda path: lacking)
     base = ["--data", str(captioned), "--out", str(tmp_path / "out")]
     for more, said in ((["--init", "x.pt"], "no vocabulary"), (["--text-only"], "--init"),
-                       (["--resume"], "to resume"), (["--steps", "0"], "--steps"),
+                       (["--steps", "0"], "--steps"),
                        (["--lr", "nan"], "--lr"), (["--data", str(tmp_path)], "captions.jsonl")):
         assert train_clip.main([*base, *more]) == 2
         error = capsys.readouterr().err.strip()
