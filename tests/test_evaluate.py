@@ -7,17 +7,14 @@ import re
 import evaluate
 import numpy as np
 import pytest
+import stickers
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from test_stickers import drawing
 
-NAMES = {
-    "fox_face": ["fox face", "fox"],
-    "a": ["a", "blood type a"],
-    "flat_shoe": ["flat shoe"],
-    "man": ["man"],
-    "person": ["person"],
-}
+NAMES = {"fox_face": ["fox face", "fox"], "a": ["a", "blood type a"], "flat_shoe": ["flat shoe"],
+         "man": ["man"], "person": ["person"]}
 GROUP_OF = {"fox_face": 0, "a": 1, "flat_shoe": 2, "man": 3, "person": 3}
 
 
@@ -26,38 +23,23 @@ class Fixed(torch.nn.Module):
 
     def forward(self, pictures):
         codes = (pictures[:, :, 0, 0] * 255).round().long()
-        concept = torch.nn.functional.one_hot(codes[:, 0], 6).float()
+        concept, style, background = (
+            torch.nn.functional.one_hot(codes[:, i], n).float() for i, n in enumerate((6, 2, 10)))
         concept[:, :4] += torch.tensor([0.4, 0.3, 0.2, 0.1])
-        return (
-            concept,
-            torch.nn.functional.one_hot(codes[:, 1], 2).float(),
-            torch.nn.functional.one_hot(codes[:, 2], 10).float(),
-        )
+        return concept, style, background
 
 
 def bench():
     return evaluate.Bench(Fixed(), GROUP_OF, NAMES, "")
 
 
-@pytest.mark.parametrize(
-    "prompt, wanted",
-    [
-        ("fox", ({0}, None, None)),
-        ("a fox face on an orange background", ({0}, None, "orange")),
-        ("outlined fox on a red background", ({0}, "outlined", "red")),
-        ("a", ({1}, None, None)),
-        ("flat shoe", ({2}, None, None)),
-        ("flat flat shoe", ({2}, "flat", None)),
-        ("Person", ({3}, None, None)),
-    ],
-)
+@pytest.mark.parametrize("prompt, wanted", [
+    ("fox", ({0}, None, None)), ("a fox face on an orange background", ({0}, None, "orange")),
+    ("outlined fox on a red background", ({0}, "outlined", "red")), ("a", ({1}, None, None)),
+    ("flat shoe", ({2}, None, None)), ("flat flat shoe", ({2}, "flat", None)),
+    ("Person", ({3}, None, None))])
 def test_prompts_are_parsed_into_concept_style_and_colour(prompt, wanted):
     assert bench().parse(prompt) == wanted
-
-
-def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="no sticker called 'wolpertinger'"):
-        bench().parse("a wolpertinger on a red background")
 
 
 def test_shares_count_only_what_a_prompt_names():
@@ -68,29 +50,15 @@ def test_shares_count_only_what_a_prompt_names():
         "background": [True, False]}
 
 
-def test_an_interval_holds_its_share_and_narrows_with_the_root_of_n():
-    def width(n):
+def test_an_interval_narrows_with_the_root_of_n():
+    for n in (50, 5000):
         share, low, high = map(float, re.findall(r"[\d.]+", evaluate.interval([True, False] * n)))
-        assert low < share == 50 < high
-        return high - low
-
-    assert width(50) == pytest.approx(2 * 1.96 * 5, abs=2.5)
-    assert width(5000) == pytest.approx(2, abs=1)
+        assert share == 50 and high - low == pytest.approx(2 * 1.96 * 50 / (2 * n) ** 0.5, rel=0.25)
 
 
 def test_near_identical_drawings_join_and_others_stay_apart():
-    import stickers
-
-    def drawing(concept, colour):
-        return stickers.Drawing(
-            concept, "flat", "x", [concept], [], concept, Image.new("RGBA", (9, 9), colour)
-        )
-
-    drawings = [
-        drawing("one", (200, 10, 10, 255)),
-        drawing("same", (202, 10, 10, 255)),
-        drawing("other", (10, 10, 200, 255)),
-    ]
+    drawings = [drawing("one", colour=(200, 10, 10)), drawing("same", colour=(202, 10, 10)),
+                drawing("other", colour=(10, 10, 200))]
     groups = evaluate.merge_near_identical(drawings, stickers.render)
     assert groups["one"] == groups["same"] != groups["other"]
 
@@ -102,24 +70,22 @@ def test_the_judge_can_learn():
     for i, (top, left) in enumerate(((8, 8), (8, 36), (36, 8), (36, 36))):
         inks[i, :, 20:44, 20:44] = 1
         inks[i, 3] = inks[i, 0]
-        inks[i, :, top : top + 20, left : left + 20] = torch.tensor([0.0, 0, 0, 1])[:, None, None]
+        inks[i, :, top:top + 20, left:left + 20] = torch.tensor([0.0, 0, 0, 1])[:, None, None]
     colours = torch.rand(10, 3, generator=torch.Generator().manual_seed(1))
     judge = evaluate.Judge(evaluate.JudgeConfig(4, width=8))
+
+    def batch(n, seed):
+        return evaluate.judge_batch(inks, colours, n, torch.Generator().manual_seed(seed))
+
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3)
     for step in range(80):
-        x, which, background = evaluate.judge_batch(
-            inks, colours, 48, torch.Generator().manual_seed(step)
-        )
+        x, which, background = batch(48, step)
         concept, _, colour = judge(x)
-        loss = torch.nn.functional.cross_entropy(concept, which) + (
-            torch.nn.functional.cross_entropy(colour, background)
-        )
         optimizer.zero_grad()
-        loss.backward()
+        cross_entropy = torch.nn.functional.cross_entropy
+        (cross_entropy(concept, which) + cross_entropy(colour, background)).backward()
         optimizer.step()
-    x, which, background = evaluate.judge_batch(
-        inks, colours, 200, torch.Generator().manual_seed(99)
-    )
+    x, which, background = batch(200, 99)
     assert x.min() >= 0 and x.max() <= 1
     concept, _, colour = judge.eval()(x)
     assert (concept.argmax(1) == which).float().mean() > 0.8
@@ -219,6 +185,8 @@ def test_tokens_are_measured_on_kept_out_drawings_of_both_styles(tmp_path, monke
 def test_bad_input_gives_one_sentence_and_status_2(argv, capsys):
     assert evaluate.main(argv) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ValueError, match="no sticker called 'wolpertinger'"):
+        bench().parse("a wolpertinger on a red background")
 
 
 def test_roughened_pictures_stay_in_range_and_a_third_stays_sharp():
@@ -234,19 +202,23 @@ def test_roughened_pictures_stay_in_range_and_a_third_stays_sharp():
 
 def test_a_folder_is_judged_by_its_pictures_own_prompts_or_by_a_list(tmp_path, capsys):
     """The same prompt twice is two prompts; a picture that says nothing needs the list."""
+    def judged(*more):
+        status = evaluate.main(["judge", "--singles", str(tmp_path), *more])
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
     for number in range(2):
         info = PngInfo()
         info.add_itxt("parameters", json.dumps({"prompt": "a red heart"}))
         Image.new("RGB", (64, 64), "red").save(tmp_path / f"00{number}-00.png", pnginfo=info)
-    assert evaluate.main(["judge", "--singles", str(tmp_path)]) == 0
-    assert "n = 2:" in capsys.readouterr().out
+    status, said = judged()
+    assert status == 0 and "n = 2:" in said
     Image.new("RGB", (64, 64), "red").save(tmp_path / "001-00.png")
-    assert evaluate.main(["judge", "--singles", str(tmp_path)]) == 2
-    assert "--prompts" in capsys.readouterr().err
-    (tmp_path / "list.txt").write_text("a red heart\nrocket\n")
-    assert evaluate.main(["judge", "--singles", str(tmp_path), "--prompts",
-                          str(tmp_path / "list.txt")]) == 0
-    (tmp_path / "list.txt").write_text("rocket\na red heart\n")
-    assert evaluate.main(["judge", "--singles", str(tmp_path), "--prompts",
-                          str(tmp_path / "list.txt")]) == 2
-    assert "which is not line 1" in capsys.readouterr().err
+    status, said = judged()
+    assert status == 2 and "--prompts" in said
+    texts = tmp_path / "list.txt"
+    texts.write_text("a red heart\nrocket\n")
+    assert judged("--prompts", str(texts))[0] == 0
+    texts.write_text("rocket\na red heart\n")
+    status, said = judged("--prompts", str(texts))
+    assert status == 2 and "which is not line 1" in said

@@ -1,7 +1,6 @@
 """examples/evaluate_edit.py: what counts as changed, kept and done."""
 
 import argparse
-import itertools
 import math
 
 import evaluate_edit
@@ -11,7 +10,7 @@ import stickers
 import torch
 from evaluate import Bench
 from PIL import Image
-from test_stickers import drawing
+from test_stickers import many_drawings
 
 import clip_model
 import edit
@@ -99,20 +98,15 @@ def test_the_strength_with_a_kept_lies_between_the_measured_ones():
 
 
 def test_pairs_are_kept_apart_and_the_wanted_picture_shows_both(monkeypatch):
-    props = [drawing(c, "flat", "Objects") for c in stickers.PROPS[:20]]
-    big = [drawing(f"big_{i}", "flat", "Travel & Places") for i in range(12)]
+    props, big = many_drawings()
     monkeypatch.setattr(stickers, "all_drawings", lambda: ([*props, *big], {}))
     pictures, texts, wanted = evaluate_edit.edit_pairs(10, 0)
     assert len(pictures) == len(texts) == len(wanted) == 10
-    assert evaluate_edit.edit_pairs(10, 0)[1] == texts
+    assert evaluate_edit.edit_pairs(10, 0)[1] == texts          # the seed alone decides
     # a prop's own picture is asked for nothing: as a small one it may stand beside any other
     apart = [(b.concept, s.concept) for b in big for s in props
              if stickers.is_kept_apart(b.concept, s.concept)]
     assert len(evaluate_edit.edit_pairs(1000, 0)[1]) == len(apart)
-    rows = [row for _, _, row in stickers.make_scenes([*props, *big], 400, 0)]
-    concepts = [[part["concept"] for part in row["parts"]] for row in rows]
-    met = {frozenset(pair) for row in concepts for pair in itertools.combinations(row, 2)}
-    assert len(met) > 200 and not met & {frozenset(pair) for pair in apart}
     for before, after in zip(pictures, wanted):
         assert before.size == (64, 64) and before.tobytes() != after.tobytes()
     kept = evaluate_edit.kept(evaluate_edit.to_unit(pictures), evaluate_edit.to_unit(wanted))
