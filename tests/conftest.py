@@ -88,15 +88,22 @@ def write_pictures(folder: Path, n: int, size: int = 16, seed: int = 0) -> None:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A folder with images/ (20 pictures), clip.safetensors, index/ and continuous.safetensors."""
+    """A folder with images/ (20 pictures), index/ and, each a .safetensors, clip, vqvae,
+    continuous, discrete, edit and edit-discrete, all random."""
     folder = tmp_path_factory.mktemp("world")
     write_pictures(folder / "images", 20)
-    clip = tiny_clip()
-    clip_model.save(folder / "clip.safetensors", clip, {})
+    clip_model.save(folder / "clip.safetensors", tiny_clip(), {})
     clip = clip_model.load(folder / "clip.safetensors")
     embeddings, names, _ = retrieval.embed_folder(clip, folder / "images")
     retrieval.write_index(folder / "index", embeddings, names, "some clip", clip.fingerprint(),
                           folder / "images")
-    knn_diffusion.save(folder / "continuous.safetensors", tiny_unet(),
-                       {"clip": clip.fingerprint(), "condition": "both"})
+    codec = tiny_vqvae()
+    torch.nn.init.normal_(codec.quantize.embedding.weight, std=5)    # codes that look different
+    vqvae.save(folder / "vqvae.safetensors", codec, {})
+    metadata = {"clip": clip.fingerprint(), "vqvae": vqvae.fingerprint(codec), "condition": "both"}
+    unet, transformer = tiny_unet(), tiny_transformer(n_codes=16, tokens_a_side=8)
+    for name, model in (("continuous", unet), ("discrete", transformer),
+                        ("edit", randomised(knn_diffusion.widened(unet), 1)),
+                        ("edit-discrete", randomised(knn_diffusion.widened(transformer), 1))):
+        knn_diffusion.save(folder / f"{name}.safetensors", model, metadata)
     return folder

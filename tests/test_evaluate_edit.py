@@ -145,12 +145,9 @@ def test_bad_input_gives_one_sentence_and_status_2(argv, capsys, tmp_path, monke
 def test_the_results_measured_are_the_command_s_own(world, tmp_path, monkeypatch):
     """`edited` draws what edit.py --singles writes, and the baseline starts where its strength
     says, with the same guidance and query."""
-    generator, metadata = knn_diffusion.load(world / "continuous.safetensors")
-    model = knn_diffusion.widened(generator)
-    knn_diffusion.save(tmp_path / "edit.safetensors", model, {"clip": metadata["clip"]})
+    files = world / "edit.safetensors", world / "clip.safetensors", world / "index"
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     picture.save(tmp_path / "picture.png")
-    files = tmp_path / "edit.safetensors", world / "clip.safetensors", world / "index"
     argv = [tmp_path / "picture.png", "a crown", "--weights", files[0], "--clip", files[1],
             "--index", files[2], "--n", 1, "--seed", 3, "--steps", 4, "--k", 3,
             "--singles", tmp_path / "s", "--out", tmp_path / "out.png"]
@@ -170,7 +167,7 @@ def test_the_results_measured_are_the_command_s_own(world, tmp_path, monkeypatch
         asked.append((given[1], options)), draw(*given, **{**options, "steps": 2}))[1])
     monkeypatch.setattr(evaluate_edit, "BASELINE_STEPS", 2)
     args.guidance_text = 3.0
-    maker.model = generator
+    maker.model = knn_diffusion.load(world / "continuous.safetensors")[0]
     evaluate_edit.noise_and_denoise(maker, [clip_model.fit_square(picture, size)], ["a crown"], 0.5,
                                     args)
     [(query, options)] = asked

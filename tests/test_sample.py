@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_clip, tiny_transformer, tiny_unet, tiny_vqvae, write_pictures
+from conftest import tiny_clip, tiny_unet, tiny_vqvae, write_pictures
 from PIL import Image
 
 import clip_model
@@ -244,29 +244,14 @@ def test_weights_clip_and_index_must_belong_together(world, tmp_path, capsys):
 # ---------------------------------------------------------------- the discrete backbone
 
 
-@pytest.fixture(scope="module")
-def discrete_world(world, tmp_path_factory):
-    """A tiny transformer and the VQ-VAE that its tokens belong to."""
-    folder = tmp_path_factory.mktemp("discrete")
-    codec = tiny_vqvae()
-    torch.nn.init.normal_(codec.quantize.embedding.weight, std=5)    # codes that look different
-    vqvae.save(folder / "vqvae.safetensors", codec, {})
-    vqvae.save(folder / "other.safetensors", tiny_vqvae(1), {})
-    knn_diffusion.save(
-        folder / "discrete.safetensors", tiny_transformer(n_codes=16, tokens_a_side=8),
-        {"vqvae": vqvae.fingerprint(codec),
-         "clip": clip_model.load(world / "clip.safetensors").fingerprint()})
-    return folder
+def run_discrete(world, *extra):
+    vae = [] if "--vqvae" in extra else ["--vqvae", world / "vqvae.safetensors"]
+    return run(world, "a fox", "--n", 2, "--weights", world / "discrete.safetensors", *vae, *extra)
 
 
-def run_discrete(world, folder, *extra):
-    vae = [] if "--vqvae" in extra else ["--vqvae", folder / "vqvae.safetensors"]
-    return run(world, "a fox", "--n", 2, "--weights", folder / "discrete.safetensors", *vae, *extra)
-
-
-def test_discrete_weights_draw_pictures_through_the_vqvae(world, discrete_world, tmp_path):
+def test_discrete_weights_draw_pictures_through_the_vqvae(world, tmp_path):
     for name, batch in (("a", 2), ("b", 1)):
-        assert run_discrete(world, discrete_world, "--steps", 4, "--batch-size", batch,
+        assert run_discrete(world, "--steps", 4, "--batch-size", batch,
                             "--out", tmp_path / f"{name}.png", "--singles", tmp_path / name) == 0
     one, two = (pixels(tmp_path / name / "000-01.png") for name in "ab")
     assert one.shape == (16, 16, 3) and one.std() > 5
@@ -274,7 +259,7 @@ def test_discrete_weights_draw_pictures_through_the_vqvae(world, discrete_world,
     assert np.abs(one - pixels(tmp_path / "a" / "000-00.png")).max() > 5
     settings = json.loads(Image.open(tmp_path / "a.png").info["parameters"])
     assert (settings["sampler"], settings["steps"]) == ("ancestral", 4)
-    assert run_discrete(world, discrete_world, "--truncation", 0.05, "--sampler", "ancestral",
+    assert run_discrete(world, "--steps", 4, "--truncation", 0.05, "--sampler", "ancestral",
                         "--singles", tmp_path / "c", "--out", tmp_path / "c.png") == 0
     assert (pixels(tmp_path / "c" / "000-01.png") != one).any()
 
@@ -291,10 +276,10 @@ def test_the_commands_defaults_are_the_functions(world):
 @pytest.mark.parametrize("extra, word", [
     (["--backbone", "continuous"], "is discrete"), (["--sampler", "ddim"], "ancestral"),
     (["--truncation", "1.5"], "truncation"), (["--steps", "11"], "1 to 10"),
-    (["--vqvae", "OTHER"], "VQ-VAE"), (["--vqvae", "NONE"], "no weights")])
-def test_discrete_contradictions_are_refused(world, discrete_world, tmp_path, capsys, extra, word):
-    paths = {"OTHER": discrete_world / "other.safetensors", "NONE": tmp_path / "none"}
-    extra = [paths.get(part, part) for part in extra]
-    assert run_discrete(world, discrete_world, *extra, "--out", tmp_path / "p.png") == 2
+    (["--vqvae", "other"], "VQ-VAE"), (["--vqvae", "none"], "no weights")])
+def test_discrete_contradictions_are_refused(world, tmp_path, capsys, extra, word):
+    vqvae.save(tmp_path / "other", tiny_vqvae(1), {})
+    extra = [tmp_path / part if part in ("other", "none") else part for part in extra]
+    assert run_discrete(world, *extra, "--out", tmp_path / "p.png") == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1 and not (tmp_path / "p.png").exists()
