@@ -124,22 +124,14 @@ def test_an_older_rendering_is_refused(tmp_path):
         evaluate_edit.check_kept_apart(tmp_path)
 
 
-@pytest.mark.parametrize("argv", [
-    ["table", "--n", "0"], ["table", "--strengths", "0.019"], ["table", "--steps", "0"],
-    ["table", "--weights", "missing.safetensors"], ["table", "--data", "missing"],
-    ["table", "--generator", "edit.safetensors"], ["table", "--generator", "discrete.safetensors"]])
+@pytest.mark.parametrize("argv", [["--n", "0"], ["--strengths", "0.019"], ["--data", "missing"]])
 def test_bad_input_gives_one_sentence_and_status_2(argv, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate_edit, "edit_pairs", lambda n, seed: (
         [Image.new("RGB", (64, 64))] * n, ["a crown"] * n, [Image.new("RGB", (64, 64))] * n))
     (tmp_path / "captions.jsonl").write_text("")
-    argv = [str(evaluate_edit.SHIPPED / arg) if arg.startswith(("edit.", "discrete.")) else arg
-            for arg in argv]
-    argv += [] if "--data" in argv else ["--data", str(tmp_path)]
-    assert evaluate_edit.main(argv) == 2
+    assert evaluate_edit.main(["table", "--data", str(tmp_path), *argv]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    wrong = argv[2] if argv[1] in ("--weights", "--data", "--generator") else argv[1].strip("-")
-    assert wrong in error
+    assert error.count("\n") == 1 and (argv[0].strip("-") in error or argv[1] in error)
 
 
 def test_the_results_measured_are_the_command_s_own(world, tmp_path, monkeypatch):
