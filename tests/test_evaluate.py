@@ -135,22 +135,15 @@ def test_tokens_are_measured_on_kept_out_drawings_of_both_styles(tmp_path, monke
         (tmp_path / "images" / style).mkdir(parents=True)
         for i in range(20):
             Image.new("RGB", (8, 8), (value,) * 3).save(tmp_path / "images" / style / f"d{i}-0.png")
-
-    class Grey:
-        config = evaluate.vqvae.VQVAEConfig(image_size=8, multipliers=(1,), n_codes=4)
-
-        def encode(self, x):
-            return (x[:, 0, ::8, ::8] > 0).long().flatten(1)               # one token: 1 or 0
-
-        def decode(self, tokens, height):
-            return torch.zeros(len(tokens), 3, 8, 8)
-
-    monkeypatch.setattr(evaluate.vqvae, "load", lambda path: (Grey(), {}))
+    codec = argparse.Namespace(
+        config=evaluate.vqvae.VQVAEConfig(image_size=8, multipliers=(1,), n_codes=4),
+        encode=lambda x: (x[:, 0, ::8, ::8] > 0).long().flatten(1),        # one token: 1 or 0
+        decode=lambda tokens, height: torch.zeros(len(tokens), 3, 8, 8))
+    monkeypatch.setattr(evaluate.vqvae, "load", lambda path: (codec, {}))
     assert evaluate.main(["vqvae", "--data", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines[:2]] == ["flat", "outlined"]
-    assert all("2 pictures" in line for line in lines[:2])
-    assert "6.02 dB on 4 pictures, 2 of 4 codes used, perplexity 2" in lines[2]     # 20 log10 (2/1)
+    flat, outlined, both = capsys.readouterr().out.splitlines()[:3]
+    assert "flat: " in flat and "2 pictures" in flat and "2 pictures" in outlined
+    assert "6.02 dB on 4 pictures, 2 of 4 codes used, perplexity 2" in both     # 20 log10 (2/1)
 
 
 @pytest.mark.parametrize("argv", [["train-judge", "--steps", "10"], ["table", "--steps", "0"],
@@ -176,22 +169,17 @@ def test_roughened_pictures_stay_in_range_and_a_third_stays_sharp():
 def test_a_folder_is_judged_by_its_pictures_own_prompts_or_by_a_list(tmp_path, capsys):
     """The same prompt twice is two prompts; a picture that says nothing needs the list."""
     def judged(*more):
-        status = evaluate.main(["judge", "--singles", str(tmp_path), *more])
-        captured = capsys.readouterr()
-        return status, captured.out + captured.err
+        status = evaluate.main(["judge", "--singles", str(tmp_path), *map(str, more)])
+        return status, *capsys.readouterr()
 
+    info, texts = PngInfo(), tmp_path / "list.txt"
+    info.add_itxt("parameters", json.dumps({"prompt": "a red heart"}))
     for number in range(2):
-        info = PngInfo()
-        info.add_itxt("parameters", json.dumps({"prompt": "a red heart"}))
         Image.new("RGB", (64, 64), "red").save(tmp_path / f"00{number}-00.png", pnginfo=info)
-    status, said = judged()
-    assert status == 0 and "n = 2:" in said
+    status, out, _ = judged()
+    assert status == 0 and "n = 2:" in out
     Image.new("RGB", (64, 64), "red").save(tmp_path / "001-00.png")
-    status, said = judged()
-    assert status == 2 and "--prompts" in said
-    texts = tmp_path / "list.txt"
-    texts.write_text("a red heart\nrocket\n")
-    assert judged("--prompts", str(texts))[0] == 0
-    texts.write_text("rocket\na red heart\n")
-    status, said = judged("--prompts", str(texts))
-    assert status == 2 and "which is not line 1" in said
+    assert judged()[0] == 2
+    for lines, wanted in (("a red heart\nrocket\n", 0), ("rocket\na red heart\n", 2)):
+        texts.write_text(lines)
+        assert judged("--prompts", texts)[0] == wanted
