@@ -63,20 +63,6 @@ def test_the_notebook_runs_in_another_folder_in_minutes_and_writes_nothing_there
 
 
 @pytest.mark.slow
-def test_runs_are_plotted_whatever_columns_they_have_and_harmed_rows_are_left_out(tmp_path):
-    pytest.importorskip("matplotlib")
-    import plot_runs
-
-    for name, text in (("old", "step,loss,lr\n50,0.5,0.1\n\n100,0.4,0.1\n150,x,\n"),
-                       ("new", "step,loss,held_out\n50,0.6,\n100,0.3,0.7\n")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "log.csv").write_text(text)
-    panels = plot_runs.plot([tmp_path / "old", tmp_path / "new"]).axes
-    assert [axis.get_title() for axis in panels] == ["loss", "held-out loss"]
-    assert [list(line.get_xdata()) for line in panels[0].lines] == [[50, 100], [50, 100]]
-
-
-@pytest.mark.slow
 def test_the_figures_that_need_no_stickers_are_drawn_again(tmp_path):
     """Without rendered stickers the first figure is there, and one sentence says what lacks."""
     done = subprocess.run(
