@@ -62,9 +62,7 @@ def test_captions_have_the_four_forms_of_the_everyday_name_and_some_of_others():
 def test_held_out_phrases_stand_in_no_keyword_caption():
     many = [drawing(f"thing_{i}") for i in range(60)]
     held = {row["phrase"] for row in stickers.held_out_phrases(many)}
-    assert not held & {text for d in many for text in captions(d, others=many)}
-    phrases = {p for d in many for p in stickers.keyword_phrases(d)}
-    assert 0.03 < np.mean([stickers.is_held_out(p) for p in phrases]) < 0.12
+    assert held and not held & {text for d in many for text in captions(d, others=many)}
 
 
 def test_a_word_is_said_most_of_what_it_names_best():
@@ -134,12 +132,6 @@ def test_scenes_come_in_families_and_keep_pairs_apart():
     assert len({family[0]["concept"] for family in families[:32]}) == 32      # each has its turn
     places = [len({tuple(row["parts"][0]["box"]) for row in family}) for family in families]
     assert 65 < sum(n == 1 for n in places) < 95
-    # a small drawing lies in 4x4 pixels in one way only, at six heights
-    for concept in {small for _, small in met}:
-        corners = {tuple(part["box"][:2]) for row in rows for part in row["parts"][1:]
-                   if part["concept"] == concept}
-        assert len({(left % 4, top % 4) for left, top in corners}) == 1
-        assert len({top for _, top in corners}) <= 6
     # where a family keeps its places, its small ones stand in two of them at most
     for family, n in zip(families, places):
         centres = {(left + right, top + bottom) for row in family for left, top, right, bottom in
