@@ -280,7 +280,7 @@ def test_the_widened_model_starts_as_the_generator_and_can_learn_the_picture(bac
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_two_scales(backbone):
+def test_guidance_of_text_and_picture_is_its_formula(backbone):
     """Both at 1 are the conditional model; else the formula, term by term."""
     model, xt, _, query, neighbors, picture = two_samples(backbone)
     wide = knn_diffusion.widened(model).requires_grad_(False)
