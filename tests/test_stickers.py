@@ -132,11 +132,6 @@ def test_scenes_come_in_families_and_keep_pairs_apart():
     assert len({family[0]["concept"] for family in families[:32]}) == 32      # each has its turn
     places = [len({tuple(row["parts"][0]["box"]) for row in family}) for family in families]
     assert 65 < sum(n == 1 for n in places) < 95
-    # where a family keeps its places, its small ones stand in two of them at most
-    for family, n in zip(families, places):
-        centres = {(left + right, top + bottom) for row in family for left, top, right, bottom in
-                   (part["box"] for part in row["parts"][1:])}
-        assert n > 1 or len(centres) <= 2
 
 
 @pytest.mark.slow
