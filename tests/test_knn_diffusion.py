@@ -276,12 +276,10 @@ MU, VARIANCES = 0.4, (0.01, 0.09, 0.5)  # the data: N(0.4, v), uncorrelated, thr
 
 def gaussian_denoiser(schedule, variance):
     """E[x_0 | x_t] for Gaussian data."""
-
     def predict(xt, t):
         alpha_bar = schedule.at(t, xt)
         gain = alpha_bar.sqrt() * variance / (alpha_bar * variance + 1 - alpha_bar)
         return MU + gain * (xt - alpha_bar.sqrt() * MU)
-
     return predict
 
 
