@@ -77,8 +77,6 @@ def test_both_schedules_are_the_published_ones():
     assert text.gamma_bar[[50, 100]].tolist() == pytest.approx([0.45, 0.9])
     assert (2887 * text.beta_bar[[50, 100]]).tolist() == pytest.approx([0.05, 0.1], abs=2e-6)
     assert text.alpha_bar[100] == MaskSchedule.FLOOR
-    for schedule in (code, text):
-        assert (schedule.alpha_bar[0], schedule.gamma_bar[0], schedule.beta_bar[0]) == (1, 0, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -293,11 +291,10 @@ def test_a_category_is_drawn_by_its_share_of_the_mass():
 
 
 def test_truncation_keeps_the_codes_before_r_of_mass():
-    log_p = torch.tensor([[[0.1, 0.5, 0.15, 0.25]]]).log()
+    p = torch.tensor([0.1, 0.5, 0.15, 0.25])
     guide, xt = kd.Guide(None, None), torch.zeros(1, 1, dtype=torch.int64)
     for r, kept in ((0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.76, [1, 2, 3]), (0.95, [0, 1, 2, 3])):
-        found = kd.predict_tokens(fixed(log_p), guide, r, xt, 3)[0, 0].exp()
-        p = torch.tensor([0.1, 0.5, 0.15, 0.25])
+        found = kd.predict_tokens(fixed(p.log()[None, None]), guide, r, xt, 3)[0, 0].exp()
         wanted = torch.zeros(4)
         wanted[kept] = p[kept] / p[kept].sum()
         assert torch.allclose(found, wanted, atol=1e-6), r
