@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import knn_diffusion
+import vqvae
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = {name: (ROOT / name).read_text("utf-8")
         for name in ("README.md", "RESULTS.md", "benchmarks/README.md")}
@@ -69,9 +72,6 @@ def test_options_named_in_passing_exist():
 
 
 def test_presets_named_in_commands_exist():
-    import knn_diffusion
-    import vqvae
-
     presets = {"continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS,
                "vqvae": vqvae.PRESETS}
     named = [(command[1], command[command.index("--preset") + 1]) for command in commands()
@@ -82,8 +82,6 @@ def test_presets_named_in_commands_exist():
 @pytest.mark.parametrize("code", [c for text in DOCS.values() for c in code_in(text, "python")])
 def test_the_code_runs_as_it_stands(code, monkeypatch):
     """Except that two sampling steps are enough."""
-    import knn_diffusion
-
     shown = []
 
     def brief(sampler, *given, **options):
