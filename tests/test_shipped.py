@@ -35,31 +35,24 @@ def test_files_stay_under_their_ceilings(name):
     assert 0 < sum(file.stat().st_size for file in files) <= CEILINGS[name] * 1e6
 
 
-@pytest.mark.parametrize("index", ["index", "index-heldout"])
-def test_weights_and_indexes_belong_together(index):
-    model, metadata, clip, found = opened("continuous", index)
+@pytest.mark.parametrize("name, index", [
+    ("continuous", "index"), ("continuous", "index-heldout"), ("discrete", "index"),
+    ("edit", "index"), ("edit-discrete", "index")])
+def test_weights_clip_index_and_vqvae_belong_together(name, index):
+    """The editing weights are the generators', widened."""
+    model, metadata, clip, found = opened(name, index)
     assert metadata["clip"] == clip.fingerprint() == found.manifest["encoder_hash"]
-    assert metadata["condition"] == "both" and model.config == knn_diffusion.PRESETS["stickers"]
-
-
-def test_the_discrete_weights_belong_to_their_vqvae():
-    model, metadata, *_ = opened("discrete")
-    assert model.config == knn_diffusion.DISCRETE_PRESETS["stickers"]
-    codec = sample.open_codec(SHIPPED / "vqvae.safetensors", model, metadata)
-    assert codec.config == vqvae.PRESETS["stickers"]
-
-
-@pytest.mark.parametrize("name", ["edit", "edit-discrete"])
-def test_the_editing_weights_are_the_generators_widened(name):
-    model, metadata, *_ = opened(name)
-    generator = "discrete" if name == "edit-discrete" else "continuous"
-    preset = knn_diffusion.load(SHIPPED / f"{generator}.safetensors")[0].config
-    assert model.config == replace(preset, edit=True)
-    commands = metadata["command"].splitlines()
-    assert commands[0].startswith(f"python train.py {generator}")
-    assert all(command.startswith("python train.py edit") for command in commands[1:])
-    if name == "edit-discrete":
-        sample.open_codec(SHIPPED / "vqvae.safetensors", model, metadata)
+    assert metadata["condition"] == "both"
+    backbone, edits = "discrete" if "discrete" in name else "continuous", "edit" in name
+    presets = {"continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS}
+    assert model.config == replace(presets[backbone]["stickers"], edit=edits)
+    if backbone == "discrete":
+        codec = sample.open_codec(SHIPPED / "vqvae.safetensors", model, metadata)
+        assert codec.config == vqvae.PRESETS["stickers"]
+    first, *more = metadata["command"].splitlines()
+    assert first.startswith(f"python train.py {backbone}")
+    what = "edit" if edits else backbone
+    assert all(command.startswith(f"python train.py {what}") for command in more)
 
 
 def test_a_picture_and_a_text_are_all_that_editing_needs(tmp_path, monkeypatch):
@@ -88,8 +81,7 @@ def test_the_default_index_lacks_the_held_out_corner():
 
 
 def test_the_sticker_clip_finds_a_red_heart():
-    clip = clip_model.load(SHIPPED / "clip.safetensors")
-    index = retrieval.open_index(SHIPPED / "index")
+    _, _, clip, index = opened("continuous")
     _, ids = index.search(clip.embed_texts(["red heart on a white background"]), 10)
     assert sum("heart" in index.paths[i] for i in ids[0].tolist()) >= 5
 
