@@ -18,30 +18,23 @@ import knn_diffusion
 import sample
 
 
-def two(seed=0, n=3):
-    generator = torch.Generator().manual_seed(seed)
-    before = torch.rand(n, 3, 64, 64, generator=generator)
+def two():
+    before = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     return before, before.clone()
 
 
 def test_the_changed_window_is_the_one_with_the_largest_summed_difference():
-    before, after = two(n=4)
+    before, after = two()
     after[0, :, 20:52, 7:39] += 0.1
     after[1] += 0.01 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(1))
     after[1, 0, 63, 63] += 5                                        # one strong pixel in a corner
     after[2, :, :, 5] += 0.2                                        # a column: every such window
     corners = evaluate_edit.changed_window(before, after).tolist()
-    assert corners[0] == [7, 20]
-    assert corners[1] == [32, 32]
-    assert corners[2] == [0, 0] and corners[3] == [0, 0]            # ties: the first
-    sums = (after - before).abs().sum(1)
-    for i, (left, top) in enumerate(corners[:2]):
-        best = max(sums[i, y:y + 32, x:x + 32].sum() for y in range(33) for x in range(33))
-        assert math.isclose(sums[i, top:top + 32, left:left + 32].sum(), best, rel_tol=1e-5)
+    assert corners == [[7, 20], [32, 32], [0, 0], [0, 0]]           # ties: the first
 
 
 def test_kept_is_the_psnr_outside_and_identical_pictures_fail():
-    before, after = two(n=4)
+    before, after = two()
     after[0, :, 16:48, 16:48] = 0                                   # inside the window only
     after[1, :, 16:48, 16:48] += 3
     after[1, :, :4] += 0.1                                          # 256 pixels a channel outside
@@ -123,13 +116,11 @@ def test_an_older_rendering_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("argv", [["--n", "0"], ["--strengths", "0.019"], ["--data", "missing"]])
-def test_bad_input_gives_one_sentence_and_status_2(argv, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate_edit, "edit_pairs", lambda n, seed: (
-        [Image.new("RGB", (64, 64))] * n, ["a crown"] * n, [Image.new("RGB", (64, 64))] * n))
+def test_bad_input_gives_one_sentence_and_status_2(argv, capsys, tmp_path):
     (tmp_path / "captions.jsonl").write_text("")
     assert evaluate_edit.main(["table", "--data", str(tmp_path), *argv]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and (argv[0].strip("-") in error or argv[1] in error)
+    assert error.count("\n") == 1 and (argv[0] in error or argv[1] in error)
 
 
 def test_the_results_measured_are_the_command_s_own(world, tmp_path, monkeypatch):
