@@ -183,7 +183,7 @@ def test_hopeless_pairs_are_reported_and_harmless():
 def test_swap_keeps_the_picture_to_the_last_bit_outside_and_shows_the_neighbour_inside():
     pictures, neighbors = (each.repeat(1, 3, 1, 1) for each in pairs(8)[:2])
     pictures[2] = 0.25                                             # constant: can't be aligned
-    found, boxes, has_moved = edit.region_swap(pictures, neighbors, torch.Generator())
+    found, boxes, has_moved = edit.region_swap(pictures, neighbors, torch.Generator(), 16)
     warp, _ = edit.ecc(edit.grey(pictures), edit.grey(neighbors))
     wanted = edit.warped(neighbors, warp)
     wanted[2] = neighbors[2]
@@ -193,7 +193,7 @@ def test_swap_keeps_the_picture_to_the_last_bit_outside_and_shows_the_neighbour_
         inside[top:bottom, left:right] = True
         assert torch.equal(found[i][:, ~inside], pictures[i][:, ~inside])
         assert torch.allclose(found[i][:, inside], wanted[i][:, inside], atol=1e-6)
-    again = edit.most_different_regions(pictures, wanted, 256, torch.Generator())
+    again = edit.most_different_regions(pictures, wanted, 16, torch.Generator())
     assert torch.equal(boxes, again)
 
 
