@@ -14,8 +14,8 @@ from PIL.PngImagePlugin import PngInfo
 from test_stickers import drawing
 
 NAMES = {"fox_face": ["fox face", "fox"], "a": ["a", "blood type a"], "flat_shoe": ["flat shoe"],
-         "man": ["man"], "person": ["person"]}
-GROUP_OF = {"fox_face": 0, "a": 1, "flat_shoe": 2, "man": 3, "person": 3}
+         "man": ["man"], "person": ["person"], "ufo": ["ufo"]}
+GROUP_OF = {"fox_face": 0, "a": 1, "flat_shoe": 2, "man": 3, "person": 3, "ufo": 4}
 
 
 class Fixed(torch.nn.Module):
@@ -43,11 +43,11 @@ def test_prompts_are_parsed_into_concept_style_and_colour(prompt, wanted):
 
 
 def test_shares_count_only_what_a_prompt_names():
-    pictures = [Image.new("RGB", (64, 64), code) for code in ((0, 1, 2), (3, 0, 2), (5, 0, 0))]
-    prompts = ["outlined fox on a red background", "fox on a blue background", "man"]
+    pictures = [Image.new("RGB", (64, 64), code) for code in ((0, 1, 2), (3, 0, 2), (5, 1, 0))]
+    prompts = ["outlined fox on a red background", "fox on a blue background", "outlined ufo"]
     assert bench().hits(pictures, prompts) == {
-        "top1": [True, False, False], "top5": [True] * 3, "style": [True], "both": [True],
-        "background": [True, False]}
+        "top1": [True, False, False], "top5": [True, True, False],
+        "style": [True, True], "both": [True, False], "background": [True, False]}
 
 
 def test_an_interval_narrows_with_the_root_of_n():
