@@ -1,20 +1,19 @@
 """edit.py: ECC beside OpenCV's, its Jacobians, the swap; the models that edit."""
 
 import json
-from dataclasses import replace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import BACKBONES, two_samples
 from PIL import Image, ImageDraw, ImageFilter
 
 import clip_model
 import edit
 import knn_diffusion
 import sample
-import vqvae
 
 SIZE = 64
 
@@ -40,13 +39,13 @@ def sticker(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def random_warp(rng: np.random.Generator) -> np.ndarray:
     """(3, 3) in OpenCV's pixels: up to 5 px, 5° and 5 % about the centre."""
-    to, back, inner, shift = (np.eye(3) for _ in range(4))
-    to[:2, 2], back[:2, 2] = (SIZE - 1) / 2, -(SIZE - 1) / 2
-    angle = np.deg2rad(rng.uniform(-5, 5))
+    to, inner, angle = np.eye(3), np.eye(3), np.deg2rad(rng.uniform(-5, 5))
+    to[:2, 2] = (SIZE - 1) / 2
     inner[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     inner[:2, :2] = inner[:2, :2] @ (np.eye(2) + rng.uniform(-0.05, 0.05, (2, 2)))
-    shift[:2, 2] = rng.uniform(-5, 5, 2)
-    return shift @ to @ inner @ back
+    warp = to @ inner @ np.linalg.inv(to)
+    warp[:2, 2] += rng.uniform(-5, 5, 2)
+    return warp
 
 
 def pairs(n: int) -> tuple[torch.Tensor, torch.Tensor, list[np.ndarray]]:
@@ -134,9 +133,8 @@ def test_a_step_climbs_to_where_the_correlation_is_highest():
         seen = i_w + (G @ step[:, :, None])[..., 0]
         return (i_r * seen).sum(1) / (i_r.norm(dim=1) * seen.norm(dim=1))
 
-    H = G.transpose(1, 2) @ G
-    is_usual = ((i_r * i_w).sum(1) - ((G.transpose(1, 2) @ i_r[..., None]) * torch.linalg.solve(
-        H, G.transpose(1, 2) @ i_w[..., None])).sum((1, 2))) > 0
+    unexplained = i_w - (G @ torch.linalg.lstsq(G, i_w[:, :, None]).solution)[..., 0]
+    is_usual = (i_r * unexplained).sum(1) > 0
     assert is_usual.any() and not is_usual.all()
     best = rho(step)[is_usual]
     for size in (1e-2, 1e-1, 1):
@@ -177,43 +175,34 @@ def test_hopeless_pairs_are_reported_and_harmless():
         assert 0.5 < torch.linalg.det(warp[0, :, :2]) < 2        # finite, and none nobody meant
         if template is flat or image is flat:
             assert not converged and torch.equal(warp[0], torch.eye(2, 3))
-    with pytest.raises(ValueError, match="wanted \\(B, 1, H, W\\)"):
-        edit.ecc(edge, torch.zeros(1, 3, 32, 32))
 
 
 # ---------------------------------------------------------------- the swap
 
 
-def test_swap_keeps_the_picture_to_the_last_bit_outside_and_shows_the_neighbour_inside(
-        monkeypatch):
-    template, image, _ = pairs(8)
-    pictures, neighbors = template.repeat(1, 3, 1, 1), image.repeat(1, 3, 1, 1).clone()
+def test_swap_keeps_the_picture_to_the_last_bit_outside_and_shows_the_neighbour_inside():
+    pictures, neighbors = (each.repeat(1, 3, 1, 1) for each in pairs(8)[:2])
     pictures[2] = 0.25                                             # constant: can't be aligned
-    boxes = edit.random_regions(8, SIZE, SIZE, torch.Generator().manual_seed(0))
-    boxes[0] = torch.tensor([0, 0, 1, 1])                          # one pixel, at the border
-    boxes[1] = torch.tensor([40, 50, 64, 64])                      # at the border
-    monkeypatch.setattr(edit, "most_different_regions", lambda *_: boxes)
-    found, _, has_moved = edit.region_swap(pictures, neighbors, None)
-    moved, _ = edit.aligned(pictures, neighbors)
+    found, boxes, has_moved = edit.region_swap(pictures, neighbors, torch.Generator(), 16)
     warp, _ = edit.ecc(edit.grey(pictures), edit.grey(neighbors))
+    wanted = edit.warped(neighbors, warp)
+    wanted[2] = neighbors[2]
     assert has_moved.tolist() == [True, True, False] + [True] * 5
     for i, (left, top, right, bottom) in enumerate(boxes.tolist()):
         inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
         inside[top:bottom, left:right] = True
         assert torch.equal(found[i][:, ~inside], pictures[i][:, ~inside])
-        wanted = edit.warped(neighbors[i:i + 1], warp[i:i + 1])[0] if i != 2 else neighbors[2]
-        assert torch.allclose(found[i][:, inside], wanted[:, inside], atol=1e-6)
-    far, near = (F.mse_loss(each[3:], pictures[3:]) for each in (neighbors, moved))
-    assert near < 0.2 * far
+        assert torch.allclose(found[i][:, inside], wanted[i][:, inside], atol=1e-6)
+    again = edit.most_different_regions(pictures, wanted, 16, torch.Generator())
+    assert torch.equal(boxes, again)
 
 
 def test_a_neighbour_that_lies_right_already_is_not_moved():
     """One more thing in it and ECC would shift the whole picture a little to meet it."""
     pictures = pairs(6)[0].repeat(1, 3, 1, 1)
-    neighbors = pictures.clone()
+    neighbors, shift = pictures.clone(), torch.tensor([[[1, 0, 0.1], [0, 1, 0]]])
     neighbors[:, :, 30:50, 40:60] = pictures.flip(2)[:, :, 30:50, 40:60]
-    shift = torch.tensor([[[1, 0, 0.1], [0, 1, 0]]]).expand(3, 2, 3)
-    neighbors[3:] = edit.warped(neighbors[3:], shift)
+    neighbors[3:] = edit.warped(neighbors[3:], shift.repeat(3, 1, 1))
     warp, _ = edit.ecc(edit.grey(pictures), edit.grey(neighbors))
     found, has_moved = edit.aligned(pictures, neighbors)
     assert (warp[:3] != torch.eye(2, 3)).any() and has_moved.tolist() == [False] * 3 + [True] * 3
@@ -234,15 +223,8 @@ def test_regions_have_their_areas_and_lie_inside():
 
 
 def test_the_most_different_region_correlates_best_with_the_difference():
-    """A small thing in one corner is found to the pixel, and the choice is numpy's corrcoef's."""
+    """The choice is numpy's corrcoef's: of the drawn regions, then of each edge's places."""
     pictures = torch.rand(4, 3, 32, 40, generator=torch.Generator().manual_seed(1))
-    warped = pictures.clone()
-    warped[:3, :, 20:, 26:38] += 1
-    boxes = edit.most_different_regions(pictures, warped, 64, torch.Generator().manual_seed(0))
-    assert boxes[:3].tolist() == 3 * [[26, 20, 38, 32]]
-    left, top, right, bottom = boxes[3].tolist()                   # no difference: any will do
-    assert 0 <= left < right <= 40 and 0 <= top < bottom <= 32
-
     warped = torch.rand(4, 3, 32, 40, generator=torch.Generator().manual_seed(2))
     warped = 2 * F.avg_pool2d(warped, 9, 1, 4) - 0.8 + pictures     # differences everywhere
     drawn = edit.random_regions(16 * 4, 32, 40, torch.Generator().manual_seed(0)).view(16, 4, 4)
@@ -267,17 +249,6 @@ def test_the_most_different_region_correlates_best_with_the_difference():
     assert torch.equal(single, edit.random_regions(4, 32, 40, torch.Generator().manual_seed(3)))
 
 
-def test_a_region_swap_is_its_parts():
-    pictures, neighbors = (each.repeat(1, 3, 1, 1) for each in pairs(6)[:2])
-    seeded = torch.Generator().manual_seed(5)
-    _, boxes, has_moved = edit.region_swap(pictures, neighbors, seeded)
-    moved, wanted = edit.aligned(pictures, neighbors)
-    again = edit.most_different_regions(pictures, moved, 256, torch.Generator().manual_seed(5))
-    assert torch.equal(boxes, again) and torch.equal(has_moved, wanted) and has_moved.any()
-    anywhere = edit.region_swap(pictures, neighbors, torch.Generator().manual_seed(5), 1)[1]
-    assert torch.equal(anywhere, edit.random_regions(6, 64, 64, torch.Generator().manual_seed(5)))
-
-
 @pytest.mark.parametrize("box, wanted", [
     ((10, 20, 20, 24), (10, 17, 20, 27)), ((0, 0, 4, 10), (0, 0, 10, 10)),
     ((60, 60, 64, 62), (60, 59, 64, 63)), ((5, 5, 6, 6), (5, 5, 6, 6)),
@@ -289,49 +260,27 @@ def test_the_crop_of_a_region_is_a_tight_square_inside(box, wanted):
 # ---------------------------------------------------------------- the widened models
 
 
-def edit_parts(backbone, seed=0):
-    """A small random model, its widened twin, x_t, t, condition, picture."""
-    generator = torch.Generator().manual_seed(seed)
-    if backbone == "continuous":
-        config = replace(knn_diffusion.PRESETS["stickers"], image_size=32, widths=(32, 32),
-                         embed_dim=8, n_neighbors=3, head_channels=16, condition_width=16,
-                         time_width=16, attention=(8, 4), self_attention=(4,), query_map=2)
-        model = knn_diffusion.UNet(config)
-        x = torch.randn(2, 2, 3, 32, 32, generator=generator)
-    else:
-        config = replace(knn_diffusion.DISCRETE_PRESETS["stickers"], n_codes=7, tokens_a_side=4,
-                         embed_dim=8, n_neighbors=3, width=16, heads=2, layers=2,
-                         condition_width=8, query_map=2)
-        model = knn_diffusion.TokenTransformer(config)
-        x = torch.randint(7, (2, 2, 16), generator=generator)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
-    query, neighbors = (torch.nn.functional.normalize(torch.randn(2, *n, 8, generator=generator),
-                                                      dim=-1) for n in ((), (3,)))
-    return model, knn_diffusion.widened(model), x[0], torch.tensor([5, 60]), query, neighbors, x[1]
-
-
-@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
-def test_the_widened_model_starts_as_the_generator(backbone):
-    model, wide, xt, t, query, neighbors, picture = edit_parts(backbone)
-    assert wide.config.edit and not model.config.edit
-    wanted = model(xt, t, query, neighbors)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_widened_model_starts_as_the_generator_and_can_learn_the_picture(backbone):
+    model, xt, t, query, neighbors, picture = two_samples(backbone)
+    wide, wanted = knn_diffusion.widened(model), model(xt, t, query, neighbors)
     for given in (picture, None):
         assert (wide(xt, t, query, neighbors, picture=given) - wanted).abs().max() <= 1e-6
+    with pytest.raises(ValueError, match="train.py edit"):
+        model(xt, t, query, neighbors, picture=picture)
     wide(xt, t, query, neighbors, picture=picture).square().sum().backward()
-    name = "conv_in.weight" if backbone == "continuous" else "picture_in.weight"
-    new = dict(wide.named_parameters())[name].grad
-    assert (new[:, new.shape[1] // 2:] if backbone == "continuous" else new).abs().sum() > 0
+    new = (wide.picture_in.weight.grad if backbone == "discrete" else
+           wide.conv_in.weight.grad[:, model.conv_in.in_channels:])
+    assert new.abs().sum() > 0
 
 
-@pytest.mark.parametrize("backbone", ["continuous", "discrete"])
-def test_two_scales(backbone):
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_guidance_of_text_and_picture_is_its_formula(backbone):
     """Both at 1 are the conditional model; else the formula, term by term."""
-    _, wide, xt, _, query, neighbors, picture = edit_parts(backbone)
-    with torch.no_grad():
-        for p in wide.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    model, xt, _, query, neighbors, picture = two_samples(backbone)
+    wide = knn_diffusion.widened(model).requires_grad_(False)
+    for p in wide.parameters():
+        p.add_(0.1 * torch.randn_like(p))
 
     def e(condition, image):
         return wide(xt, torch.full((2,), 9), *((query, neighbors) if condition else (None, None)),
@@ -341,14 +290,13 @@ def test_two_scales(backbone):
         guide = knn_diffusion.Guide(query, neighbors, s_text, picture, s_image)
         return knn_diffusion.guided(wide, xt, 9, guide)
 
-    with torch.no_grad():
-        assert (guided(1.0, 1.0) - e(True, True)).abs().max() <= 1e-6
-        assert (e(True, True) - e(False, True)).abs().max() > 1e-3
-        assert (e(False, True) - e(False, False)).abs().max() > 1e-3
-        for s_text, s_image in ((2.0, 1.0), (1.0, 1.5), (3.0, 0.5), (0.0, 0.0)):
-            wanted = (e(False, False) + s_image * (e(False, True) - e(False, False))
-                      + s_text * (e(True, True) - e(False, True)))
-            assert (guided(s_text, s_image) - wanted).abs().max() < 1e-4
+    assert (guided(1.0, 1.0) - e(True, True)).abs().max() <= 1e-6
+    assert (e(True, True) - e(False, True)).abs().max() > 1e-3
+    assert (e(False, True) - e(False, False)).abs().max() > 1e-3
+    for s_text, s_image in ((2.0, 1.0), (1.0, 1.5), (3.0, 0.5), (0.0, 0.0)):
+        wanted = (e(False, False) + s_image * (e(False, True) - e(False, False))
+                  + s_text * (e(True, True) - e(False, True)))
+        assert (guided(s_text, s_image) - wanted).abs().max() < 1e-4
 
 
 def test_drops_give_all_three_terms_of_the_formula():
@@ -361,38 +309,26 @@ def test_drops_give_all_three_terms_of_the_formula():
 
 
 def test_a_start_from_a_picture_is_that_picture_noised(monkeypatch):
-    """At a small start the sample stays near the picture; its first x_t is add_noise's."""
-    model, *_, query, neighbors, _ = edit_parts("continuous")
-    start = torch.rand(2, 3, 32, 32) * 2 - 1
+    model, *_, query, neighbors, start = two_samples("continuous")
     schedule = knn_diffusion.Schedule(model.config.T, model.config.noise_shift)
     seen, real = [], knn_diffusion.guided
-
-    def spy(model, xt, t, guide):
-        seen.append((t, xt.clone()))
-        return real(model, xt, t, guide)
-
-    monkeypatch.setattr(knn_diffusion, "guided", spy)
+    monkeypatch.setattr(knn_diffusion, "guided", lambda model, xt, t, guide: (
+        seen.append((t, xt.clone())), real(model, xt, t, guide))[1])
     list(knn_diffusion.sample(model, query, neighbors, [3, 4], steps=5, start=start, start_at=0.2))
-    assert [t for t, _ in seen] == [200, 160, 120, 80, 40]
-    eps = knn_diffusion.noise_source([3, 4])(3, 32, 32)
-    wanted = knn_diffusion.add_noise(start, eps, schedule.at(200, start))
+    assert [t for t, _ in seen] == [20, 16, 12, 8, 4]
+    eps = knn_diffusion.noise_source([3, 4])(3, 16, 16)
+    wanted = knn_diffusion.add_noise(start, eps, schedule.at(20, start))
     assert torch.allclose(seen[0][1], wanted)
 
 
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture(scope="module")
-def editor(world, tmp_path_factory):
-    """edit.safetensors beside the world's CLIP and index: an editing U-Net of 16 px, random."""
-    folder = tmp_path_factory.mktemp("editor")
-    model, metadata = knn_diffusion.load(world / "continuous.safetensors")
-    wide = knn_diffusion.widened(model)
-    with torch.no_grad():
-        wide.conv_in.weight.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))
-    knn_diffusion.save(folder / "edit.safetensors", wide, {"clip": metadata["clip"]})
-    return ["--weights", str(folder / "edit.safetensors"), "--clip",
-            str(world / "clip.safetensors"), "--index", str(world / "index"), "--steps", "3"]
+@pytest.fixture
+def editor(world):
+    """What names the tiny world's files."""
+    return ["--weights", str(world / "edit.safetensors"), "--clip", str(world / "clip.safetensors"),
+            "--index", str(world / "index"), "--steps", "3"]
 
 
 @pytest.fixture
@@ -402,17 +338,14 @@ def odd(tmp_path):
     noise.convert("RGB").save(tmp_path / "wide.png")
     Image.new("RGB", (1, 1), "red").save(tmp_path / "dot.png")
     Image.new("RGB", (1, 50), "red").save(tmp_path / "thread.png")
-    noise.save(tmp_path / "grey.png")
     noise.convert("CMYK").save(tmp_path / "print.jpg", icc_profile=b"CMYK, of another mode")
     exif = Image.Exif()
     exif[0x0112] = 6
     noise.convert("RGB").save(tmp_path / "turned.jpg", exif=exif)
-    noise.convert("P").save(tmp_path / "moving.gif", save_all=True,
-                            append_images=[noise.rotate(90).convert("P")])
     return tmp_path
 
 
-def test_command_edits_odd_pictures(editor, odd, capsys):
+def test_command_edits_odd_pictures(editor, odd):
     for name in sorted(path.name for path in odd.iterdir()):
         argv = [str(odd / name), "red", "fo", *editor, "--n", "2", "--out", str(odd / "o.png"),
                 "--singles", str(odd / "s"), "--paste"]
@@ -424,30 +357,22 @@ def test_command_edits_odd_pictures(editor, odd, capsys):
         assert sheet.size == (5 * 194 + 2, 2 * (192 + 26))     # picture, 2 x (result, change)
         told = json.loads(sheet.text["parameters"])
         assert told["texts"] == ["red", "fo"] and told["image"] == name
-        assert not any("/" in value for value in told.values() if isinstance(value, str))
-        out = capsys.readouterr().out
-        assert "wrote" in out and ("central square" in out) == (picture.width != picture.height)
 
 
-def test_the_same_command_gives_the_same_bytes_and_seeds_are_the_samples_own(editor, odd):
+def test_the_same_command_gives_the_same_pixels_and_seeds_are_the_samples_own(editor, odd):
     def singles(name, *more):
         argv = [str(odd / "wide.png"), "red", *editor, "--out", str(odd / "o.png"),
                 "--singles", str(odd / name), *more]
         assert edit.main(argv) == 0
-        return [path.read_bytes() for path in sorted((odd / name).iterdir())]
+        return [np.asarray(Image.open(path), np.int16) for path in sorted((odd / name).iterdir())]
 
-    first = singles("a", "--n", "3")
-    assert singles("b", "--n", "3") == first and len(set(first)) == 3
-    singles("c", "--n", "1", "--seed", "2")
-    other, here = (np.asarray(Image.open(odd / name), np.int16)
-                   for name in ("c/000-00.png", "a/000-02.png"))
-    assert np.abs(other - here).max() <= 2
+    first, again = (np.stack(singles(name, "--n", "3")) for name in "ab")
+    assert (again == first).all() and (first[0] != first[1]).any()
+    [other] = singles("c", "--n", "1", "--seed", "2")
+    assert np.abs(other - first[2]).max() <= 2
     for options in (["--guidance-image", "1.5"], ["--guidance-text", "1"], ["--start", "0.5"],
                     ["--query", "nearest"], ["--k", "0"]):
-        changed = singles(options[0], "--n", "3", *options)
-        pixels = [np.asarray(Image.open(path)) for path in (odd / "a/000-00.png",
-                                                            odd / options[0] / "000-00.png")]
-        assert changed != first and (pixels[0] != pixels[1]).any(), options
+        assert (singles(options[0], "--n", "1", *options)[0] != first[0]).any(), options
 
 
 def test_pasting_touches_nothing_outside_the_mask_and_fades_where_the_crop_ends():
@@ -456,13 +381,10 @@ def test_pasting_touches_nothing_outside_the_mask_and_fades_where_the_crop_ends(
     result, mask = Image.new("RGB", (16, 16), "red"), np.zeros((16, 16))
     mask[6:10, 6:10] = 1
     pasted = np.asarray(edit.paste(picture, result, mask))
-    changed = (pasted != np.asarray(picture)).any(-1)
-    rows, columns = np.nonzero(changed)
-    assert pasted.shape == (90, 130, 3) and changed.any()
+    rows, columns = np.nonzero((pasted != np.asarray(picture)).any(-1))
     assert 28 <= rows.min() and rows.max() <= 61                # a pixel of 5.6 around 6 … 10
     assert 20 + 28 <= columns.min() and columns.max() <= 20 + 61
     assert (pasted[42:48, 20 + 42:20 + 48] == (255, 0, 0)).all()
-    assert (np.asarray(edit.paste(picture, result, 0 * mask)) == np.asarray(picture)).all()
     black = Image.new("RGB", (130, 90))
     red = np.asarray(edit.paste(black, result, np.ones((16, 16))))[:, :, 0].astype(int)
     assert (red[:, :25] == 0).all() and (red[:, 111:] == 0).all() and (red[:, 60] == 255).all()
@@ -502,14 +424,12 @@ def test_user_mistakes_give_status_2_and_write_nothing(editor, world, odd, capsy
     (odd / "text.png").write_text("hello")
     there = sorted(odd.rglob("*"))
     good = str(odd / "wide.png")
-    mistakes = [[str(odd / "text.png"), "red"], [str(odd / "none.png"), "red"], [str(odd), "red"],
-                [good, " "], [good, "red", "--out", good], [good, "red", "--out", "x.jpg"],
-                [good, "red", "--singles", str(odd)]]
+    mistakes = [[str(odd / "text.png"), "red"], [str(odd / "none.png"), "red"], [good, " "],
+                [good, "red", "--out", good], [good, "red", "--singles", str(odd)]]
     mistakes += [[good, "red", *more.split()] for more in (
-        "--n 0", "--k -1", "--steps 0", "--steps 101", "--start 0", "--start 1.5", "--start nan",
-        "--start 0.001", "--guidance-text inf", "--guidance-image nan", "--backbone discrete",
-        "--query nearest --k 0", f"--weights {world / 'continuous.safetensors'}",
-        f"--weights {odd / 'none'}", f"--index {odd}", "--seed -1", "--n 10000000000")]
+        "--n 0", "--steps 101", "--start 0", "--start 1.5", "--start 0.001",
+        "--guidance-text inf", "--guidance-image nan", "--backbone discrete",
+        f"--weights {world / 'continuous.safetensors'}")]
     for argv in mistakes:
         where = [] if "--out" in argv else ["--out", str(odd / "out.png")]
         assert edit.main([argv[0], argv[1], *editor, *argv[2:], *where]) == 2, argv
@@ -519,22 +439,8 @@ def test_user_mistakes_give_status_2_and_write_nothing(editor, world, odd, capsy
     assert sample.main(["red", *editor[:6], *where]) == 2 and "edit.py" in capsys.readouterr().err
 
 
-def test_discrete_weights_edit_too(world, odd, capsys):
-    codec = vqvae.VQVAE(vqvae.VQVAEConfig(
-        image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(),
-        latent_channels=8, embed_dim=4, n_codes=16, norm_groups=4)).eval()
-    vqvae.save(odd / "vqvae.safetensors", codec, {})
-    codec = vqvae.load(odd / "vqvae.safetensors")[0]
-    clip = clip_model.load(world / "clip.safetensors")
-    config = replace(knn_diffusion.DISCRETE_PRESETS["stickers"], image_size=16, n_codes=16,
-                     tokens_a_side=8, embed_dim=clip.config.embed_dim, width=16, heads=2, layers=1,
-                     condition_width=8, query_map=2, query_hidden=8)
-    model = knn_diffusion.widened(knn_diffusion.TokenTransformer(config))
-    knn_diffusion.save(odd / "edit.safetensors", model,
-                       {"clip": clip.fingerprint(), "vqvae": vqvae.fingerprint(codec)})
-    argv = [str(odd / "wide.png"), "red", "--weights", str(odd / "edit.safetensors"),
-            "--vqvae", str(odd / "vqvae.safetensors"), "--clip", str(world / "clip.safetensors"),
-            "--index", str(world / "index"), "--steps", "3", "--out", str(odd / "out.png")]
+def test_discrete_weights_edit_too(editor, world, odd):
+    argv = [str(odd / "wide.png"), "red", *editor, "--vqvae", str(world / "vqvae.safetensors"),
+            "--weights", str(world / "edit-discrete.safetensors"), "--out", str(odd / "out.png")]
     assert edit.main([*argv, "--n", "2", "--k", "99"]) == 0 and (odd / "out.png").exists()
-    assert "k is 99, the index has 20 rows: using all" in capsys.readouterr().err
     assert edit.main([*argv, "--start", "0.5"]) == 2

@@ -1,21 +1,14 @@
 """knn_diffusion.py: schedule, posterior, condition, U-Net, loss, guidance, samplers."""
 
-import functools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import UNET_CONFIG, tiny_unet
+from conftest import BACKBONES, UNET_CONFIG, tiny_unet, two_samples, unit
 
 import knn_diffusion as kd
-
-
-def unit(*shape, seed=0):
-    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.normalize(x, dim=-1)
-
 
 # ---------------------------------------------------------------- schedule
 
@@ -37,8 +30,7 @@ def test_noise_shift_multiplies_the_signal_to_noise_ratio():
 
 
 def test_predictions_convert_into_each_other():
-    x0, eps = torch.randn(2, 3, 4, 4, dtype=torch.float64).repeat(2, 1, 1, 1, 1)
-    eps = torch.randn_like(x0)
+    x0, eps = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
     alpha_bar = kd.Schedule(1000).at(torch.tensor([10, 700]), x0)
     xt = kd.add_noise(x0, eps, alpha_bar)
     assert torch.allclose(xt, alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps)
@@ -83,20 +75,16 @@ def test_the_summary_trusts_a_query_at_home_and_else_asks_the_neighbours():
     assert torch.equal(kd.summarize(text, neighbors, NO, YES), text)
 
 
-def test_without_a_query_the_neighbours_mean_asks():
-    neighbors = near(unit(1, 64), 10, 0.7)
-    found = kd.summarize(unit(1, 64, seed=5), neighbors, YES, NO)
-    weight = (kd.SHARPNESS * neighbors[0] @ neighbors[0].mean(0)).softmax(0)
-    wanted = torch.nn.functional.normalize(weight @ neighbors[0], dim=0)
-    assert torch.allclose(found[0], wanted, atol=1e-6)
-
-
-def test_trust_compares_the_query_with_the_neighbours_own_agreement():
+@pytest.mark.parametrize("no_query", [NO, YES])
+def test_the_summary_is_its_formula(no_query):
+    """Without a query the neighbours' mean asks, and their answer is all."""
     query, neighbors = near(unit(1, 64), 1, 0.9, seed=3)[:, 0], near(unit(1, 64), 10, 0.6)
-    answer = (kd.SHARPNESS * neighbors[0] @ query[0]).softmax(0) @ neighbors[0]
+    asks = neighbors[0].mean(0) if no_query else query[0]
+    answer = (kd.SHARPNESS * neighbors[0] @ asks).softmax(0) @ neighbors[0]
     answer = answer / answer.norm()
-    trust = torch.sigmoid(kd.SHARPNESS * (query[0] @ answer - (neighbors[0] @ answer).mean()))
-    found = kd.summarize(query, neighbors, NO, NO)[0]
+    excess = query[0] @ answer - (neighbors[0] @ answer).mean()
+    trust = 0 if no_query else torch.sigmoid(kd.SHARPNESS * excess)
+    found = kd.summarize(query, neighbors, no_query, NO)[0]
     assert torch.allclose(found, trust * query[0] + (1 - trust) * answer, atol=1e-5)
 
 
@@ -113,30 +101,26 @@ def test_drops_are_exclusive_and_a_tenth_each():
     query, neighbors = kd.draw_drops(200_000, torch.Generator().manual_seed(0))
     for share in ((query & neighbors), (query & ~neighbors), (neighbors & ~query)):
         assert share.float().mean().item() == pytest.approx(0.1, abs=0.004)
+    for condition in ("query", "neighbors"):               # a model of one condition
+        drops = kd.draw_drops(100_000, torch.Generator().manual_seed(0), condition)
+        sometimes, always = drops if condition == "query" else reversed(drops)
+        assert always.all() and sometimes.float().mean().item() == pytest.approx(0.1, abs=0.004)
 
 
-@pytest.mark.parametrize("condition", ["query", "neighbors"])
-def test_a_model_of_one_condition_is_unconditional_in_a_tenth(condition):
-    query, neighbors = kd.draw_drops(100_000, torch.Generator().manual_seed(0), condition)
-    never, sometimes = (neighbors, query) if condition == "query" else (query, neighbors)
-    assert never.all() and sometimes.float().mean().item() == pytest.approx(0.1, abs=0.004)
-
-
-def test_a_dropped_condition_equals_null_on_every_path():
-    model, xt, t = tiny_unet(), torch.randn(2, 3, 16, 16), torch.tensor([3, 70])
-    query, neighbors = unit(2, 16), unit(2, 3, 16, seed=1)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_a_dropped_condition_equals_null_on_every_path(backbone):
+    model, xt, t, query, neighbors, _ = two_samples(backbone)
     yes, no = torch.tensor([True, True]), torch.tensor([False, False])
-    for drop_query, drop_neighbors in ((yes, no), (no, yes), (yes, yes)):
+    full = model(xt, t, query, neighbors)
+    for drop_query, drop_neighbors, q, n in (
+            (yes, no, None, neighbors), (no, yes, query, None), (yes, yes, None, None)):
         dropped = model(xt, t, query, neighbors, drop_query, drop_neighbors)
-        null = model(
-            xt, t, None if drop_query[0] else query, None if drop_neighbors[0] else neighbors
-        )
-        assert torch.allclose(dropped, null, atol=1e-6)
-        assert not torch.allclose(dropped, model(xt, t, query, neighbors), atol=1e-3)
+        assert torch.allclose(dropped, model(xt, t, q, n), atol=1e-6)
+        assert (dropped - full).abs().max() > 1e-3
     half = torch.tensor([True, False])
     mixed = model(xt, t, query, neighbors, half, half)
-    assert torch.allclose(mixed[1], model(xt, t, query, neighbors)[1], atol=1e-5)
-    assert torch.allclose(mixed[0], model(xt, t, None, None)[0], atol=1e-5)
+    assert torch.allclose(mixed[1], full[1], atol=1e-5)
+    assert torch.allclose(mixed[0], dropped[0], atol=1e-5)
 
 
 def test_every_path_reads_the_query():
@@ -155,14 +139,14 @@ def test_every_path_reads_the_query():
         assert (one - two).abs().max() > 1e-4, alive
 
 
-def test_neighbours_are_a_set_of_any_size():
-    model, xt, t = tiny_unet(), torch.randn(1, 3, 16, 16), torch.tensor([50])
-    query, neighbors = unit(1, 16), unit(1, 7, 16, seed=1)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_neighbours_are_a_set_of_any_size(backbone):
+    model, xt, t, query, _, _ = two_samples(backbone)
+    neighbors = unit(2, 7, 16, seed=1)
     out = model(xt, t, query, neighbors)
     assert torch.allclose(out, model(xt, t, query, neighbors.flip(1)), atol=1e-5)
     assert not torch.allclose(out, model(xt, t, query, neighbors[:, :3]), atol=1e-3)
-    none = model(xt, t, query, neighbors[:, :0])
-    assert torch.equal(none, model(xt, t, query, None))
+    assert torch.equal(model(xt, t, query, neighbors[:, :0]), model(xt, t, query, None))
 
 
 # ---------------------------------------------------------------- the U-Net
@@ -206,26 +190,22 @@ def test_presets_run(name):
     assert out.shape == x.shape
 
 
-def test_an_unknown_target_is_refused():
-    with pytest.raises(ValueError, match="wanted eps, v or x0"):
-        replace(kd.PRESETS["paper"], target="score")
-
-
-def test_paper_preset_has_about_400m_parameters():
+@pytest.mark.parametrize("make, presets", [
+    (kd.UNet, kd.PRESETS), (kd.TokenTransformer, kd.DISCRETE_PRESETS)])
+def test_paper_preset_has_about_400m_parameters(make, presets):
     with torch.device("meta"):
-        model = kd.UNet(kd.PRESETS["paper"])
-    n = sum(p.numel() for p in model.parameters())
-    assert abs(n / 400e6 - 1) < 0.05, n
+        model = make(presets["paper"])
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(400e6, rel=0.05)
 
 
-def test_weights_come_back_with_their_config(tmp_path):
-    model = tiny_unet()
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_weights_come_back_with_their_config(tmp_path, backbone):
+    model, xt, t, query, neighbors, _ = two_samples(backbone)
     kd.save(tmp_path / "m", model, {"clip": "abc"})
     again, metadata = kd.load(tmp_path / "m")
-    assert metadata["clip"] == "abc" and not again.training
-    x, t, q = torch.randn(1, 3, 16, 16), torch.tensor([9]), unit(1, 16)
-    assert torch.allclose(again(x, t, q, None), model(x, t, q, None), atol=2e-2)
-    assert again.config == UNET_CONFIG
+    assert again.config == model.config and metadata["clip"] == "abc" and not again.training
+    found, wanted = (each(xt, t, query, neighbors) for each in (again, model.half().float()))
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 # ---------------------------------------------------------------- loss
@@ -243,77 +223,27 @@ class Oracle(torch.nn.Module):
         return self.answer
 
 
-@pytest.mark.parametrize("target", ["eps", "v"])
-def test_loss_is_the_squared_error_of_the_target(target):
+@pytest.mark.parametrize("target", ["eps", "v", "x0"])
+def test_loss_is_the_squared_error_of_the_target_under_the_given_condition(target):
+    """x_0's with v's weight, 1/(1−ᾱ), capped."""
     schedule, x0, eps = kd.Schedule(100), torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 4, 4)
-    t, drop = torch.tensor([1, 100]), torch.zeros(2, dtype=torch.bool)
+    t, query, neighbors, picture = torch.tensor([5, 70]), unit(2, 16), unit(2, 3, 16), -x0
+    drops = torch.tensor([True, False]), torch.tensor([False, True])
     alpha_bar = schedule.alpha_bar[t].float().view(2, 1, 1, 1)
-    right = eps if target == "eps" else alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
-    config = replace(UNET_CONFIG, target=target)
-    for offset in (0.0, 0.5):
-        model = Oracle(config, right + offset)
-        loss = kd.diffusion_loss(model, schedule, x0, None, None, t, eps, drop, drop)
-        assert loss.item() == pytest.approx(offset**2, abs=1e-6)
     xt = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-    assert torch.allclose(model.seen[0][0], xt, atol=1e-6)
-
-
-def test_the_loss_shows_the_model_what_it_was_given():
-    schedule, x0, eps = kd.Schedule(100), torch.rand(2, 3, 4, 4) * 2 - 1, torch.randn(2, 3, 4, 4)
-    t, query, neighbors, picture = torch.tensor([1, 100]), unit(2, 16), unit(2, 3, 16), -x0
-    drop_query, drop_neighbors = torch.tensor([True, False]), torch.tensor([False, True])
-    model = Oracle(UNET_CONFIG, torch.zeros_like(x0))
-    kd.diffusion_loss(model, schedule, x0, query, neighbors, t, eps, drop_query, drop_neighbors,
-                      picture)
-    [(_, *given)] = model.seen
-    for found, wanted in zip(given, (t, query, neighbors, drop_query, drop_neighbors, picture),
-                             strict=True):
-        assert torch.equal(found, wanted)
-
-
-def test_a_plain_model_refuses_a_picture_to_edit():
-    xt = torch.zeros(1, 3, 16, 16)
-    with pytest.raises(ValueError, match="train.py edit"):
-        tiny_unet()(xt, torch.tensor([1]), None, None, picture=xt)
-
-
-def test_loss_of_x0_is_that_of_v_with_a_capped_weight():
-    schedule, x0, eps = kd.Schedule(100), torch.rand(1, 3, 4, 4) * 2 - 1, torch.randn(1, 3, 4, 4)
-    drop, guess = torch.zeros(1, dtype=torch.bool), torch.rand(1, 3, 4, 4)
-    for t in (5, 30, 70, 100):
-        t = torch.tensor([t])
-        alpha_bar = schedule.alpha_bar[t].item()
-        xt = kd.add_noise(x0, eps, schedule.at(t, x0))
-        v = (alpha_bar**0.5 * xt - guess) / (1 - alpha_bar) ** 0.5
-        losses = []
-        for target, answer in (("v", v), ("x0", guess)):
-            model = Oracle(replace(UNET_CONFIG, target=target), answer)
-            losses.append(kd.diffusion_loss(model, schedule, x0, None, None, t, eps, drop,
-                                            drop).item())
-        capped = min(1, 5 * (1 - alpha_bar))
-        assert losses[1] == pytest.approx(capped * losses[0], rel=1e-3)
+    v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
+    right = {"eps": eps, "v": v, "x0": x0}[target]
+    model = Oracle(replace(UNET_CONFIG, target=target), right + 0.5)
+    loss = kd.diffusion_loss(model, schedule, x0, query, neighbors, t, eps, *drops, picture)
+    weights = [5, 1 / (1 - alpha_bar[1].item())] if target == "x0" else [1, 1]
+    assert 1 < 1 / (1 - alpha_bar[1]) < 5 < 1 / (1 - alpha_bar[0])
+    assert loss.item() == pytest.approx(0.25 * sum(weights) / 2, rel=1e-4)
+    [seen] = model.seen
+    for found, wanted in zip(seen, (xt, t, query, neighbors, *drops, picture), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)
 
 
 # ---------------------------------------------------------------- guidance
-
-
-def test_guidance_is_uncond_plus_scale_times_difference():
-    class Stub(Oracle):
-        def forward(self, xt, t, query, neighbors, *_, **__):
-            return torch.full_like(xt, 0.1 if query is None else 0.3)
-
-    xt, model = torch.zeros(1, 3, 4, 4), Stub(UNET_CONFIG, None)
-    for scale, out in ((1.0, 0.3), (0.0, 0.1), (3.0, 0.7), (-1.0, -0.1)):
-        found = kd.guided(model, xt, 60, kd.Guide(unit(1, 16), None, scale))
-        assert torch.allclose(found, torch.full_like(xt, out))
-
-
-def test_guidance_of_one_equals_none():
-    model, xt = tiny_unet(), torch.randn(2, 3, 16, 16)
-    guide = kd.Guide(unit(2, 16), unit(2, 3, 16, seed=1))
-    off = kd.guided(model, xt, 30, guide)
-    assert torch.allclose(off, kd.guided(model, xt, 30, replace(guide, scale=1 + 1e-9)), atol=1e-6)
-    assert not torch.allclose(off, kd.guided(model, xt, 30, replace(guide, scale=2)), atol=1e-3)
 
 
 def test_a_predicted_x0_is_clipped():
@@ -327,8 +257,8 @@ def test_a_predicted_x0_is_clipped():
 # ---------------------------------------------------------------- samplers
 
 
-@pytest.mark.parametrize("T", [100, 1000])
-def test_times_fall_from_the_last_step_to_zero(T):
+def test_times_fall_from_the_last_step_to_zero():
+    T = 1000
     for steps in (1, 2, 7, 33, T):
         times = kd.falling(T, steps)
         assert times[0] == T and times[-1] == 0 and len(times) == steps + 1
@@ -347,30 +277,21 @@ def test_a_predicted_noise_is_asked_where_a_picture_can_be_told_from_it(steps, m
     assert alpha_bar[asked[0]] >= 1e-4 > alpha_bar[asked[0] + 1] if steps == 10 else asked[0] == 100
 
 
-def test_an_unknown_sampler_is_refused_by_name():
-    with pytest.raises(ValueError, match="'euler', wanted dpm, ddim, ddpm"):
-        next(kd.sample(kd.UNet(UNET_CONFIG), None, None, [0], steps=2, sampler="euler"))
-
-
 MU, VARIANCES = 0.4, (0.01, 0.09, 0.5)  # the data: N(0.4, v), uncorrelated, three dimensions
 
 
 def gaussian_denoiser(schedule, variance):
     """E[x_0 | x_t] for Gaussian data."""
-
     def predict(xt, t):
         alpha_bar = schedule.at(t, xt)
         gain = alpha_bar.sqrt() * variance / (alpha_bar * variance + 1 - alpha_bar)
         return MU + gain * (xt - alpha_bar.sqrt() * MU)
-
     return predict
 
 
-def affine_map(sampler, schedule, times, variance=0.09):
-    """The sampler's x_end = offset + Σ coefficient_i · noise_i, exactly: feed it unit impulses.
-
-    Sample 0 gets zeros for all its noise, sample i a one as its i-th draw and zeros else.
-    """
+def affine_map(sampler, schedule, times, variance):
+    """The sampler's x_end = offset + Σ coefficient_i · noise_i, exactly: sample 0 gets zeros for
+    all its noise, sample i a one as its i-th draw and zeros else."""
     draws, n = [0], len(times) + 1
 
     def noise():
@@ -408,7 +329,7 @@ def test_order_of_convergence(sampler, slope):
             gain = math.sqrt(b * v + 1 - b) / math.sqrt(a * v + 1 - a)
             shift = (math.sqrt(b) - gain * math.sqrt(a)) * MU
             offset, coefficients = affine_map(sampler, schedule, times, v)
-            assert (coefficients[1:] == 0).all()  # deterministic: no other noise
+            assert (coefficients[1:] == 0).all()    # deterministic: no other noise
             worst = max(worst, abs(offset - shift), abs(coefficients[0] ** 2 - gain**2))
         errors.append(worst)
     fitted = np.polyfit(np.log([20, 40, 80, 160]), np.log(errors), 1)[0]
@@ -431,23 +352,13 @@ def test_the_last_step_adds_no_noise_and_one_step_gives_x0(name):
         assert len(drawn) == (name == "ddpm" and len(times) == 3)
 
 
-def test_noise_depends_on_the_seed_alone():
-    one, two = (functools.partial(kd.noise_source(seeds), 3, 2, 2) for seeds in ([5, 6, 7], [7]))
-    for _ in range(3):
-        assert torch.equal(one()[2:], two())
-    assert not torch.equal(kd.noise_source([5])(2), kd.noise_source([6])(2))
-
-
 @pytest.mark.parametrize("sampler", list(kd.SAMPLERS))
-def test_sampling_watches_x_t_and_repeats(sampler):
+def test_a_sample_depends_on_its_seed_alone_and_every_x_t_is_watched(sampler):
     model, query, neighbors = tiny_unet(), unit(3, 16), unit(3, 3, 16, seed=1)
-
-    def run(part):
-        return list(kd.sample(model, query[part], neighbors[part], [4, 5, 6][part], steps=5,
-                              sampler=sampler))
-
-    together, again = run(slice(None)), run(slice(None))
-    assert len(together) == 5 and torch.equal(together[-1], again[-1])
-    alone = run(slice(1, 2))[-1]
+    together = list(kd.sample(model, query, neighbors, [4, 5, 6], steps=5, sampler=sampler))
+    *_, alone = kd.sample(model, query[1:2], neighbors[1:2], [5], steps=5, sampler=sampler)
+    assert len(together) == 5
     assert (together[-1][1:2] - alone).abs().max() < 2 / 127.5  # rounding only
-    assert not torch.allclose(together[-1][0], together[-1][1], atol=1e-2)
+    same = unit(1, 16).expand(2, -1)
+    *_, two = kd.sample(model, same, None, [4, 5], steps=5, sampler=sampler)
+    assert not torch.allclose(two[0], two[1], atol=1e-2)

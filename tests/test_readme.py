@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+import knn_diffusion
+import vqvae
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = {name: (ROOT / name).read_text("utf-8")
         for name in ("README.md", "RESULTS.md", "benchmarks/README.md")}
@@ -21,33 +24,6 @@ MODULES = ["clip_model", "edit", "index", "knn_diffusion", "sample", "train", "v
 
 class Parsed(BaseException):
     """The arguments are parsed; no script catches this one."""
-
-
-def parser_of(command: list[str], patch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
-    """Run a script until its arguments are parsed. It ends with SystemExit if it refuses them."""
-    met, parse = [], argparse.ArgumentParser.parse_args
-
-    def parse_only(self, args=None, namespace=None):
-        met.append(self)
-        parse(self, args, namespace)
-        raise Parsed
-
-    script = ROOT / command[0]
-    patch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    patch.setattr(sys, "argv", [str(script), *command[1:]])
-    patch.setattr(sys, "path", [str(script.parent), *sys.path])
-    with pytest.raises(Parsed):
-        runpy.run_path(str(script), run_name="__main__")
-    return met[0]
-
-
-def options_of(parser: argparse.ArgumentParser) -> set[str]:
-    """All option names of a parser and of its subcommands."""
-    found = {name for action in parser._actions for name in action.option_strings}
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            found = found.union(*map(options_of, action.choices.values()))
-    return found
 
 
 def code_in(text: str, language: str) -> list[str]:
@@ -72,23 +48,30 @@ def commands() -> list[list[str]]:
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_the_scripts_take_what_the_texts_say(command, monkeypatch):
-    parser_of(command, monkeypatch)
+    """Run a script until its arguments are parsed. It ends with SystemExit if it refuses them."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    script = ROOT / command[0]
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+    monkeypatch.setattr(sys, "argv", [str(script), *command[1:]])
+    monkeypatch.setattr(sys, "path", [str(script.parent), *sys.path])
+    with pytest.raises(Parsed):
+        runpy.run_path(str(script), run_name="__main__")
 
 
-def test_options_named_in_passing_exist(monkeypatch):
+def test_options_named_in_passing_exist():
     named = {span.split()[0] for text in DOCS.values() for span in spans_in(text)
              if span.startswith("--")}
-    known = set()
-    for script in {command[0]: command for command in commands()}.values():
-        with monkeypatch.context() as patch:
-            known |= options_of(parser_of(script, patch))
+    sources = {(ROOT / script).read_text("utf-8") for script, *_ in commands()}
+    known = {name for source in sources for name in re.findall(r'"(--[\w-]+)"', source)}
     assert len(named) >= 8 and named <= known, named - known
 
 
 def test_presets_named_in_commands_exist():
-    import knn_diffusion
-    import vqvae
-
     presets = {"continuous": knn_diffusion.PRESETS, "discrete": knn_diffusion.DISCRETE_PRESETS,
                "vqvae": vqvae.PRESETS}
     named = [(command[1], command[command.index("--preset") + 1]) for command in commands()
@@ -99,8 +82,6 @@ def test_presets_named_in_commands_exist():
 @pytest.mark.parametrize("code", [c for text in DOCS.values() for c in code_in(text, "python")])
 def test_the_code_runs_as_it_stands(code, monkeypatch):
     """Except that two sampling steps are enough."""
-    import knn_diffusion
-
     shown = []
 
     def brief(sampler, *given, **options):
@@ -140,16 +121,12 @@ def test_the_symbol_table_names_what_its_files_define():
             assert set(name.split(".")) <= defined, f"{name} in {file}"
 
 
-def test_the_readme_is_short():
-    lines = DOCS["README.md"].splitlines()
-    assert len(lines) <= 170
-    for name, text in DOCS.items():
-        assert all(len(line) <= 120 for line in text.splitlines()), name
-
-
-def test_the_three_blocks_stand_as_ci_extracts_them():
+def test_the_readme_is_short_and_its_blocks_stand_as_ci_extracts_them():
+    text = DOCS["README.md"]
+    assert len(text.splitlines()) <= 170
+    assert all(len(line) <= 120 for doc in DOCS.values() for line in doc.splitlines())
     for name in ("install", "picture", "tests"):
-        assert re.search(rf"^<!-- {name} -->\n```bash\n.+?\n```$", DOCS["README.md"], re.M | re.S)
+        assert re.search(rf"^<!-- {name} -->\n```bash\n.+?\n```$", text, re.M | re.S)
 
 
 @pytest.mark.parametrize("name", DOCS)

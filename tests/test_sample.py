@@ -2,13 +2,12 @@
 
 import inspect
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import randomised, tiny_clip, tiny_unet, write_pictures
+from conftest import tiny_clip, tiny_unet, tiny_vqvae, unit
 from PIL import Image
 
 import clip_model
@@ -32,7 +31,7 @@ def pixels(path):
     return np.asarray(Image.open(path)).astype(int)
 
 
-def test_a_prompt_gives_a_grid_singles_and_neighbours(world, tmp_path, capsys):
+def test_a_prompt_gives_a_grid_singles_and_neighbours(world, tmp_path):
     (tmp_path / "prompts.txt").write_text("\ufeffblue\r\n\r\n  fox \r\n", "utf-8")
     assert run(world, "a red fox", "--prompts", tmp_path / "prompts.txt", "--n", 2, "--k", 4,
                "--out", tmp_path / "p.png", "--singles", tmp_path / "s", "--save-neighbors") == 0
@@ -45,12 +44,10 @@ def test_a_prompt_gives_a_grid_singles_and_neighbours(world, tmp_path, capsys):
     told = json.loads(Image.open(tmp_path / "p.png").text["parameters"])
     assert told["prompts"] == ["a red fox", "blue", "fox"] and told["seed"] == 0
     assert told["weights"] == "continuous.safetensors"             # and no folder of this machine
-    assert not any(os.sep in value for value in told.values() if isinstance(value, str))
     own = json.loads(Image.open(tmp_path / "s" / "001-01.png").text["parameters"])
     assert own["prompt"] == "blue" and own["seed"] == 3
     sheet = Image.open(tmp_path / "p.png")                         # four neighbours, two samples
     assert sheet.size == (6 * 98 + 2, 3 * (96 + 26))
-    assert "k 4" in capsys.readouterr().out
 
 
 def test_every_option_reaches_the_sampler(world, tmp_path):
@@ -69,33 +66,14 @@ def test_every_option_reaches_the_sampler(world, tmp_path):
     assert (pixels_of("--k", 0) == pixels_of("--condition", "query")).all()
 
 
-def test_an_index_without_names_draws_too(world, tmp_path):
-    """Embeddings that came without a paths.txt: row numbers stand for names."""
-    np.save(tmp_path / "rows.npy", np.asarray(retrieval.open_index(world / "index").rows))
-    retrieval.index_files(tmp_path / "nameless", tmp_path / "rows.npy")
-    with pytest.warns(UserWarning, match="which encoder"):
-        assert run(world, "fox", "--index", tmp_path / "nameless", "--k", 2, "--save-neighbors",
-                   "--out", tmp_path / "p.png") == 0
-    first = json.loads((tmp_path / "p.neighbors.jsonl").read_text().splitlines()[0])
-    assert first["path"] == str(first["row"])
-
-
-def test_the_same_command_gives_the_same_bytes(world, tmp_path):
-    for name in ("a.png", "b.png"):
-        assert run(world, "fox", "--out", tmp_path / name) == 0
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
 def test_picture_m_of_a_run_of_singles_depends_on_seed_plus_m_alone(world, tmp_path):
     out = ["--out", tmp_path / "p.png"]
     assert run(world, "fox", "red", "--n", 3, "--singles", tmp_path / "a", *out) == 0
     assert run(world, "red", "--n", 2, "--seed", 4, "--batch-size", 1,
                "--singles", tmp_path / "b", *out) == 0
-    for j in range(2):
-        one, two = (pixels(tmp_path / name) for name in (f"a/001-{j + 1:02d}.png",
-                                                         f"b/000-{j:02d}.png"))
-        assert np.abs(one - two).max() <= 2
-    assert np.abs(pixels(tmp_path / "a/001-00.png") - pixels(tmp_path / "a/001-01.png")).max() > 2
+    first, *a = (pixels(tmp_path / f"a/001-{j:02d}.png") for j in range(3))
+    b = [pixels(tmp_path / f"b/000-{j:02d}.png") for j in range(2)]
+    assert np.abs(np.subtract(a, b)).max() <= 2 < np.abs(first - a[0]).max()
 
 
 def test_without_singles_sample_j_of_every_prompt_uses_seed_plus_j(world, tmp_path, monkeypatch):
@@ -108,7 +86,7 @@ def test_without_singles_sample_j_of_every_prompt_uses_seed_plus_j(world, tmp_pa
 
 
 def test_a_killed_run_of_singles_goes_on_and_equals_an_undisturbed_one(
-        world, tmp_path, monkeypatch, capsys):
+        world, tmp_path, monkeypatch):
     (tmp_path / "prompts.txt").write_text("".join(f"fox {i}\n" for i in range(101)))
     argv = ["--prompts", tmp_path / "prompts.txt", "--n", 1, "--batch-size", 20, "--steps", 1,
             "--out", tmp_path / "p.png"]
@@ -116,32 +94,34 @@ def test_a_killed_run_of_singles_goes_on_and_equals_an_undisturbed_one(
     drawn, draw = [], sample.draw
 
     def killed(model, query, neighbors, seeds, *rest, **options):
-        drawn.append(seeds)
-        if len(drawn) in (3, 5):
+        drawn.append(seeds[0])
+        if len(drawn) == 4:
             raise KeyboardInterrupt
         return draw(model, query, neighbors, seeds, *rest, **options)
 
     monkeypatch.setattr(sample, "draw", killed)
-    for left in (40, 60):
-        with pytest.raises(KeyboardInterrupt):
-            run(world, *argv, "--singles", tmp_path / "parts")
-        assert len(list((tmp_path / "parts").iterdir())) == left
+    with pytest.raises(KeyboardInterrupt):
+        run(world, *argv, "--singles", tmp_path / "parts")
     (tmp_path / "parts" / "059-00.png").unlink()                   # killed between two files
     assert run(world, *argv, "--singles", tmp_path / "parts") == 0
-    assert [seeds[0] for seeds in drawn] == [0, 20, 40, 40, 60, 40, 60, 80, 100]
-    for path in (tmp_path / "whole").iterdir():
-        assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes()
-    assert len(list((tmp_path / "parts").iterdir())) == 101
+    assert drawn == [0, 20, 40, 60, 40, 60, 80, 100]
+    whole, parts = ({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+                    for name in ("whole", "parts"))
+    assert whole == parts and len(parts) == 101
     assert not (tmp_path / "p.png").exists()                       # no grid of 101 rows
-    assert "whole" in capsys.readouterr().out
 
 
-def test_a_grid_shows_singles_that_were_there(world, tmp_path, monkeypatch):
-    argv = ["fox", "red", "--n", 2, "--singles", tmp_path / "s"]
-    assert run(world, *argv, "--out", tmp_path / "a.png") == 0
+def test_the_same_command_gives_the_same_bytes_whether_singles_are_drawn_or_there(
+        world, tmp_path, monkeypatch):
+    def drawn(singles, out):
+        assert run(world, "fox", "red", "--n", 2, "--singles", tmp_path / singles,
+                   "--out", tmp_path / out) == 0
+
+    drawn("a", "a.png")
+    drawn("b", "b.png")
     monkeypatch.setattr(sample, "draw", None)                      # nothing is drawn again
-    assert run(world, *argv, "--out", tmp_path / "b.png") == 0
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    drawn("a", "c.png")
+    assert len({(tmp_path / f"{name}.png").read_bytes() for name in "abc"}) == 1
 
 
 def test_the_condition_is_the_texts_embedding_and_its_neighbours(world):
@@ -160,9 +140,6 @@ def test_the_condition_is_the_texts_embedding_and_its_neighbours(world):
         assert none is None and torch.equal(alone, queries)
         assert torch.equal(sample.condition_on(queries, index, 0, "both", way)[0], queries)
         assert sample.condition_on(queries, index, 4, "neighbors", way)[0] is None
-    for wrong, words in (("all", ("all",)), ("txt", ("both", "txt"))):
-        with pytest.raises(ValueError, match=wrong):
-            sample.condition_on(queries, index, 4, *words)
 
 
 def test_one_condition_serves_many_seeds(world):
@@ -176,31 +153,23 @@ def test_one_condition_serves_many_seeds(world):
     pictures = sample.generate(model, query, neighbors, seeds, batch_size=3, steps=2)
     for picture, x in zip(pictures, clip_model.to_pictures(wanted)):
         assert np.abs(np.asarray(picture, int) - np.asarray(x, int)).max() <= 2
-    with pytest.raises(ValueError, match="VQ-VAE"):
-        sample.draw(model, query, neighbors, seeds, codec=torch.nn.Identity())
-
-
-def test_weights_that_are_no_numbers_give_status_1_and_no_picture(world, tmp_path, capsys):
-    model = tiny_unet()
-    with torch.no_grad():
-        model.conv_in.bias[0] = torch.nan
-    assert not torch.isnan(tiny_unet().conv_in.bias).any()
+    torch.nn.init.constant_(model.conv_in.bias, torch.nan)
     with pytest.raises(FloatingPointError, match="not finite"):
-        sample.draw(model, torch.ones(1, 16), None, [0], steps=2)
+        sample.draw(model, query, neighbors, seeds, steps=2)
 
 
-def test_another_index_changes_the_picture_with_the_same_weights(world, tmp_path):
-    write_pictures(tmp_path / "other", 6, seed=9)
-    clip = clip_model.load(world / "clip.safetensors")
-    rows, names, _ = retrieval.embed_folder(clip, tmp_path / "other")
-    retrieval.write_index(tmp_path / "idx", rows, names, "c", clip.fingerprint(),
-                          tmp_path / "other")
-    found = []
-    for index in (world / "index", tmp_path / "idx"):
-        assert run(world, "fox", "--n", 1, "--index", index, "--k", 6,
-                   "--singles", tmp_path / index.name, "--out", tmp_path / "g.png") == 0
-        found.append(pixels(tmp_path / index.name / "000-00.png"))
-    assert (found[0] != found[1]).any()
+def test_another_index_changes_the_picture_even_one_without_names(world, tmp_path):
+    """Embeddings that came without a paths.txt: row numbers stand for names."""
+    np.save(tmp_path / "rows.npy", unit(6, 16).numpy())
+    retrieval.index_files(tmp_path / "nameless", tmp_path / "rows.npy")
+    argv = ["fox", "--n", 1, "--k", 6, "--save-neighbors", "--out", tmp_path / "p.png"]
+    assert run(world, *argv, "--singles", tmp_path / "a") == 0
+    with pytest.warns(UserWarning, match="which encoder"):
+        assert run(world, *argv, "--singles", tmp_path / "b", "--index", tmp_path / "nameless") == 0
+    one, two = (pixels(tmp_path / name / "000-00.png") for name in "ab")
+    assert (one != two).any()
+    first = json.loads((tmp_path / "p.neighbors.jsonl").read_text().splitlines()[0])
+    assert first["path"] == str(first["row"])
 
 
 def test_a_no_knn_model_is_shown_what_it_was_trained_with(world, tmp_path, capsys):
@@ -212,35 +181,24 @@ def test_a_no_knn_model_is_shown_what_it_was_trained_with(world, tmp_path, capsy
 
 def test_what_a_user_should_know_is_said(world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sample, "NEAR", 2.0)
-    assert run(world, "fox", "--k", 99, "--n", 1, "--out", tmp_path / "g.png") == 0
+    with pytest.warns(UserWarning, match="was cut to 12"):
+        assert run(world, "fox " * 25, "--k", 99, "--n", 1, "--out", tmp_path / "g.png") == 0
     error = capsys.readouterr().err
-    assert "the index has 20 rows" in error and "'fox' is near nothing" in error
+    assert "the index has 20 rows" in error and "is near nothing" in error
     monkeypatch.setattr(sample, "NEAR", -2.0)
-    index = retrieval.open_index(world / "index")
     assert run(world, "fox", "--n", 1, "--out", tmp_path / "g.png") == 0
     assert capsys.readouterr().err == ""
-    index.paths[:4] = ["flat/fox_face-3.png", "a/fox_face-12.png", "b/red-apple-1.png", "sun.png"]
-    monkeypatch.setattr(sample, "NEAR", 0.5)
-    sample.tell_neighbors("ein Fuchs", [0.41, 0.4, 0.3, 0.2], [0, 1, 2, 3], index, None)
-    assert "0.41); nearest: fox face, red-apple, sun" in capsys.readouterr().err
-
-
-def test_a_long_prompt_is_cut_with_a_warning(world, tmp_path):
-    with pytest.warns(UserWarning, match="was cut to 12"):
-        assert run(world, "fox " * 2500, "--n", 1, "--out", tmp_path / "g.png") == 0
 
 
 @pytest.mark.parametrize("extra", [
-    [""], ["  "], [], ["fox", "--k", -1], ["fox", "--n", 0], ["fox", "--steps", 0],
-    ["fox", "--steps", 101], ["fox", "--guidance", "nan"], ["fox", "--guidance", "inf"],
-    ["fox", "--weights", "nowhere"], ["fox", "--clip", "nowhere"], ["fox", "--index", "nowhere"],
-    ["fox", "--prompts", "nowhere"], ["fox", "--seed", -1], ["fox", "--seed", 2**63],
-    ["fox", "--k", 0, "--condition", "neighbors"], ["fox", "--k", 0, "--query", "nearest"],
-    ["fox", "--condition", "query", "--query", "nearest"], ["fox", "--truncation", 0.9],
-    ["fox", "--sampler", "euler"], ["fox", "--out", "picture.jpg"],
-    ["fox", "--backbone", "discrete"], ["fox", "--weights", "w" * 5000],
-    ["fox", "--device", "abacus"], ["fox", "--batch-size", 0], ["fox", "--n", 10**10],
-    ["fox", "--singles", "FILE"],
+    ["  "], [], ["fox", "--k", -1], ["fox", "--n", 0], ["fox", "--steps", 0],
+    ["fox", "--steps", 101], ["fox", "--guidance", "nan"], ["fox", "--weights", "nowhere"],
+    ["fox", "--clip", "nowhere"], ["fox", "--index", "nowhere"], ["fox", "--prompts", "nowhere"],
+    ["fox", "--seed", -1], ["fox", "--k", 0, "--condition", "neighbors"],
+    ["fox", "--k", 0, "--query", "nearest"], ["fox", "--truncation", 0.9],
+    ["fox", "--condition", "query", "--query", "nearest"], ["fox", "--sampler", "euler"],
+    ["fox", "--out", "picture.jpg"], ["fox", "--singles", "FILE"], ["fox", "--device", "abacus"],
+    ["fox", "--backbone", "discrete"], ["fox", "--batch-size", 0],
     ["--prompts", "FILE", "--out", "FILE"]])
 def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys, monkeypatch, extra):
     monkeypatch.chdir(tmp_path)
@@ -269,35 +227,14 @@ def test_weights_clip_and_index_must_belong_together(world, tmp_path, capsys):
 # ---------------------------------------------------------------- the discrete backbone
 
 
-@pytest.fixture(scope="module")
-def discrete_world(world, tmp_path_factory):
-    """A tiny transformer and the VQ-VAE that its tokens belong to."""
-    folder = tmp_path_factory.mktemp("discrete")
-    config = vqvae.VQVAEConfig(
-        image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(),
-        latent_channels=8, embed_dim=4, n_codes=16, norm_groups=4)
-    torch.manual_seed(0)
-    codec = randomised(vqvae.VQVAE(config))
-    torch.nn.init.normal_(codec.quantize.embedding.weight, std=5)    # codes that look different
-    vqvae.save(folder / "vqvae.safetensors", codec, {})
-    vqvae.save(folder / "other.safetensors", randomised(vqvae.VQVAE(config), 1), {})
-    model = randomised(knn_diffusion.TokenTransformer(knn_diffusion.TransformerConfig(
-        image_size=16, n_codes=16, tokens_a_side=8, embed_dim=16, n_neighbors=3, width=16,
-        layers=1, heads=2, condition_width=12, T=6)))
-    knn_diffusion.save(folder / "discrete.safetensors", model, {
-        "vqvae": vqvae.fingerprint(codec),
-        "clip": clip_model.load(world / "clip.safetensors").fingerprint()})
-    return folder
+def run_discrete(world, *extra):
+    vae = [] if "--vqvae" in extra else ["--vqvae", world / "vqvae.safetensors"]
+    return run(world, "a fox", "--n", 2, "--weights", world / "discrete.safetensors", *vae, *extra)
 
 
-def run_discrete(world, folder, *extra):
-    vae = [] if "--vqvae" in extra else ["--vqvae", folder / "vqvae.safetensors"]
-    return run(world, "a fox", "--n", 2, "--weights", folder / "discrete.safetensors", *vae, *extra)
-
-
-def test_discrete_weights_draw_pictures_through_the_vqvae(world, discrete_world, tmp_path):
+def test_discrete_weights_draw_pictures_through_the_vqvae(world, tmp_path):
     for name, batch in (("a", 2), ("b", 1)):
-        assert run_discrete(world, discrete_world, "--steps", 4, "--batch-size", batch,
+        assert run_discrete(world, "--steps", 4, "--batch-size", batch,
                             "--out", tmp_path / f"{name}.png", "--singles", tmp_path / name) == 0
     one, two = (pixels(tmp_path / name / "000-01.png") for name in "ab")
     assert one.shape == (16, 16, 3) and one.std() > 5
@@ -305,7 +242,7 @@ def test_discrete_weights_draw_pictures_through_the_vqvae(world, discrete_world,
     assert np.abs(one - pixels(tmp_path / "a" / "000-00.png")).max() > 5
     settings = json.loads(Image.open(tmp_path / "a.png").info["parameters"])
     assert (settings["sampler"], settings["steps"]) == ("ancestral", 4)
-    assert run_discrete(world, discrete_world, "--truncation", 0.05, "--sampler", "ancestral",
+    assert run_discrete(world, "--steps", 4, "--truncation", 0.05, "--sampler", "ancestral",
                         "--singles", tmp_path / "c", "--out", tmp_path / "c.png") == 0
     assert (pixels(tmp_path / "c" / "000-01.png") != one).any()
 
@@ -321,11 +258,11 @@ def test_the_commands_defaults_are_the_functions(world):
 
 @pytest.mark.parametrize("extra, word", [
     (["--backbone", "continuous"], "is discrete"), (["--sampler", "ddim"], "ancestral"),
-    (["--truncation", "1.5"], "truncation"), (["--steps", "7"], "1 to 6"),
-    (["--vqvae", "OTHER"], "VQ-VAE"), (["--vqvae", "NONE"], "no weights")])
-def test_discrete_contradictions_are_refused(world, discrete_world, tmp_path, capsys, extra, word):
-    paths = {"OTHER": discrete_world / "other.safetensors", "NONE": tmp_path / "none"}
-    extra = [paths.get(part, part) for part in extra]
-    assert run_discrete(world, discrete_world, *extra, "--out", tmp_path / "p.png") == 2
+    (["--truncation", "1.5"], "truncation"), (["--steps", "11"], "1 to 10"),
+    (["--vqvae", "other"], "VQ-VAE"), (["--vqvae", "none"], "no weights")])
+def test_discrete_contradictions_are_refused(world, tmp_path, capsys, extra, word):
+    vqvae.save(tmp_path / "other", tiny_vqvae(1), {})
+    extra = [tmp_path / part if part in ("other", "none") else part for part in extra]
+    assert run_discrete(world, *extra, "--out", tmp_path / "p.png") == 2
     error = capsys.readouterr().err
     assert word in error and error.count("\n") == 1 and not (tmp_path / "p.png").exists()

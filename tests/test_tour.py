@@ -8,7 +8,6 @@ The slow tests need requirements-notebook.txt.
 
 import base64
 import json
-import os
 import subprocess
 import sys
 import time
@@ -21,24 +20,20 @@ TOUR = ROOT / "examples" / "tour.ipynb"
 SECONDS_PER_CELL, SECONDS = 60, 480
 
 
-def code_cells(cells: list) -> list:
-    return [cell for cell in cells if cell["cell_type"] == "code"]
-
-
-def assert_quiet(cells: list) -> None:
-    """Nothing on stderr, where warnings go, and no error."""
-    outputs = [output for cell in code_cells(cells) for output in cell["outputs"]]
+def outputs_of(cells: list) -> list:
+    """All outputs. Nothing on stderr, where warnings go, and no error."""
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    outputs = [output for cell in code for output in cell["outputs"]]
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
+    return outputs
 
 
 def test_the_committed_notebook_is_small_and_was_run_from_top_to_bottom_without_a_warning():
     assert TOUR.stat().st_size <= 1.2e6
     cells = json.loads(TOUR.read_text("utf-8"))["cells"]
-    counts = [cell["execution_count"] for cell in code_cells(cells)]
+    counts = [cell["execution_count"] for cell in cells if cell["cell_type"] == "code"]
     assert len(counts) > 20 and counts == list(range(1, len(counts) + 1))
-    assert_quiet(cells)
-    outputs = [output for cell in code_cells(cells) for output in cell["outputs"]]
-    figures = [base64.b64decode(data) for output in outputs
+    figures = [base64.b64decode(data) for output in outputs_of(cells)
                for kind, data in output.get("data", {}).items() if kind.startswith("image/")]
     assert len(figures) >= 20 and max(map(len, figures)) <= 60_000
 
@@ -63,7 +58,7 @@ def test_the_notebook_runs_in_another_folder_in_minutes_and_writes_nothing_there
     nbclient.NotebookClient(notebook, timeout=SECONDS_PER_CELL, kernel_name="python3",
                             resources={"metadata": {"path": str(tmp_path)}}).execute()
     assert time.time() - start <= SECONDS
-    assert_quiet(notebook["cells"])
+    assert outputs_of(notebook["cells"])
     assert not list(tmp_path.iterdir()) and files_and_times() == before
 
 
@@ -90,6 +85,6 @@ def test_the_figures_that_need_no_stickers_are_drawn_again(tmp_path):
     """Without rendered stickers the first figure is there, and one sentence says what lacks."""
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "figures.py", "--data", tmp_path / "none",
-         "--out", tmp_path], capture_output=True, text=True, env={**os.environ})
+         "--out", tmp_path], capture_output=True, text=True)
     assert (tmp_path / "denoise.png").is_file() and done.returncode == 2
     assert "Traceback" not in done.stderr
