@@ -261,7 +261,7 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
 
 def all_commands(weights: Path | None, command: str) -> str:
     """The commands that made some weights, a line each, and now this one."""
-    before = clip_model.read_tensors(weights)[1].get("command", "") if weights else ""
+    before = clip_model.read_weights(weights)[1].get("command", "") if weights else ""
     return f"{before}\n{command}".strip()
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 
 import clip_model
-from clip_model import read_tensors, write_weights
+from clip_model import read_weights, write_weights
 
 TOLERANCE = 1e-5
 
@@ -333,7 +333,7 @@ def test_torchscript_archives_load_without_torch_jit(tower, tmp_path, monkeypatc
                        tmp_path / "w.pt")
     monkeypatch.setattr(torch.jit, "load", None)
     monkeypatch.setattr(torch, "load", None)
-    found, metadata = read_tensors(tmp_path / "w.pt")
+    found, metadata = read_weights(tmp_path / "w.pt")
     assert metadata == {"format": "TorchScript"}
     for name, tensor in state.items():
         if "num_batches" not in name:
@@ -364,7 +364,7 @@ def archive_of(path: Path, program: bytes) -> Path:
 def harmless(path: Path, marker: Path) -> None:
     """It loads with a placeholder or is refused in one sentence; in no case does anything run."""
     try:
-        read_tensors(path)
+        read_weights(path)
     except ValueError as error:
         assert "\n" not in str(error)
     assert not marker.exists()
@@ -377,7 +377,7 @@ def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path):
     harmless(path, marker)
     torch.save(bomb, path)
     harmless(path, marker)
-    assert read_tensors(path)[0].keys() == {"w"}                # what it would have made is missing
+    assert read_weights(path)[0].keys() == {"w"}                # what it would have made is missing
     touch = f"touch {marker}".encode()
     command = b"X" + len(touch).to_bytes(4, "little") + touch
     system, module, name = b"cposix\nsystem\n", b"X\x05\0\0\0posix", b"X\x06\0\0\0system"
@@ -410,7 +410,7 @@ def test_what_is_neither_tensor_nor_container_becomes_a_placeholder(tmp_path):
     odd = {"callbacks": {Callback: {}, Callback(): dict}, "path": Path("x"), "kinds": {1, 2},
            "random": np.float64(3), "function": Callback.__init__}
     torch.save({"state_dict": tensors} | odd, tmp_path / "w.pt")
-    found = read_tensors(tmp_path / "w.pt")[0]
+    found = read_weights(tmp_path / "w.pt")[0]
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
@@ -426,7 +426,7 @@ def test_tensors_can_not_reach_beyond_their_storage(tmp_path):
         for entry, content in parts.items():
             archive.writestr(entry, content)
     with pytest.raises(ValueError, match="storage"):
-        read_tensors(tmp_path / "w.pt")
+        read_weights(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "torchscript", "legacy"])
@@ -440,7 +440,7 @@ def test_damaged_files_give_one_sentence_or_the_tensors(kind, tmp_path):
     else:
         torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
     raw = path.read_bytes()
-    assert read_tensors(path)[0].keys() >= state.keys()
+    assert read_weights(path)[0].keys() >= state.keys()
     for i in range(200):
         damaged, ends = bytearray(raw), min(1000, len(raw))    # the structure is at both ends
         for _ in range(rng.choice([1, 3])):
@@ -449,7 +449,7 @@ def test_damaged_files_give_one_sentence_or_the_tensors(kind, tmp_path):
             damaged[place] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged[: rng.randrange(len(raw))] if i % 4 == 0 else damaged)
         try:
-            found = read_tensors(path)[0]
+            found = read_weights(path)[0]
             assert i % 4 > 0                                   # no cut goes unseen
             if kind in ("zip", "torchscript"):                 # the others have no checksum
                 assert found.keys() == state.keys()
@@ -481,8 +481,8 @@ def strings(n: int) -> list[str]:
 
 def test_tokens_equal_the_public_tokenizers_on_20_000_strings():
     theirs = oracle("simple_tokenizer").SimpleTokenizer()
-    where = clip_model.find_vocabulary(Path("/nowhere"))
-    ours = clip_model.read_vocabulary(where)
+    
+    ours = clip_model.published_tokenizer(Path("/nowhere"))
     assert len(ours.words) == clip_model.PUBLISHED_SIZE and ours.ids == theirs.encoder
     assert (ours.start, ours.end) == (49406, 49407)
     for text in strings(20_000):
