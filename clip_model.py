@@ -630,8 +630,7 @@ class ArchiveReader(pickle.Unpickler):
     """Reads the pickle of a zip archive of torch's."""
     def __init__(self, archive: zipfile.ZipFile) -> None:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
-        self.archive, self.folder = archive, name.removesuffix(".pkl")
-        self.storages: Tensors = {}
+        self.archive, self.folder, self.storages = archive, name.removesuffix(".pkl"), {}
         super().__init__(io.BytesIO(archive.read(name)))  # read() checks the checksum, too
 
     def find_class(self, module: str, name: str) -> object:
@@ -698,7 +697,8 @@ def load_model(path: AnyPath, classes: dict[str, tuple]) -> tuple[nn.Module, dic
 
 def save(path: AnyPath, model: CLIP, metadata: dict[str, str]) -> None:
     """Write float16 weights, config and the tokenizer's merges in one file."""
-    save_model(path, model, {**metadata, "merges": "\n".join(map(" ".join, model.tokenizer.merges))})
+    merges = map(" ".join, model.tokenizer.merges)
+    save_model(path, model, {**metadata, "merges": "\n".join(merges)})
 
 
 def load(path: AnyPath, tokenizer: AnyPath | None = None, activation: str | None = None) -> CLIP:
