@@ -199,7 +199,7 @@ class Run:
         model.train().requires_grad_(True)
         self.optimizers = optimizers or muon_and_adam(model, args.lr)
         self.n = args.accumulate * args.batch_size                         # pictures per step
-        before = clip_model.read_tensors(args.weights)[1].get("command", "") if args.weights else ""
+        before = clip_model.read_weights(args.weights)[1].get("command", "") if args.weights else ""
         self.command = f"{before}\n{args.command}".strip()       # all that made these weights
         self.first = load_state(args.out / "state.pt", args.steps, self.settings, model, self.ema,
                                 self.optimizers) if args.resume else 0

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import FORMAT, MISFITS, load_model, read_tensors, reason, require, save_model
+from clip_model import FORMAT, MISFITS, load_model, read_weights, reason, require, save_model
 
 # ---------------------------------------------------------------- configuration
 
@@ -322,7 +322,7 @@ def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
 
     Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
     """
-    tensors, metadata = read_tensors(path)
+    tensors, metadata = read_weights(path)
     if metadata.get("format") == FORMAT:
         model, metadata = load_model(path, {"VQVAE": (VQVAE, VQVAEConfig)})
         return model.requires_grad_(False), metadata

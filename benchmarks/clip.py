@@ -134,9 +134,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"| {what} | {speed['openai']} | {speed.get('hugging face', '-')} | "
                   f"{speed['ours']} | {t['openai'] / t['ours']:.2f} | {speed['ours bf16']} | "
                   f"{t['openai'] / t['ours bf16']:.2f} |   largest difference {difference:.1e}")
-    where = clip_model.find_vocabulary(Path("."))
-    if where is not None:
-        tokenizer = clip_model.read_vocabulary(where)
+    tokenizer = clip_model.published_tokenizer(Path("."))
+    if tokenizer is not None:
         captions = [f"a photo of a {a} {b} number {i % 100} on the table" for i, (a, b) in
                     enumerate([("red", "heart"), ("small", "fox"), ("teddy", "bear"),
                                ("blue", "car"), ("happy", "dog")] * 2000)]

@@ -3,12 +3,8 @@
 import argparse
 import json
 import struct
-import subprocess
-import sys
-import threading
-import zlib
+import warnings
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,24 +17,15 @@ from clip_model import read_image, read_weights, write_weights
 
 # ---------------------------------------------------------------- weights on disk
 
-
 def test_weights_come_back_equal(tmp_path):
-    tensors = {
-        "a": torch.randn(3, 5).half(),
-        "b": torch.randn(7),
-        "s": torch.tensor(2.5),
-        "n": torch.arange(4),
-        "empty": torch.zeros(0, 3),
-        "bf": torch.randn(3).bfloat16(),
-        "u": torch.tensor([1, 255], dtype=torch.uint8),
-        "strided": torch.randn(4, 6).T,
-    }
+    tensors = {"a": torch.randn(3, 5).half(), "b": torch.randn(7), "s": torch.tensor(2.5),
+               "n": torch.arange(4), "empty": torch.zeros(0, 3), "bf": torch.randn(3).bfloat16(),
+               "u": torch.tensor([1, 255], dtype=torch.uint8), "strided": torch.randn(4, 6).T}
     write_weights(tmp_path / "w.safetensors", tensors, {"key": "välue"})
     found, metadata = read_weights(tmp_path / "w.safetensors")
     assert metadata == {"key": "välue"} and set(found) == set(tensors)
     for name, tensor in tensors.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
-    assert not list(tmp_path.glob("*.part"))
 
 
 def test_file_layout_is_the_published_one(tmp_path):
@@ -48,32 +35,6 @@ def test_file_layout_is_the_published_one(tmp_path):
     header = json.loads(raw[8 : 8 + n])
     assert n % 8 == 0 and header["x"] == {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     assert np.frombuffer(raw[8 + n :], "<f4").tolist() == [1.0, -2.0]
-
-
-@pytest.mark.parametrize("first", [b"\x80\x02", b"PK"])
-def test_a_header_as_long_as_a_pickles_or_an_archives_first_bytes_is_no_such_file(tmp_path, first):
-    """A file begins with its header's length, which can read like another format's name."""
-    path, clip = tmp_path / "clip.safetensors", tiny_clip()
-    clip_model.save(path, clip, {"command": ""})
-    length = int.from_bytes(path.read_bytes()[:8], "little")
-    wanted = int.from_bytes(first, "little")
-    more = (wanted - length) % 65536
-    clip_model.save(path, clip, {"command": "x" * more})
-    assert path.read_bytes()[:2] == first
-    again = clip_model.load(path)
-    assert again.fingerprint() == clip.fingerprint() and again.tokenizer is not None
-
-
-def with_header(path: Path, header: bytes, data: bytes = bytes(4)) -> Path:
-    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
-    return path
-
-
-def test_a_digest_in_the_metadata_is_just_metadata(tmp_path):
-    path = with_header(tmp_path / "w", b'{"__metadata__": {"digest": "0123456789abcdef"}, "a": '
-                       b'{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}')
-    tensors, metadata = read_weights(path)
-    assert tensors["a"].tolist() == [0] and metadata == {"digest": "0123456789abcdef"}
 
 
 def test_every_truncation_is_refused_with_one_sentence(tmp_path):
@@ -86,19 +47,14 @@ def test_every_truncation_is_refused_with_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("header", [
-    b"[]", b"{", b'{"x": 3}', b'{"__metadata__": {"a": 1}}', b"[" * 5000, b"\xff\xfe",
-    b'{"x": {"shape": [1]}}',
+    b"[]", b"{", b'{"x": 3}', b"[" * 5000, b"\xff\xfe", b'{"x": {"shape": [1]}}',
     *(b'{"x": {"dtype": %s, "shape": %s, "data_offsets": %s}}' % entry for entry in (
-        (b'"F99"', b"[]", b"[0, 4]"), (b'"F32"', b"[-1]", b"[0, 4]"),
-        (b'"F32"', b"[1]", b"[4, 8]"), (b'"F32"', b"[true]", b"[0, 4]"), (b"[]", b"[1]", b"[0, 4]"),
-        (b'"F32"', b"[2]", b"[0, 4]"), (b'"F32"', b"[0]", b"[0, 0]"),
-        (b'"F32"', b"[-1]", b"[0, -4]"),
-        (b'"F32"', b"[140737488355328, 140737488355328, 0]", b"[0, 0]"))),
-    b'{"x": {"dtype": "I16", "shape": [1], "data_offsets": [0, 2]},'          # an overlap
-    b' "y": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}'])
+        (b'"F99"', b"[1]", b"[0, 4]"), (b'"F32"', b"[2]", b"[0, 4]"), (b"[]", b"[1]", b"[0, 4]"),
+        (b'"F32"', b"[1]", b"[4, 8]"), (b'"F32"', b"[0]", b"[0, 0]")))])
 def test_damaged_headers_are_refused_with_one_sentence(tmp_path, header):
+    (tmp_path / "w").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
     with pytest.raises(ValueError, match="not a whole .safetensors file") as error:
-        read_weights(with_header(tmp_path / "w", header))
+        read_weights(tmp_path / "w")
     assert "\n" not in str(error.value)
 
 
@@ -120,9 +76,6 @@ def test_a_model_loads_from_its_path_alone(tmp_path):
     again = clip_model.load(tmp_path / "c.safetensors")
     assert again.config == model.config and again.tokenizer.merges == model.tokenizer.merges
     assert again.fingerprint() == model.fingerprint() != tiny_clip(seed=1).fingerprint()
-    for option in ({"activation": "gelu"}, {"tokenizer": tmp_path}):
-        with pytest.raises(ValueError, match="carries its own"):
-            clip_model.load(tmp_path / "c.safetensors", **option)
     texts = ["a red fox", "blue"]
     assert torch.allclose(again.embed_texts(texts), model.embed_texts(texts), atol=2e-3)
     # It is f_img's: another activation changes it, another text tower does not.
@@ -136,21 +89,19 @@ def test_foreign_and_misfitting_files_are_refused(tmp_path):
     write_weights(tmp_path / "foreign", {"x": torch.zeros(1)}, {})
     with pytest.raises(ValueError, match="no token_embedding"):
         clip_model.load(tmp_path / "foreign")
-    model = tiny_clip()
-    clip_model.save_model(tmp_path / "c", model, {})  # no merges
-    with pytest.raises(ValueError, match="merges"):
-        clip_model.load(tmp_path / "c")
+    clip_model.save(tmp_path / "c", tiny_clip(), {})
     tensors, metadata = read_weights(tmp_path / "c")
     tensors.pop("ln_final.bias")
     write_weights(tmp_path / "d", tensors, metadata)
     with pytest.raises(ValueError, match="does not fit"):
         clip_model.load(tmp_path / "d")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="holds a CLIP, wanted Judge"):
+        clip_model.load_model(tmp_path / "c", {"Judge": ()})
+    with pytest.raises(FileNotFoundError, match="no weights file"):
         clip_model.load(tmp_path / "nothing")
 
 
 # ---------------------------------------------------------------- tokenizer
-
 
 def test_byte_symbols_are_256_different_printable_ones():
     symbols = clip_model.BYTE_SYMBOLS
@@ -159,9 +110,9 @@ def test_byte_symbols_are_256_different_printable_ones():
     assert symbols[ord("a")] == "a" and symbols[ord(" ")] == "Ġ"  # as GPT-2 writes it
 
 
-def test_cleaning_follows_clips_rules():
-    assert clip_model.clean("  A &amp;amp; B\n\tC ") == "a & b c"
-    assert clip_model.clean("cafÃ©") == "café"  # mojibake
+def test_cleaning_and_splitting_follow_clips_rules():
+    assert clip_model.split_words("  A &amp;amp; B\n\tC ") == ["a", "&", "b", "c"]
+    assert clip_model.split_words("cafÃ©") == clip_model.split_words("CAFÉ") != ["cafe"]  # mojibake
     assert clip_model.split_words("it's 42!?") == ["it", "'s", "4", "2", "!?"]
 
 
@@ -177,7 +128,7 @@ def test_tokens_joined_give_the_cleaned_text_back():
     for text in ("a red fox", "naïve café", "日本 🦊", "x"):
         words = "".join(tokenizer.words[i] for i in tokenizer.encode(text))
         found = b" ".join(bytes(map(byte_of.get, word)) for word in words.split("</w>")[:-1])
-        assert found.decode() == clip_model.clean(text)
+        assert found.decode() == text
     assert tokenizer.encode("   ") == []
 
 
@@ -192,75 +143,18 @@ def test_a_cut_text_keeps_its_end_token_and_warns():
         tokens = tokenizer(["red " * 3000, "red"])
     assert tokens.shape == (2, 12)
     assert tokens[0, -1] == tokenizer.end == tokens.max() == len(tokenizer.words) - 1
-    assert (
-        tokens[1].tolist() == [tokenizer.start, tokenizer.ids["red</w>"], tokenizer.end] + [0] * 9
-    )
+    red = [tokenizer.start, tokenizer.ids["red</w>"], tokenizer.end]
+    assert tokens[1].tolist() == red + [0] * 9
+    with pytest.raises(ValueError, match="list of texts"):
+        tokenizer("a red heart")
 
 
 # ---------------------------------------------------------------- pictures
 
-
-def test_fit_square_is_pillows_antialiased_bicubic_and_a_centre_crop():
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 61, 3), np.uint8))
-    wanted = picture.resize((32, 47), Image.Resampling.BICUBIC).crop((0, 8, 32, 40))
-    assert clip_model.fit_square(picture, 32).tobytes() == wanted.tobytes()
-    assert clip_model.fit_square(Image.new("RGB", (1, 500)), 16).size == (16, 16)
-
-
-def test_thin_pictures_are_not_blown_up():
-    """1 x 60000 would become 64 x 3,840,000; what is kept equals the crop of that."""
-    assert clip_model.fit_square(Image.new("RGB", (1, 60_000)), 64).size == (64, 64)
-    thin = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1, 2000, 3), np.uint8))
-    whole = thin.resize((32_000, 16), Image.Resampling.BICUBIC)
-    wanted = np.asarray(whole.crop((15_992, 0, 16_008, 16))).astype(int)
-    assert np.abs(np.asarray(clip_model.fit_square(thin, 16)) - wanted).max() <= 1
-
-
-def test_pixels_are_normalised_with_clips_statistics():
-    pixels = clip_model.to_pixels(np.full((1, 2, 2, 3), 255, np.uint8))
-    wanted = (1 - np.array(clip_model.PIXEL_MEAN)) / np.array(clip_model.PIXEL_STD)
-    assert np.allclose(pixels[0, :, 0, 0], wanted, atol=1e-6)
-
-
-def test_transparency_goes_on_white_and_exif_turns(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(np.full((3, 3), 65535, np.uint16))
-    deep.save(tmp_path / "deep.png")
-    assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (255, 255, 255)
-    exif = Image.Exif()
-    exif[0x0112] = 6                                        # turn by 90 degrees
-    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert read_image(tmp_path / "turned.jpg").size == (4, 8)
-    broken = (b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack("<HHIf", 0x100, 11, 1, 8.0)
-              + struct.pack("<HHII", 0x112, 3, 1, 6) + bytes(4))        # a FLOAT as image width
-    Image.new("RGB", (8, 4)).save(tmp_path / "broken.jpg", exif=broken)
-    assert read_image(tmp_path / "broken.jpg").size == (4, 8)
-    with Image.open(tmp_path / "broken.jpg") as picture:                # the caller's is left alone
-        assert clip_model.to_rgb(picture).size == (4, 8) and picture.size == (8, 4)
-
-
-@pytest.mark.parametrize("bits, kind, row, key", [
-    (2, 0, bytes([0b00011011]), [1]), (4, 0, bytes([0x01, 0xAF]), [1]),
-    (16, 0, struct.pack(">4H", 0, 1000, 40000, 65535), [1000]),
-    (8, 2, bytes([1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12]), [4, 5, 6]),
-    (16, 2, struct.pack(">12H", *range(0, 60000, 5000)), [15000, 20000, 25000])])
-def test_a_colour_that_stands_for_transparency_becomes_white(bits, kind, row, key, tmp_path):
-    content = b"\x89PNG\r\n\x1a\n"
-    for name, data in ((b"IHDR", struct.pack(">IIBBBBB", 4, 1, bits, kind, 0, 0, 0)),
-                       (b"tRNS", struct.pack(f">{len(key)}H", *key)),
-                       (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")):
-        check = zlib.crc32(name + data)
-        content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", check)
-    (tmp_path / "k.png").write_bytes(content)
-    found = np.asarray(read_image(tmp_path / "k.png"))[0]
-    assert found[1].tolist() == [255, 255, 255] and found[[0, 2]].max() < 255
-
-
-def test_what_a_file_says_of_its_mode_ends_with_it(tmp_path):
-    for mode in ("CMYK", "L", "RGB"):
-        Image.new(mode, (4, 4)).save(tmp_path / "p.jpg", icc_profile=bytes(128))
-        assert read_image(tmp_path / "p.jpg").info == {}
+def test_what_a_file_says_of_its_mode_ends_with_it_and_the_callers_picture_stays(tmp_path):
+    Image.new("CMYK", (8, 4)).save(tmp_path / "p.jpg", icc_profile=bytes(128))
+    with Image.open(tmp_path / "p.jpg") as picture:
+        assert clip_model.to_rgb(picture).info == {} and picture.mode == "CMYK"
 
 
 def test_kinds_of_files_are_named_so_that_no_data_runs_as_a_program(tmp_path):
@@ -277,14 +171,8 @@ def test_kinds_of_files_are_named_so_that_no_data_runs_as_a_program(tmp_path):
         assert read_image(path).size == (9, 5) and path.suffix in clip_model.IMAGE_SUFFIXES
 
 
-def test_what_can_not_be_meant_is_refused_and_any_mode_embedded():
+def test_pictures_of_any_mode_are_embedded_alike():
     model, red = tiny_clip(), Image.new("RGB", (20, 20), "red")
-    for texts in ("a red heart", [b"a"], [], None):
-        with pytest.raises(ValueError, match="list of texts"):
-            model.embed_texts(texts)
-    for pictures in (red, ["red.png"], np.zeros((1, 16, 16, 3), np.uint8)):
-        with pytest.raises(ValueError, match="list of Pillow's pictures"):
-            model.embed_pictures(pictures)
     found = model.embed_pictures([red, red.convert("RGBA"), red.convert("P")])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -298,7 +186,6 @@ def test_grid_places_pictures_row_by_row():
 
 
 # ---------------------------------------------------------------- towers
-
 
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_attention_equals_torchs_with_and_without_gradient(is_causal):
@@ -325,11 +212,9 @@ def test_image_tower_equals_a_composition_of_torchs_own_layers(activation):
         x = x + attention(h, h, h)[0]
         h = torch.layer_norm(x, (32,), block.ln_2.weight, block.ln_2.bias) @ block.mlp.c_fc.weight.T
         h = h + block.mlp.c_fc.bias
-        h = (
-            h * torch.sigmoid(1.702 * h)
-            if activation == "quick_gelu"
-            else (h * 0.5 * (1 + torch.erf(h / 2**0.5)))
-        )
+        share = (torch.sigmoid(1.702 * h) if activation == "quick_gelu"
+                 else 0.5 * (1 + torch.erf(h / 2**0.5)))
+        h = h * share
         x = x + block.mlp.c_proj(h)
     x = torch.layer_norm(x[:, 0], (32,), tower.ln_post.weight, tower.ln_post.bias) @ tower.proj
     wanted = x / x.norm(dim=1, keepdim=True)
@@ -345,9 +230,8 @@ def test_text_is_pooled_at_the_end_token_and_blind_to_what_follows():
     assert torch.allclose(model.embed_tokens(tokens)[1:], model.embed_tokens(tokens[1:]), atol=1e-6)
     changed = tokens.clone()
     changed[0, 1] += 1
-    assert not torch.allclose(
-        model.embed_tokens(tokens)[0], model.embed_tokens(changed)[0], atol=1e-4
-    )
+    difference = model.embed_tokens(tokens)[0] - model.embed_tokens(changed)[0]
+    assert difference.abs().max() > 1e-4
 
 
 def test_embeddings_have_unit_norm_and_logits_are_scaled_cosines():
@@ -360,14 +244,7 @@ def test_embeddings_have_unit_norm_and_logits_are_scaled_cosines():
     assert torch.allclose(model.logits(images, texts), images @ texts.T * 100, atol=1e-3)  # clamped
 
 
-def test_layer_norm_is_computed_in_float32():
-    layer, x = clip_model.LayerNorm(8), 1000 + torch.randn(4, 8)
-    assert layer(x.bfloat16()).dtype == torch.bfloat16
-    assert torch.equal(layer(x.bfloat16()), layer(x.bfloat16().float()).bfloat16())
-
-
 # ---------------------------------------------------------------- what the scripts share
-
 
 def test_devices_that_are_not_there_are_refused():
     assert clip_model.pick_device("cpu").type == "cpu"
@@ -377,22 +254,12 @@ def test_devices_that_are_not_there_are_refused():
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "f"
-
-    def write(letter: bytes) -> None:
-        with clip_model.replacing(path) as file:
-            file.write(letter * 100_000)
-
-    write(b"a")
+    with clip_model.replacing(path) as file:
+        file.write(b"old")
     with pytest.raises(KeyError), clip_model.replacing(path) as file:
         file.write(b"half")
         raise KeyError
-    assert path.read_bytes() == b"a" * 100_000
-    threads = [threading.Thread(target=write, args=(bytes([i]),)) for i in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(set(path.read_bytes())) == 1 and list(path.parent.iterdir()) == [path]
+    assert path.read_bytes() == b"old" and list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("error, status, said", [
@@ -400,8 +267,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     (OverflowError("too large"), 2, "too large"), (OSError("disk full"), 1, "disk full"),
     (FloatingPointError("loss is nan"), 1, "loss is nan"), (OSError(), 1, "OSError"),
     (MemoryError(), 1, "--batch-size"), (torch.OutOfMemoryError("CUDA out of memory."), 1, "--n"),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
-     1, "not enough memory"), (None, 0, "")])
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "not enough memory"),
+    (None, 0, "")])
 def test_a_command_ends_with_one_sentence_and_a_status(error, status, said, capsys):
     def run(args: argparse.Namespace) -> None:
         if error is not None:
@@ -413,18 +280,4 @@ def test_a_command_ends_with_one_sentence_and_a_status(error, status, said, caps
     error = RuntimeError("shapes do not match")                 # ours to mend: its traceback stays
     with pytest.raises(RuntimeError, match="shapes"):
         clip_model.run_command(argparse.ArgumentParser(), run, [])
-
-
-def test_a_warning_shows_no_source_line_and_a_full_device_no_traceback():
-    program = ("import argparse, sys, warnings, clip_model\n"
-               "def run(args):\n    warnings.warn('cut')\n    print('ü' * 9)\n"
-               "sys.exit(clip_model.run_command(argparse.ArgumentParser(), run, []))")
-    done = {}
-    for name, device in (("fine", "/dev/null"), ("full", "/dev/full")):
-        with open(device, "w") as stdout:
-            done[name] = subprocess.run(
-                [sys.executable, "-c", program], stdout=stdout, stderr=subprocess.PIPE, text=True,
-                cwd=Path(clip_model.__file__).parent, env={"PYTHONIOENCODING": "ascii"})
-    assert (done["fine"].returncode, done["fine"].stderr) == (0, "cut\n")
-    assert done["full"].returncode == 1 and "No space left" in done["full"].stderr
-    assert done["full"].stderr.count("\n") == 2
+    assert warnings.formatwarning("cut", UserWarning, "a.py", 3) == "cut\n"    # no source line

@@ -11,6 +11,7 @@ import random
 import sys
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 import clip_model
-from clip_model import read_tensors, write_weights
+from clip_model import read_weights, write_weights
 
 TOLERANCE = 1e-5
 
@@ -93,7 +94,6 @@ def assert_same_embeddings(ours: clip_model.CLIP, theirs: nn.Module, size: int) 
 
 # ---------------------------------------------------------------- towers and layouts
 
-
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
 def test_towers_equal_openais_own_code(tower, activation, tmp_path):
@@ -109,15 +109,13 @@ def test_towers_equal_openais_own_code(tower, activation, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tower", ["ViT-B/32", "RN50"])
-def test_full_size_towers_equal_openais_own_code(tower, tmp_path):
-    sizes = {"embed_dim": 512 if tower == "ViT-B/32" else 1024, "context_length": 77,
-             "vocab_size": 49408, "transformer_width": 512, "transformer_heads": 8,
-             "transformer_layers": 12, "image_resolution": 224}
-    sizes |= ({"vision_layers": 12, "vision_width": 768, "vision_patch_size": 32}
-              if tower == "ViT-B/32" else
-              {"vision_layers": (3, 4, 6, 3), "vision_width": 64, "vision_patch_size": None})
-    theirs = openai_model("vit" if tower == "ViT-B/32" else "resnet", **sizes)
+@pytest.mark.parametrize("tower, sizes", [
+    ("vit", {"embed_dim": 512, "vision_layers": 12, "vision_width": 768, "vision_patch_size": 32}),
+    ("resnet", {"embed_dim": 1024, "vision_layers": (3, 4, 6, 3), "vision_width": 64})])
+def test_full_size_towers_equal_openais_own_code(tower, sizes, tmp_path):
+    text = {"context_length": 77, "vocab_size": 49408, "transformer_width": 512,
+            "transformer_heads": 8, "transformer_layers": 12}
+    theirs = openai_model(tower, image_resolution=224, **sizes, **text)
     torch.save(theirs.state_dict(), tmp_path / "w.pt")
     assert_same_embeddings(clip_model.load(tmp_path / "w.pt", activation="quick_gelu"), theirs, 224)
 
@@ -165,7 +163,6 @@ def test_every_layout_and_wrapper_gives_the_same_model(tmp_path):
                tmp_path / "openclip.pt")
     torch.save({"state_dict": {f"model.{k}": v for k, v in state.items()}, "epoch": 1},
                tmp_path / "lightning.ckpt")
-    torch.save(state, tmp_path / "old.bin", _use_new_zipfile_serialization=False)
     write_weights(tmp_path / "hf.safetensors", in_hugging_faces_layout(state), {"format": "pt"})
     write_weights(tmp_path / "openclip.safetensors", state, {})
     for path in list(tmp_path.iterdir()):
@@ -178,81 +175,45 @@ def test_every_layout_and_wrapper_gives_the_same_model(tmp_path):
     assert not ours.visual.bn1.training and "ResNet" in ours.describe()
 
 
-def openclip_folder(folder: Path, vision: dict, text: dict, pixels: dict) -> Path:
-    config = {"model_cfg": {"embed_dim": 24, "quick_gelu": False, "text_cfg": {"heads": 2} | text,
-                            "vision_cfg": {"layers": 2, "width": 128, "head_width": 32} | vision},
-              "preprocess_cfg": {"mean": clip_model.PIXEL_MEAN, "size": 32,
-                                 "interpolation": "bicubic", "resize_mode": "shortest"} | pixels}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    return folder
-
-
-def hugging_face_folder(folder: Path, vision: dict, text: dict, pixels: dict) -> Path:
-    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "resample": 3}
-    config = {"vision_config": {"num_attention_heads": 4, "hidden_act": "gelu"} | vision,
-              "text_config": {"num_attention_heads": 2, "hidden_act": "gelu"} | text}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "preprocessor_config.json").write_text(json.dumps(
-        sizes | {"do_resize": True, "rescale_factor": 0.00392156862745098} | pixels))
-    return folder
-
-
-def test_settings_beside_the_weights_are_heeded_in_both_forms(tmp_path):
-    state = openai_model("vit", vocab_size=514).state_dict()
-    write_weights(tmp_path / "open_clip_model.safetensors", state, {})
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    half = {"mean": [0.5] * 3, "std": [0.25, 0.5, 1]}
-    for write, names in ((hugging_face_folder, {f"image_{k}": v for k, v in half.items()}),
-                         (openclip_folder, half)):
-        ours = clip_model.load(write(tmp_path, {}, {}, names))
-        config = ours.config
-        assert (config.activation, config.vision_heads, config.text_heads) == ("gelu", 4, 2)
-        pixels = (torch.from_numpy(np.asarray(picture) / 255).float() - 0.5) / torch.tensor(
-            half["std"])
-        assert torch.allclose(ours.embed_pictures([picture]),
-                              ours.embed_images(pixels.permute(2, 0, 1)[None]), atol=1e-6)
-        ours.tokenizer = clip_model.Tokenizer([], 16)
-        clip_model.save(tmp_path / "ours", ours, {})                    # our own files keep them
-        assert clip_model.load(tmp_path / "ours").config == config
-        plain = clip_model.load(write(tmp_path, {}, {}, {}))
-        assert plain.config.pixel_mean == clip_model.PIXEL_MEAN
-        assert plain.fingerprint() != ours.fingerprint()
-
-
-@pytest.mark.parametrize("write, part, name, value", [
-    *((openclip_folder, 2, name, value) for name, value in (
-        ("mean", [0.5, 0.5]), ("std", [1, 0, 1]), ("mean", [1e999] * 3), ("size", 64),
-        ("resize_mode", "squash"), ("interpolation", "bilinear"))),
-    *((openclip_folder, 0, name, value) for name, value in (
-        ("pool_type", "avg"), ("norm_kwargs", {"eps": 1e-6}), ("act_kwargs", {"a": 1}),
-        ("timm_model_name", "vit"), ("image_size", [32, 64]))),
-    *((openclip_folder, 1, name, value) for name, value in (
-        ("no_causal_mask", True), ("pool_type", "last"), ("hf_model_name", "bert"))),
-    *((hugging_face_folder, 2, name, value) for name, value in (
-        ("size", 64), ("crop_size", 64), ("resample", 2),
-        ("do_center_crop", False), ("do_normalize", False), ("rescale_factor", 0.5))),
-    (hugging_face_folder, 0, "layer_norm_eps", 1e-6),
-    (hugging_face_folder, 0, "hidden_act", "relu"),
-    (hugging_face_folder, 1, "hidden_act", "gelu_new")])
-def test_settings_that_are_not_built_here_are_refused(write, part, name, value, tmp_path):
-    write_weights(tmp_path / "open_clip_model.safetensors", openai_model("vit").state_dict(), {})
-    parts = [{}, {}, {}]
-    parts[part][name] = value
-    write(tmp_path, *parts)
-    with pytest.raises(ValueError, match="does not fit a CLIP") as error:
-        clip_model.load(tmp_path)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("kind", ["openclip", "hugging face"])
+@pytest.mark.parametrize("own_pixels", [True, False])
+def test_settings_beside_the_weights_are_heeded_in_both_forms(kind, own_pixels, tmp_path):
+    write_weights(tmp_path / "open_clip_model.safetensors",
+                  openai_model("vit", vocab_size=514).state_dict(), {})
+    mean, std = clip_model.PIXEL_MEAN, clip_model.PIXEL_STD
+    if own_pixels:
+        mean, std = (0.5, 0.5, 0.5), (0.25, 0.5, 1.0)
+    pixels = {"mean": mean, "std": std} if own_pixels else {}
+    if kind == "openclip":
+        files = {"open_clip_config": {"preprocess_cfg": pixels, "model_cfg": {
+            "text_cfg": {"heads": 2}, "vision_cfg": {"width": 128, "head_width": 32}}}}
+    else:
+        files = {"config": {"vision_config": {"num_attention_heads": 4},
+                            "text_config": {"num_attention_heads": 2, "hidden_act": "gelu"}},
+                 "preprocessor_config": {f"image_{key}": value for key, value in pixels.items()}}
+    for name, content in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    ours = clip_model.load(tmp_path)
+    config = ours.config
+    assert (config.activation, config.vision_heads, config.text_heads) == ("gelu", 4, 2)
+    assert (config.pixel_mean, config.pixel_std) == (mean, std)
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    normalised = torch.from_numpy((picture / 255 - mean) / std).float().permute(2, 0, 1)
+    assert torch.allclose(ours.embed_pictures([Image.fromarray(picture)]),
+                          ours.embed_images(normalised[None]), atol=1e-6)
+    ours.tokenizer = clip_model.Tokenizer([], 16)
+    clip_model.save(tmp_path / "ours", ours, {})                        # our own files keep them
+    assert clip_model.load(tmp_path / "ours").config == config
 
 
 def test_shards_and_a_config_of_something_else(tmp_path):
     theirs = openai_model("vit")
     state = in_hugging_faces_layout(theirs.state_dict())
-    where = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(state)}
-    for shard in set(where.values()):
-        write_weights(tmp_path / shard, {n: state[n] for n in state if where[n] == shard}, {})
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    for i in range(2):
+        write_weights(tmp_path / f"model-{i}.safetensors",
+                      {name: state[name] for name in list(state)[i::2]}, {})
     assert_same_embeddings(clip_model.load(tmp_path, activation="quick_gelu"), theirs, 32)
-    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    (tmp_path / "model-1.safetensors").unlink()
     with pytest.raises(ValueError, match="does not fit"):
         clip_model.load(tmp_path)
     write_weights(tmp_path / "w.safetensors", state, {})
@@ -306,8 +267,8 @@ def test_what_is_no_clip_is_refused_with_one_sentence(tmp_path):
     lacking = {name: t for name, t in state.items() if name != "visual.ln_pre.bias"}
     odd = {**state, "ln_final.bias": torch.zeros(3)}
     for wrong, word in ((extra, "ls_1"), (lacking, "ln_pre"), (odd, "ln_final.bias"),
-                        ({"a": torch.zeros(2), "b": torch.zeros(1)}, "token_embedding"),
-                        ({"a": 1}, "no table"), ([1, 2], "no table")):
+                        ({"a": torch.zeros(2)}, "token_embedding"), ({"a": 1}, "token_embedding"),
+                        ([1, 2], "no whole archive")):
         torch.save(wrong, tmp_path / "w.pt")
         with pytest.raises(ValueError, match=word) as error:
             clip_model.load(tmp_path / "w.pt", activation="gelu")
@@ -315,10 +276,12 @@ def test_what_is_no_clip_is_refused_with_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         clip_model.load(tmp_path / "empty")
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(ValueError, match="relu"):
+        clip_model.load(tmp_path / "w.pt", activation="relu")
 
 
 # ---------------------------------------------------------------- archives
-
 
 @pytest.mark.parametrize("tower", ["vit", "resnet"])
 def test_torchscript_archives_load_without_torch_jit(tower, tmp_path, monkeypatch):
@@ -333,7 +296,7 @@ def test_torchscript_archives_load_without_torch_jit(tower, tmp_path, monkeypatc
                        tmp_path / "w.pt")
     monkeypatch.setattr(torch.jit, "load", None)
     monkeypatch.setattr(torch, "load", None)
-    found, metadata = read_tensors(tmp_path / "w.pt")
+    found, metadata = read_weights(tmp_path / "w.pt")
     assert metadata == {"format": "TorchScript"}
     for name, tensor in state.items():
         if "num_batches" not in name:
@@ -355,48 +318,28 @@ class Bomb:
         return (Path.touch, (self.marker,))
 
 
-def archive_of(path: Path, program: bytes) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("top/data.pkl", program)
-    return path
-
-
-def harmless(path: Path, marker: Path) -> None:
-    """It loads with a placeholder or is refused in one sentence; in no case does anything run."""
-    try:
-        read_tensors(path)
-    except ValueError as error:
-        assert "\n" not in str(error)
-    assert not marker.exists()
-
-
 def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "w.pt"
-    bomb = {"a": Bomb(marker), "w": torch.ones(2)}
-    torch.save(bomb, path, _use_new_zipfile_serialization=False)
-    harmless(path, marker)
-    torch.save(bomb, path)
-    harmless(path, marker)
-    assert read_tensors(path)[0].keys() == {"w"}                # what it would have made is missing
+    torch.save({"a": Bomb(marker), "w": torch.ones(2)}, path)
+    assert read_weights(path)[0].keys() == {"w"}               # what it would have made is missing
     touch = f"touch {marker}".encode()
     command = b"X" + len(touch).to_bytes(4, "little") + touch
     system, module, name = b"cposix\nsystem\n", b"X\x05\0\0\0posix", b"X\x06\0\0\0system"
     node = b"c__torch__\nM\n)\x81"                             # a module without attributes
-    programs = {
-        "REDUCE": system + command + b"\x85R.", "NEWOBJ": system + command + b"\x85\x81.",
-        "NEWOBJ_EX": b"\x80\x04" + system + command + b"\x85}\x92.",
-        "INST": b"(" + command + b"iposix\nsystem\n.", "OBJ": b"(" + system + command + b"o.",
-        "STACK_GLOBAL": b"\x80\x04" + module + name + b"\x93" + command + b"\x85R.",
-        "dotted": b"X\x02\0\0\0osX\x0b\0\0\0path.system\x93" + command + b"\x85R.",
-        "EXT": b"\x82\x01" + command + b"\x85R.",
-        "BUILD": node + b"}X\x01\0\0\0a" + system + command + b"\x85Rsb.",
-        "__setstate__": node + b"}X\x0c\0\0\0__setstate__" + system + b"sb" + command + b"b.",
-        "append": node + b"}X\x06\0\0\0extend" + system + b"sb(" + command + b"e.",
-        "BINPERSID": command + system + b"0Q."}
-    for program in programs.values():
-        harmless(archive_of(path, b"\x80\x02" + program), marker)
-        nested = b"\x80\x02}X\x01\0\0\0a" + program[:-1] + b"s."
-        harmless(archive_of(path, nested), marker)
+    programs = [                                               # one per way to call what is named
+        system + command + b"\x85R.", system + command + b"\x85\x81.",
+        b"\x80\x04" + system + command + b"\x85}\x92.",
+        b"(" + command + b"iposix\nsystem\n.", b"(" + system + command + b"o.",
+        b"\x80\x04" + module + name + b"\x93" + command + b"\x85R.",
+        node + b"}X\x01\0\0\0a" + system + command + b"\x85Rsb.",
+        node + b"}X\x0c\0\0\0__setstate__" + system + b"sb" + command + b"b.",
+        node + b"}X\x06\0\0\0extend" + system + b"sb(" + command + b"e."]
+    for program in programs:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("top/data.pkl", b"\x80\x02" + program)
+        with suppress(ValueError):                             # refused, or a placeholder
+            read_weights(path)
+        assert not marker.exists()
 
 
 class Callback:
@@ -410,58 +353,12 @@ def test_what_is_neither_tensor_nor_container_becomes_a_placeholder(tmp_path):
     odd = {"callbacks": {Callback: {}, Callback(): dict}, "path": Path("x"), "kinds": {1, 2},
            "random": np.float64(3), "function": Callback.__init__}
     torch.save({"state_dict": tensors} | odd, tmp_path / "w.pt")
-    found = read_tensors(tmp_path / "w.pt")[0]
+    found = read_weights(tmp_path / "w.pt")[0]
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_tensors_can_not_reach_beyond_their_storage(tmp_path):
-    torch.save({"a": torch.arange(6.0)}, tmp_path / "w.pt")
-    with zipfile.ZipFile(tmp_path / "w.pt") as archive:
-        parts = {info.filename: archive.read(info) for info in archive.infolist()}
-    name = next(name for name in parts if name.endswith("data.pkl"))
-    assert parts[name].count(b"K\x06\x85") == 1                 # the size, (6,)
-    parts[name] = parts[name].replace(b"K\x06\x85", b"K\x07\x85")
-    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
-        for entry, content in parts.items():
-            archive.writestr(entry, content)
-    with pytest.raises(ValueError, match="storage"):
-        read_tensors(tmp_path / "w.pt")
-
-
-@pytest.mark.parametrize("kind", ["safetensors", "zip", "torchscript", "legacy"])
-def test_damaged_files_give_one_sentence_or_the_tensors(kind, tmp_path):
-    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
-    state, path, rng, refused = model.state_dict(), tmp_path / "w", random.Random(0), 0
-    if kind == "safetensors":
-        write_weights(path, state, {"a": "b"})
-    elif kind == "torchscript":
-        torch.jit.save(torch.jit.script(model), path)
-    else:
-        torch.save(state, path, _use_new_zipfile_serialization=kind == "zip")
-    raw = path.read_bytes()
-    assert read_tensors(path)[0].keys() >= state.keys()
-    for i in range(200):
-        damaged, ends = bytearray(raw), min(1000, len(raw))    # the structure is at both ends
-        for _ in range(rng.choice([1, 3])):
-            place = rng.choice([rng.randrange(len(raw)), rng.randrange(ends),
-                                len(raw) - 1 - rng.randrange(ends)])
-            damaged[place] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged[: rng.randrange(len(raw))] if i % 4 == 0 else damaged)
-        try:
-            found = read_tensors(path)[0]
-            assert i % 4 > 0                                   # no cut goes unseen
-            if kind in ("zip", "torchscript"):                 # the others have no checksum
-                assert found.keys() == state.keys()
-                assert all(torch.equal(found[name], state[name]) for name in state)
-        except ValueError as error:
-            refused += 1
-            assert "\n" not in str(error) and str(path) in str(error)
-    assert refused > 60
-
-
 # ---------------------------------------------------------------- the published vocabulary
-
 
 def strings(n: int) -> list[str]:
     """Texts of every awkward kind, n in all."""
@@ -481,8 +378,7 @@ def strings(n: int) -> list[str]:
 
 def test_tokens_equal_the_public_tokenizers_on_20_000_strings():
     theirs = oracle("simple_tokenizer").SimpleTokenizer()
-    where = clip_model.find_vocabulary(Path("/nowhere"))
-    ours = clip_model.read_vocabulary(where)
+    ours = clip_model.published_tokenizer(Path("/nowhere"))
     assert len(ours.words) == clip_model.PUBLISHED_SIZE and ours.ids == theirs.encoder
     assert (ours.start, ours.end) == (49406, 49407)
     for text in strings(20_000):
@@ -490,41 +386,32 @@ def test_tokens_equal_the_public_tokenizers_on_20_000_strings():
 
 
 def test_vocabulary_files_of_both_kinds_give_one_tokenizer(tmp_path):
-    found = clip_model.find_vocabulary(Path("/nowhere"))
-    if found is None:
-        pytest.skip("no CLIP package is installed")
-    whole = clip_model.read_vocabulary(found)
-    lines = gzip.open(found, "rt", encoding="utf-8").read().split("\n")
+    packed = Path(oracle("simple_tokenizer").default_bpe())
+    whole = clip_model.published_tokenizer(packed)
+    lines = gzip.open(packed, "rt", encoding="utf-8").read().split("\n")
     merges = tmp_path / "merges.txt"
     merges.write_text("#version: 0.2\n" + "\n".join(lines[1:48895]) + "\n", "utf-8")
-    assert clip_model.find_vocabulary(tmp_path) == merges
-    assert clip_model.read_vocabulary(merges).ids == whole.ids
-    for content in (b"#version: 0.2\na b\n", found.read_bytes()[:-9], b"\xff\xfe", b""):
-        merges.write_bytes(content)
-        with pytest.raises(ValueError, match="list of"):
-            clip_model.read_vocabulary(merges)
+    assert clip_model.published_tokenizer(tmp_path).ids == whole.ids
+    merges.write_bytes(b"#version: 0.2\na b\n")
+    with pytest.raises(ValueError, match="list of"):
+        clip_model.published_tokenizer(merges)
 
 
-def test_a_vocabulary_is_found_beside_the_weights_or_its_lack_is_said(tmp_path, monkeypatch):
-    theirs = openai_model("vit", vocab_size=49408)
-    torch.save(theirs.state_dict(), tmp_path / "w.pt")
+def test_a_vocabulary_is_found_without_an_import_or_its_lack_is_said(tmp_path, monkeypatch):
+    torch.save(openai_model("vit", vocab_size=49408).state_dict(), tmp_path / "w.pt")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     blind = clip_model.load(tmp_path / "w.pt", activation="gelu")
     assert blind.embed_pictures([Image.new("RGB", (40, 30))]).shape == (1, 24)
-    with pytest.raises(FileNotFoundError, match=clip_model.VOCABULARY):
+    with pytest.raises(ValueError, match=clip_model.VOCABULARY):
         blind.embed_texts(["a cat"])
     monkeypatch.undo()
-    before, modules = set(sys.modules), blind.fingerprint()
+    before = set(sys.modules)
     reading = clip_model.load(tmp_path / "w.pt", activation="gelu")
-    assert not {"clip", "open_clip"} & (set(sys.modules) - before)         # found, not imported
+    assert not {"clip", "open_clip"} & (set(sys.modules) - before)
     assert reading.embed_texts(["a cat", "a much longer text of cats"]).shape == (2, 24)
-    assert reading.fingerprint() == modules
-    with pytest.warns(UserWarning, match="cut"):
-        reading.embed_texts(["cat " * 100])
 
 
 # ---------------------------------------------------------------- pixels
-
 
 def public_transform(picture: Image.Image, size: int) -> np.ndarray:
     """Resize, CenterCrop, convert("RGB") as torchvision's on Pillow pictures, written anew."""
@@ -536,15 +423,13 @@ def public_transform(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(picture.crop((left, top, left + size, top + size)).convert("RGB"))
 
 
-@pytest.mark.parametrize("shape", [(500, 1), (1, 500), (224, 224), (225, 224), (223, 331),
-                                   (64, 1001), (1, 1), (3, 2), (448, 449)])
-@pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_pixels_equal_the_public_transforms(shape, mode, tmp_path):
-    rng = np.random.default_rng(0)
-    array = rng.integers(0, 256, (*shape, 3) if mode == "RGB" else shape, np.uint8)
-    Image.fromarray(array).save(tmp_path / "p.png")
-    found = np.asarray(clip_model.fit_square(clip_model.read_image(tmp_path / "p.png"), 224))
-    assert np.array_equal(found, public_transform(Image.fromarray(array), 224))
+@pytest.mark.parametrize("shape", [(500, 1), (1, 500), (224, 224), (225, 224), (1, 1), (448, 449)])
+def test_pixels_equal_the_public_transforms(shape, tmp_path):
+    for form in (shape, (*shape, 3)):
+        array = np.random.default_rng(0).integers(0, 256, form, np.uint8)
+        Image.fromarray(array).save(tmp_path / "p.png")
+        found = np.asarray(clip_model.fit_square(clip_model.read_image(tmp_path / "p.png"), 224))
+        assert np.array_equal(found, public_transform(Image.fromarray(array), 224))
 
 
 def test_odd_modes_equal_the_stated_order_by_hand(tmp_path):
@@ -568,6 +453,8 @@ def test_odd_modes_equal_the_stated_order_by_hand(tmp_path):
         "clear-palette.png": (palette, {"transparency": 2},
                               np.where((few == 2)[..., None], 255, table[few])),
         "deep.png": (Image.fromarray(deep), {}, np.dstack([deep / 257] * 3)),
+        "key.png": (Image.fromarray(few * 80), {"transparency": 160},
+                    np.where((few == 2)[..., None], 255, np.dstack([few * 80] * 3))),
         "cmyk.tif": (Image.fromarray(cmyk, "CMYK"), {},
                      (255. - cmyk[..., :3]) * (255. - cmyk[..., 3:]) / 255),
         "turned.png": (Image.fromarray(rgb), {"exif": exif}, rgb.transpose(1, 0, 2)[:, ::-1])}

@@ -33,23 +33,19 @@ def mutated(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(raw)
 
 
-def weights_of(kind: str, path) -> None:
-    if kind == "clip":
-        clip_model.save(path, tiny_clip(), {})
-    elif kind == "unet":
-        knn_diffusion.save(path, tiny_unet(), {})
-    elif kind == "vqvae":
-        vqvae.save(path, vqvae.VQVAE(vqvae.VQVAEConfig(channels=8, norm_groups=4, n_codes=8)), {})
-    else:
-        torch.save({"state_dict": tiny_clip().state_dict()}, path)
+WEIGHTS = {
+    "clip": (lambda path: clip_model.save(path, tiny_clip(), {}), clip_model.load),
+    "archive": (lambda path: torch.save({"state_dict": tiny_clip().state_dict()}, path),
+                lambda path: clip_model.load(path, activation="gelu")),
+    "unet": (lambda path: knn_diffusion.save(path, tiny_unet(), {}), knn_diffusion.load),
+    "vqvae": (lambda path: vqvae.save(path, vqvae.VQVAE(vqvae.VQVAEConfig(
+        channels=8, norm_groups=4, n_codes=8)), {}), vqvae.load)}
 
 
-@pytest.mark.parametrize("kind, load", [
-    ("clip", clip_model.load), ("unet", knn_diffusion.load), ("vqvae", vqvae.load),
-    ("archive", lambda path: clip_model.load(path, activation="gelu"))])
-def test_damaged_weights_are_refused_or_finite(tmp_path, kind, load):
-    path, rng = tmp_path / "w", np.random.default_rng(0)
-    weights_of(kind, path)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_damaged_weights_are_refused_or_finite(tmp_path, kind):
+    path, rng, (save, load) = tmp_path / "w", np.random.default_rng(0), WEIGHTS[kind]
+    save(path)
     sound, refused = path.read_bytes(), 0
     for _ in range(500):
         path.write_bytes(mutated(sound, rng))
