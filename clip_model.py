@@ -31,7 +31,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -401,9 +401,14 @@ def read_image(path: AnyPath) -> Image.Image:
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Turned as EXIF says, 16-bit grey scaled to 8 bits, transparency on white, then RGB."""
-    picture = ImageOps.exif_transpose(picture)
+    picture = picture.copy()
+    with suppress(Exception):  # EXIF's other tags, if broken, have no say over pixels
+        ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I;16"):
-        picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
+        grey, transparent = np.asarray(picture), picture.info.get("transparency")
+        grey = np.where(grey == transparent, 255, (grey / 257).round())
+        picture = Image.fromarray(grey.astype(np.uint8))
+    require(picture.mode not in ("I", "F"), f"mode {picture.mode} does not say its range")
     if picture.has_transparency_data:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture.convert("RGBA"))
@@ -443,6 +448,11 @@ HUGGING_FACE = (                               # their names and OpenAI's, piece
     ("post_layernorm", "ln_post"), ("final_layer_norm", "ln_final"), ("self_attn", "attn"),
     ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("fc1", "c_fc"), ("fc2", "c_proj"),
     ("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
+ONLY = {  # other settings that change the numbers, and the values built here
+    "layer_norm_eps": (1e-5,), "pool_type": ("tok", "argmax"), "no_causal_mask": (False,),
+    "norm_kwargs": ({},), "act_kwargs": ({},), "resize_mode": ("shortest",), "resample": (3,),
+    "interpolation": ("bicubic",), "do_resize": (True,), "do_center_crop": (True,),
+    "do_normalize": (True,), "do_rescale": (True,)}
 HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # OpenCLIP's H, g, bigG image towers; else 64
 VOCABULARY, PUBLISHED_SIZE, N_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49408, 48894
 
@@ -496,7 +506,8 @@ def sizes_from_shapes(tensors: Tensors) -> dict[str, object]:
 
 
 def settings_beside(folder: Path) -> dict[str, object]:
-    """ClipConfig's fields that the files of OpenCLIP or Hugging Face in a folder tell."""
+    """ClipConfig's fields that the files of OpenCLIP or Hugging Face in a folder tell. Raises
+    ValueError for what is not built here."""
     def table(name: str) -> dict:
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
 
@@ -507,6 +518,9 @@ def settings_beside(folder: Path) -> dict[str, object]:
     if not (vision and text):  # of another model
         return {}
     pixels = openclip.get("preprocess_cfg") or table("preprocessor_config.json")
+    for name, value in [*vision.items(), *text.items(), *pixels.items()]:
+        require(value is None or value in ONLY.get(name, (value,)),
+                f"its {name} is {value}, which is not built here")
     said = {"vision_heads": vision.get("num_attention_heads"),
             "text_heads": text.get("heads", text.get("num_attention_heads")),
             "pixel_mean": tuple(pixels.get("mean") or pixels.get("image_mean") or PIXEL_MEAN),
@@ -762,18 +776,24 @@ def replacing(path: AnyPath) -> Iterator[io.BufferedIOBase]:
     is gone when not: a reader sees the old file or the new one, whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".part", dir=path.parent) as folder:
-        with open(Path(folder) / path.name, "wb") as file:
-            yield file
-        os.replace(file.name, path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".part", dir=path.parent) as folder:
+            with open(Path(folder) / path.name, "wb") as file:
+                yield file
+            os.replace(file.name, path)
+    except (OSError, RuntimeError) as error:  # torch.save's on a full disk
+        raise OSError(f"{path} could not be written: {reason(error)}") from None
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list | None = None) -> int:
     """Parse a script's arguments and run it. The exit status: 0 done, 2 bad input, 1 anything else,
     said in one sentence on stderr."""
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # without its source line
+    if hasattr(sys.stdout, "reconfigure"):  # no text is lost for a terminal's narrow alphabet
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(parser.parse_args(argv))
+        sys.stdout.flush()
         return 0
     except (ValueError, OverflowError, FileNotFoundError) as error:
         said, status = reason(error), 2

@@ -151,6 +151,19 @@ def test_a_cut_text_keeps_its_end_token_and_warns():
 
 # ---------------------------------------------------------------- pictures
 
+def test_transparency_goes_on_white_deep_grey_is_scaled_and_exif_turns(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.array([[0, 1000, 40000, 65535]], np.uint16))
+    deep.save(tmp_path / "deep.png", transparency=1000)
+    found = np.asarray(read_image(tmp_path / "deep.png"))[0]
+    assert found.tolist() == [[grey] * 3 for grey in (0, 255, 156, 255)]
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x02\0" + struct.pack(                # a FLOAT as width
+        "<HHIfHHII4x", 0x100, 11, 1, 8.0, 0x112, 3, 1, 6)                     # turn by 90 degrees
+    Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
+    assert read_image(tmp_path / "turned.jpg").size == (4, 8)
+
+
 def test_what_a_file_says_of_its_mode_ends_with_it_and_the_callers_picture_stays(tmp_path):
     Image.new("CMYK", (8, 4)).save(tmp_path / "p.jpg", icc_profile=bytes(128))
     with Image.open(tmp_path / "p.jpg") as picture:

@@ -206,6 +206,21 @@ def test_settings_beside_the_weights_are_heeded_in_both_forms(kind, own_pixels, 
     assert clip_model.load(tmp_path / "ours").config == config
 
 
+@pytest.mark.parametrize("part, name, value", [
+    ("vision_cfg", "norm_kwargs", {"eps": 1e-6}), ("vision_cfg", "layer_norm_eps", 1e-6),
+    ("text_cfg", "no_causal_mask", True), ("text_cfg", "pool_type", "last"),
+    ("text_cfg", "hidden_act", "relu"), ("preprocess_cfg", "resize_mode", "squash")])
+def test_settings_that_are_not_built_here_are_refused(part, name, value, tmp_path):
+    write_weights(tmp_path / "open_clip_model.safetensors", openai_model("vit").state_dict(), {})
+    parts = {"vision_cfg": {"width": 128}, "text_cfg": {"heads": 2}, "preprocess_cfg": {}}
+    parts[part][name] = value
+    file = tmp_path / ("config.json" if name == "hidden_act" else "open_clip_config.json")
+    pixels = parts.pop("preprocess_cfg")
+    file.write_text(json.dumps(parts | {"model_cfg": parts, "preprocess_cfg": pixels}))
+    with pytest.raises(ValueError, match="does not fit a CLIP"):
+        clip_model.load(tmp_path)
+
+
 def test_shards_and_a_config_of_something_else(tmp_path):
     theirs = openai_model("vit")
     state = in_hugging_faces_layout(theirs.state_dict())
