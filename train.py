@@ -29,7 +29,7 @@ import sys
 import time
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,6 +127,12 @@ def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     others = [p for name, p in model.named_parameters() if name not in inside]
     return [Muon(list(inside.values()), lr=lr, weight_decay=0.01),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+
+
+def on_device(inputs: Iterable[Tensor], device: torch.device) -> list[Tensor]:
+    """Pictures, uint8 (B, S, S, 3), as x; all others as they are. Bytes are copied, not floats."""
+    return [to_x(each, device) if each.dtype == torch.uint8 else each.to(device)
+            for each in inputs]
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
@@ -248,7 +254,7 @@ class Run:
         total = 0
         for batch in zip(*(each.split(self.args.batch_size) for each in inputs)):
             with autocast(self.args.device, self.args.bf16):
-                loss = loss_of(model, *(each.to(self.args.device) for each in batch))
+                loss = loss_of(model, *on_device(batch, self.args.device))
             loss = loss * (len(batch[0]) / len(inputs[0]))
             if loss.requires_grad:
                 loss.backward()
@@ -306,7 +312,7 @@ def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False)
     ValueError; with `skip` it is said and left out."""
     def read(name):
         try:
-            return [clip_model.fit_square(clip_model.read_image(folder / name), size)]
+            return [clip_model.fit_square(clip_model.read_image(folder / name, 2 * size), size)]
         except ValueError as error:
             require(skip, str(error))
             print(f"skipped: {error}", file=sys.stderr)
@@ -373,12 +379,12 @@ def train_vqvae(args: argparse.Namespace) -> None:
     def look(step):
         x = to_x((tests if len(tests) else pictures)[:12], device)
         run.save_grid(step, [x, run.ema(x)[0]])
-        return run.loss(run.ema, loss_of, to_x(tests)) if len(tests) else None
+        return run.loss(run.ema, loss_of, torch.from_numpy(tests)) if len(tests) else None
 
     for step, seeded in run.steps(look):
         if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:       # codes settle in the end
             revive(step)
-        loss = run.loss(model, loss_of, to_x(draw(run.n, seeded)))
+        loss = run.loss(model, loss_of, torch.from_numpy(draw(run.n, seeded)))
         run.advance(step, loss, decay=0.999)
 
 
@@ -404,9 +410,10 @@ class Data:
         return self.batch(self.rows[torch.randint(len(self.rows), (n,), generator=seeded).numpy()])
 
     def batch(self, rows: np.ndarray) -> list[Tensor]:
-        """Of rows (B,): x_0; the query float32 (B, E); kNN(query) (B, K, E); I_manip, if any."""
+        """Of rows (B,): x_0 as it is kept; the query float32 (B, E); kNN(query) (B, K, E); I_manip
+        where something is edited."""
         found = [self.x0[rows % len(self.x0)], *(each[rows] for each in self.manipulated)]
-        x0, *picture = [to_x(each) if each.ndim == 4 else torch.from_numpy(each).long()
+        x0, *picture = [torch.from_numpy(each if each.ndim == 4 else each.astype(np.int64))
                         for each in found]
         query, near = self.queries[rows], self.database[self.neighbors[rows]]
         return [x0, torch.from_numpy(query).float(), torch.from_numpy(near).float(), *picture]
@@ -446,7 +453,7 @@ def samples(args: argparse.Namespace, model: nn.Module, data: Data, sample: Call
             ) -> list[Tensor]:
     """x_0, I_manip if any, and what is drawn for them, of twelve rows from all over."""
     rows = np.arange(12) * (len(data.queries) // 13)      # of 12 some would be of one picture
-    x0, query, neighbors, *picture = [each.to(args.device) for each in data.batch(rows)]
+    x0, query, neighbors, *picture = on_device(data.batch(rows), args.device)
     query = None if args.condition == "neighbors" else query
     neighbors = None if args.condition == "query" else neighbors
     with autocast(args.device, args.bf16):
@@ -476,10 +483,14 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
 
     def draw_noise(x0, seeded):
         t = torch.randint(1, T + 1, (len(x0),), generator=seeded)
-        return t, torch.randn(x0.shape, generator=seeded)                  # ε
+        return t, torch.randn(len(x0), 3, *x0.shape[1:3], generator=seeded)          # ε
 
-    def loss_of(model, *inputs):
-        return knn_diffusion.diffusion_loss(model, schedule, *inputs)
+    def loss_of(model, x0, query, neighbors, t, eps, drop_query, drop_neighbors, *edited):
+        picture, *is_null = edited or [None]
+        if is_null:
+            picture = picture.masked_fill(is_null[0][:, None, None, None], 0)        # null: grey
+        return knn_diffusion.diffusion_loss(model, schedule, x0, query, neighbors, t, eps,
+                                            drop_query, drop_neighbors, picture)
 
     def look(step):
         run.save_grid(step, samples(args, run.ema, data, knn_diffusion.sample))
@@ -492,13 +503,11 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
         if args.flip:                         # the embeddings stay those of the unflipped picture
             is_flipped = torch.rand(run.n, generator=seeded) < 0.5
             for x in (x0, *picture):
-                x[is_flipped] = x[is_flipped].flip(-1)
+                x[is_flipped] = x[is_flipped].flip(2)
         if args.query_noise:
             query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
-        for x, is_null in zip(picture, drop_picture):
-            x[is_null] = 0                                                 # a null picture is grey
         loss = run.loss(model, loss_of, x0, query, neighbors, t, eps, drop_query, drop_neighbors,
-                        *picture)
+                        *picture, *drop_picture)
         run.advance(step, loss, decay=0.9995)
 
 

@@ -164,6 +164,17 @@ def test_transparency_goes_on_white_deep_grey_is_scaled_and_exif_turns(tmp_path)
     assert read_image(tmp_path / "turned.jpg").size == (4, 8)
 
 
+def test_a_jpeg_that_is_read_smaller_is_turned_and_shows_the_same(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x112] = 6                                                        # a quarter turn
+    picture.resize((800, 600), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", exif=exif)
+    slow, quick = (read_image(tmp_path / "a.jpg", least) for least in (0, 128))
+    assert slow.size == (600, 800) and quick.size == (150, 200)
+    slow, quick = (np.asarray(clip_model.fit_square(each, 64), int) for each in (slow, quick))
+    assert np.abs(slow - quick).mean() < 3
+
+
 def test_what_a_file_says_of_its_mode_ends_with_it_and_the_callers_picture_stays(tmp_path):
     Image.new("CMYK", (8, 4)).save(tmp_path / "p.jpg", icc_profile=bytes(128))
     with Image.open(tmp_path / "p.jpg") as picture:

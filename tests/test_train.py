@@ -1,9 +1,11 @@
 """train.py: shared stages, caches, resume, what a training may see."""
 
+import argparse
 import math
 import os
 import shutil
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 import torch
 from conftest import UNET_CONFIG, tiny_unet, write_pictures
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clip_model
 import index as retrieval
@@ -226,6 +229,55 @@ def test_weights_are_the_average_numbered_and_samples_are_drawn(world, tmp_path)
                      "safetensors")) for i in (2, 4, 5)]
     grid = Image.open(tmp_path / "a" / "samples" / "0000002.png")
     assert grid.size == (12 * 18 + 2, 2 * 18 + 2)                          # pictures above samples
+
+
+class ReadBacks(TorchDispatchMode):
+    """Counts the numbers that are read out of tensors; a GPU would be waited for."""
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func.overloadpacket is torch.ops.aten._local_scalar_dense
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("edits", [False, True])
+@BACKBONES
+def test_a_step_copies_no_float_picture_mixes_no_devices_and_reads_back_once(
+        what, edits, tmp_path, monkeypatch):
+    """On the meta device numbers can't be read, nor other devices' tensors be used."""
+    copied, losses, on_device = [], [], train.on_device
+    monkeypatch.setattr(train, "on_device", lambda inputs, device: (
+        copied.append([each.dtype for each in inputs if each.ndim == 4]),
+        on_device(inputs, device))[1])
+    monkeypatch.setattr(train, "take_step", lambda *given: losses.append(given[2]) or (1.0, 1.0))
+    monkeypatch.setattr(train, "muon_and_adam", lambda *_: [])
+    monkeypatch.setattr(train, "autocast", lambda *_: nullcontext())
+    monkeypatch.setattr(train.Run, "save", lambda *_: None)
+    monkeypatch.setattr(train, "samples", lambda *_: [])
+    monkeypatch.setattr(train.Run, "save_grid", lambda *_: None)
+    args = argparse.Namespace(
+        what=what, data="", out=tmp_path, device=torch.device("meta"), bf16=False, steps=2, lr=1e-3,
+        batch_size=3, accumulate=2, seed=0, preset="tiny", resume=False, weights=None, command="",
+        minutes=1, save_every=9, keep=False, condition="both", flip=True, query_noise=1.0)
+    rng = np.random.default_rng(0)
+    x0 = rng.integers(0, 16, (20, 16, 16, 3) if what == "continuous" else (20, 64))
+    x0 = x0.astype(np.uint8 if what == "continuous" else np.int32)
+    data = train.Data(x0, rng.normal(size=(20, 16)), np.zeros((20, 3), int),
+                      rng.normal(size=(20, 16)), [x0] * edits)
+    if what == "continuous":
+        train.train_continuous(args, tiny_unet(edit=edits), data, {})
+        assert copied == [[torch.uint8, torch.float32, *[torch.uint8] * edits]] * 4      # x_0, ε
+    else:
+        config = replace(TINY_TRANSFORMER, edit=edits)
+        train.train_discrete(args, knn_diffusion.TokenTransformer(config), data, None, {})
+    assert len(losses) == 2 and all(loss.is_meta for loss in losses)
+    monkeypatch.undo()
+    model = tiny_unet().requires_grad_(True)
+    loss = sum(p.square().sum() for p in model.parameters())
+    loss.backward()
+    with ReadBacks() as count:
+        train.take_step(model, train.muon_and_adam(model, 1e-3)[:1], loss, 1e-3)
+    assert count.n <= 2                                  # one list of two numbers
 
 
 # ---------------------------------------------------------------- what a training may see
