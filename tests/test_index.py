@@ -1,7 +1,6 @@
 """index.py: search, self-exclusion, files, command."""
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -11,8 +10,6 @@ from PIL import Image
 
 import clip_model
 import index as retrieval
-
-CPU = torch.device("cpu")
 
 
 def make(tmp_path, rows, name="idx", **options):
@@ -31,11 +28,10 @@ def brute_force(index, queries, k):
     return np.take_along_axis(scores, ids, 1), ids
 
 
-@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "f16", "f32"])
+@pytest.fixture(params=[torch.bfloat16, torch.float32], ids=["bf16", "f32"])
 def scan_dtype(request, monkeypatch):
-    """Every precision of the scan, whatever this processor multiplies."""
+    """Both precisions of a CPU's scan, whatever this one multiplies natively."""
     monkeypatch.setattr(retrieval, "scan_dtype", lambda device: request.param)
-    return request.param
 
 
 def problem(rng):
@@ -70,34 +66,45 @@ def test_search_equals_a_float64_sort_on_100_problems(tmp_path, scan_dtype):
         assert np.allclose(scores.numpy(), wanted_scores, atol=1e-6)
 
 
-def test_the_definition_and_the_scan_agree_where_the_scan_is_used(tmp_path, scan_dtype,
-                                                                  monkeypatch):
+@pytest.mark.parametrize("n", [5003, 5 * 1024 + 3])                        # 3: no whole group
+def test_the_scan_proves_the_ids_of_the_definition_where_it_is_used(tmp_path, scan_dtype,
+                                                                    monkeypatch, n):
     """Enough rows for it; blocks smaller than the index; a tail that fills no group."""
     monkeypatch.setattr(retrieval, "BLOCK", 1024)
-    rng, calls = np.random.default_rng(1), []
-    index = make(tmp_path, rng.normal(size=(5003, 32)))
-    real = retrieval.scan
-    monkeypatch.setattr(retrieval, "scan", lambda *given, **more: (
-        calls.append(1), real(*given, **more))[1])
-    queries = torch.from_numpy(rng.normal(size=(50, 32)))
-    scores, ids = index.search(queries, 4)
-    assert calls
-    wanted = retrieval.exact_search(index.rows, retrieval.unit(queries, "a query"), 4)
+    rng, proved, real = np.random.default_rng(1), [], retrieval.scan
+    index = make(tmp_path, rng.normal(size=(n, 256)))
+
+    def watched(*given):
+        found = real(*given)
+        proved.append(found[2].float().mean())
+        return found
+
+    monkeypatch.setattr(retrieval, "scan", watched)
+    queries = torch.from_numpy(rng.normal(size=(50, 256)))
+    queries[0] = torch.from_numpy(index.rows[n - 1])                       # a row of the tail
+    scores, ids = index.search(queries, 3)
+    assert (ids.numpy() == brute_force(index, queries, 3)[1]).all() and ids[0, 0] == n - 1
+    wanted = retrieval.exact_search(index.rows, retrieval.unit(queries, "a query"), 3)
     assert torch.equal(ids, wanted[1]) and torch.equal(scores, wanted[0].float())
-    monkeypatch.setattr(retrieval, "RESIDENT_BYTES", 0)                    # larger than memory
-    again = retrieval.open_index(tmp_path / "idx").search(queries, 4)
-    assert torch.equal(again[1], ids)
+    assert proved[0] > 0.9
+
+
+def test_what_the_scan_cannot_prove_is_searched_as_defined(tmp_path, scan_dtype):
+    """Rows that differ by less than the bound."""
+    rng = np.random.default_rng(2)
+    index = make(tmp_path, rng.normal(size=(1, 64)) + 1e-3 * rng.normal(size=(3000, 64)))
+    queries = torch.from_numpy(index.rows[:5]).float()
+    assert not retrieval.scan(index.rows, queries.double(), 1)[2].any()
+    assert (index.search(queries, 1)[1].numpy() == brute_force(index, queries, 1)[1]).all()
 
 
 def test_a_query_of_any_norm_and_type_finds_the_same(tmp_path):
     index = make(tmp_path, np.random.default_rng(0).normal(size=(300, 16)))
     query = torch.randn(2, 16, generator=torch.Generator().manual_seed(0))
     scores, ids = index.search(query, 5)
-    for same in (1e19 * query, 1e-13 * query, query.double() * 1e200):
+    for same in (1e19 * query, 1e-13 * query.double()):
         found = index.search(same, 5)
         assert torch.equal(found[1], ids) and torch.allclose(found[0], scores)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(index.search(query, 5)[1], ids)
     half = index.search(query.half(), 5)[0]
     assert half.dtype == torch.float32 and torch.allclose(half, scores, atol=1e-3)
 
@@ -129,10 +136,10 @@ def test_a_row_is_excluded_by_its_id_among_duplicates(tmp_path):
     assert all(i not in row for i, row in enumerate(everything.tolist()))
 
 
-def test_a_large_k_gives_all_rows(tmp_path):
+def test_a_large_k_gives_all_rows_and_none_is_none(tmp_path):
     index = make(tmp_path, np.eye(5))
-    scores, ids = index.search(torch.ones(2, 5), 10**6)
-    assert ids.shape == (2, 5) and index.search(torch.ones(2, 5), 0)[1].shape == (2, 0)
+    assert index.search(torch.ones(2, 5), 10**6)[1].shape == (2, 5)
+    assert index.search(torch.ones(2, 5), 0, exclude=torch.arange(2))[1].shape == (2, 0)
 
 
 def test_the_table_is_every_rows_search_kept_and_made_anew_where_stale(tmp_path):
@@ -160,44 +167,45 @@ def clusters(n=3000, dim=16, seed=0):
     return centres[rng.integers(0, 30, n)] + 0.3 * rng.normal(size=(n, dim))
 
 
-def test_all_lists_probed_is_exact_and_few_are_nearly(tmp_path, scan_dtype):
+def test_all_lists_probed_is_exact_and_few_are_nearly(tmp_path):
     index = make(tmp_path, clusters(), n_lists=40)
     queries = torch.from_numpy(clusters(60, seed=1)).float()
-    exact = index.search(queries, 5)
-    assert torch.equal(index.search(queries, 5, nprobe=40)[1], exact[1])
+    exact = index.search(queries, 5)[1]
+    assert torch.equal(index.search(queries, 5, nprobe=40)[1], exact)
     near = index.search(queries, 5, nprobe=8)[1]
-    hits = (near[:, :, None] == exact[1][:, None]).any(1).float().mean()
+    hits = (near[:, :, None] == exact[:, None]).any(1).float().mean()
     assert 0.9 < hits <= 1
-    own = index.search(torch.from_numpy(index.rows[:50]).float(), 3, nprobe=8,
-                       exclude=torch.arange(50))[1]
+    own = index.search(torch.from_numpy(index.rows[:50]), 3, nprobe=8, exclude=torch.arange(50))[1]
     assert all(i not in row for i, row in enumerate(own.tolist()))
 
 
-def test_only_rows_of_the_probed_lists_come_back(tmp_path):
+def test_the_best_rows_of_the_probed_lists_come_back(tmp_path):
     index = make(tmp_path, clusters(), n_lists=20)
     query = torch.from_numpy(clusters(1, seed=2)).float()
-    lists = index.lists
-    nearest = (torch.nn.functional.normalize(query, dim=1) @ lists.centroids.T).argmax()
-    members = set(lists.order[lists.offsets[nearest]:lists.offsets[nearest + 1]].tolist())
+    centroids, order, offsets = index.lists
+    c = (query @ centroids.T).argmax()
+    members = order[offsets[c]:offsets[c + 1]].numpy()
+    ranks = np.argsort(-(index.rows[members].astype(np.float64) @ query[0].double().numpy()))
     assert len(members) >= 6
-    assert set(index.search(query, 3, nprobe=1)[1][0].tolist()) <= members
+    assert index.search(query, 5, nprobe=1)[1][0].tolist() == members[ranks[:5]].tolist()
 
 
 def test_lists_that_hold_too_few_rows_are_made_up_for(tmp_path):
     index = make(tmp_path, clusters(400), n_lists=100)
-    scores, ids = index.search(torch.from_numpy(clusters(3, seed=3)).float(), 50, nprobe=2)
-    assert all(len(set(row)) == 50 for row in ids.tolist()) and torch.isfinite(scores).all()
+    queries = torch.from_numpy(clusters(3, seed=3)).float()
+    assert (index.search(queries, 350, nprobe=2)[1].numpy() == brute_force(index, queries, 350)[1]
+            ).all()
 
 
-def test_kmeans_finds_separated_centres_and_restarts_empty_lists():
-    centres = torch.eye(6)
-    rows = torch.nn.functional.normalize(
-        centres.repeat_interleave(50, 0) + 0.05 * torch.randn(300, 6), dim=1)
-    found = retrieval.spherical_kmeans(rows, 24, iterations=20)
-    assert (found @ centres.T).amax(0).min() > 0.95
-    assert torch.allclose(found.norm(dim=1), torch.ones(24), atol=1e-5)
-    same = retrieval.spherical_kmeans(torch.eye(2).repeat(50, 1), 5)
-    assert torch.isfinite(same).all()
+def test_kmeans_finds_separated_centres_and_lists_hold_their_own(tmp_path):
+    """Six directions, 24 lists: some end up empty and do no harm."""
+    noise = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    rows = make(tmp_path, torch.eye(6).repeat_interleave(50, 0) + 0.05 * noise).rows
+    centroids, order, offsets = retrieval.make_lists(rows, 24, iterations=20)
+    assert centroids.amax(0).min() > 0.95 and torch.isfinite(centroids).all()
+    nearest = (torch.from_numpy(rows[:]).float() @ centroids.T).argmax(1)
+    assert torch.equal(nearest[order], torch.arange(24).repeat_interleave(offsets.diff()))
+    assert torch.equal(order.sort().values, torch.arange(300))
 
 
 def test_two_builds_are_the_same_bytes(tmp_path):
@@ -217,7 +225,6 @@ def test_rows_on_disk_are_plain_unit_norm_float16(tmp_path):
     assert np.allclose(np.linalg.norm(rows.astype(np.float64), axis=1), 1, atol=1e-3)
     tiny = make(tmp_path, 1e-13 * np.eye(4), "tiny")
     assert torch.equal(tiny.search(torch.eye(4), 1)[1][:, 0], torch.arange(4))
-    assert len(repr(index)) < 200
     for bad in (np.zeros((1, 4)), np.full((1, 4), np.nan), np.zeros((0, 4))):
         with pytest.raises(ValueError):
             make(tmp_path, bad, "bad")
@@ -277,9 +284,7 @@ def test_shards_are_searched_where_they_are_in_the_order_of_their_numbers(tmp_pa
     assert (index.rows[:] == rows).all() and not (index.folder / "embeddings.npy").exists()
     ids = np.array([[59, 3], [10, 10]])
     assert (index.rows[ids] == rows[ids]).all() and (index.rows[7:23] == rows[7:23]).all()
-    for bad in ([60], [-1], [0.5]):
-        with pytest.raises(IndexError):
-            index.rows[np.array(bad)]
+    assert len(np.asarray(index.rows)) == 60                               # it ends by IndexError
     (tmp_path / "emb" / "img_emb_11.npy").unlink()
     with pytest.raises(ValueError, match="damaged"):
         retrieval.open_index(tmp_path / "idx")
@@ -287,12 +292,16 @@ def test_shards_are_searched_where_they_are_in_the_order_of_their_numbers(tmp_pa
 
 def test_a_folder_that_is_no_index_is_left_alone(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "manifest.json").write_text("{}")
+    (tmp_path / "mine" / "diary.txt").write_text("dear")
     np.save(tmp_path / "rows.npy", np.eye(4, dtype=np.float32))
     argv = ["build", "--embeddings", str(tmp_path / "rows.npy"), "--out", str(tmp_path / "mine")]
     assert retrieval.main(argv) == 2
-    assert "neither an empty folder nor an index" in capsys.readouterr().err
-    assert (tmp_path / "mine" / "manifest.json").read_text() == "{}"
+    assert "neither new nor an index" in capsys.readouterr().err
+    index = make(tmp_path, np.eye(4))
+    (index.folder / "diary.txt").write_text("dear")
+    assert retrieval.main([*argv[:-1], str(index.folder)]) == 2
+    assert len(retrieval.open_index(index.folder)) == 4
+    assert retrieval.main([*argv[:-1], str(tmp_path)]) == 2                # the rows' own folder
 
 
 def test_a_failed_build_keeps_the_old_index(tmp_path, monkeypatch):
@@ -301,8 +310,8 @@ def test_a_failed_build_keeps_the_old_index(tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
-    with pytest.raises(OSError, match="idx could not be written: .*no space left"):
+    monkeypatch.setattr(retrieval, "write_array_header_1_0", full)
+    with pytest.raises(OSError, match="could not be written: .*no space left"):
         make(tmp_path, np.eye(5))
     assert len(retrieval.open_index(index.folder)) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["idx"]
@@ -330,15 +339,13 @@ def test_build_finds_all_pictures_and_says_what_it_left_out(pictures, capsys):
     out = pictures / "runs" / "idx"
     assert retrieval.main(["build", str(pictures / "pics"), "--clip",
                            str(pictures / "clip.safetensors"), "--out", str(out)]) == 0
-    errors = capsys.readouterr().err
-    assert "broken.png" in errors and ".heic" in errors
+    said, errors = capsys.readouterr()
+    assert "7 rows of 16" in said and "1 files skipped, 1 of other kinds never tried" in said
+    assert "broken.png" in errors
     index = retrieval.open_index(out)
     assert sorted(index.paths) == ["000.png", "001.png", "002.png", "003.png", "a.avif",
                                    "linked/000.png", "linked/001.png"]
     assert None not in retrieval.neighbor_pictures(index, list(range(7)))
-    assert retrieval.main(["build", "--embeddings", str(out), "--out",
-                           str(pictures / "lists"), "--ivf", "3"]) == 0
-    assert None not in retrieval.neighbor_pictures(retrieval.open_index(pictures / "lists"), [0])
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["rows"] == 7 and manifest["encoder_hash"] == clip_model.load(
         pictures / "clip.safetensors").fingerprint()
@@ -353,19 +360,17 @@ def test_search_prints_rank_score_row_path(world, tmp_path, capsys):
     assert float(lines[0][1]) > 0.999 and Image.open(tmp_path / "n.png").width > 3 * 90
     assert retrieval.main([*argv, "red"]) == 0
     assert retrieval.main([*argv, "004.png"]) == 2                         # a mistyped picture
-    assert "no picture at 004.png" in capsys.readouterr().err
-    for extra in ([picture, "--out", picture], [""], ["red", "--k", "-1"],
-                  ["red", "--out", str(tmp_path / "none" / "x.png")]):
-        before = os.path.getsize(picture)
+    assert "'004.png' is neither a text nor a picture" in capsys.readouterr().err
+    for extra in ([""], ["red", "--k", "-1"], ["red", "--nprobe", "0"]):
         assert retrieval.main([*argv, *extra]) == 2
-        assert capsys.readouterr().err.count("\n") == 1 and os.path.getsize(picture) == before
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_recall_and_info_print_what_they_did(tmp_path, capsys):
     make(tmp_path, clusters(), n_lists=30)
     assert retrieval.main(["recall", str(tmp_path / "idx"), "--nprobe", "1", "30"]) == 0
-    few, every = (line.split("\t") for line in capsys.readouterr().out.splitlines()[1:])
-    assert float(few[1]) < float(every[1]) == 1.0 and every[2] == "100.00%"
+    few, every = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert few < every == 1
     assert retrieval.main(["info", str(tmp_path / "idx")]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 3000
     make(tmp_path, np.eye(4), "plain")
