@@ -4,7 +4,7 @@ that lie nearest to a query.
     H = { f_img(i) : i in I },      kNN(q) = the k rows r of H with the largest score q·r
 
 Rows and queries have unit norm: the inner product is the cosine. It is taken in float64 from the
-stored float16 row, and rounded to a multiple of 2⁻³⁰. Of equal scores the lower id comes first.
+stored float16 row, and rounded to a multiple of 2⁻³⁰. Of equal scores the lower id is first.
 That is `exact_search`. `scan` finds the same rows faster. `probe`, in inverted lists, misses some.
 
 An index is a folder of plain files that numpy opens:
@@ -17,7 +17,7 @@ An index is a folder of plain files that numpy opens:
     offsets.npy       int64 (C+1,), where each list begins
     neighbors-K.npy   int32 (N, min(K, N−1)), the table for training; optional
 
-Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows read, C lists.
+Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows, C lists.
 """
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ class Index:
         require(queries.shape[1:] == (E,), f"queries are {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")
         queries, wide = unit(queries, "a query embedding"), min(k + (exclude is not None), N)
-        at_once = min(1024, 1 + 2**31 // N)    # `scan` holds Q·N / GROUP scores
+        at_once = min(1024, 1 + 2**30 // N)    # `scan` holds Q·N / GROUP scores
         found, has_lists = [], wide and nprobe and self.lists and nprobe < len(self.lists[0])
         for some in queries.split(at_once):
             if has_lists:
@@ -233,7 +233,7 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
     E, its_hash = index.rows.shape[1], index.manifest.get("encoder_hash")
     made_by = f"{index.manifest.get('encoder')} ({its_hash or 'no fingerprint'}, {E} dimensions)"
     require(E == dim and its_hash in (fingerprint, None, ""),
-            f"{index.folder} was made by {made_by}, not by {name} ({fingerprint}, {dim})")
+            f"{index.folder} was made by encoder {made_by}, not by {name} ({fingerprint}, {dim})")
     if not its_hash:
         warnings.warn(f"{index.folder} does not say which encoder made it", stacklevel=2)
 
@@ -361,7 +361,7 @@ def index_files(out: str | Path, source: str | Path, encoder: str = "unknown",
         int(number) for number in re.findall(r"\d+", path.stem)])
     require(files, f"no .npy file of embeddings at {source}")
     require(Path(out).resolve() not in {path.resolve().parent for path in files},
-            f"{source} would make way for its index: another --out, please")
+            f"{source} would make way for its index: give another --out")
     rows = Rows(files)
     paths = read_names(source) or read_names(source.parent) or range(len(rows))
     return write_index(out, rows, paths, encoder, encoder_hash, out, n_lists)
@@ -482,7 +482,7 @@ def build(args: argparse.Namespace) -> None:
 
 
 def search(args: argparse.Namespace) -> None:
-    """Print the nearest rows of a text or a picture, one per line. Draw them on request."""
+    """Print the nearest rows of a text or a picture, one per line; draw them on request."""
     is_picture = os.path.isfile(args.query)
     require(is_picture or args.query.strip() and not is_image(args.query),
             f"{args.query!r} is neither a text nor a picture that is there")
