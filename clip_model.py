@@ -40,7 +40,7 @@ import numpy as np
 import regex
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 
@@ -302,10 +302,7 @@ class CLIP(nn.Module):
         this is. Indexes and generators hold its embeddings; a text tower that is tuned to it
         (examples/train_clip.py --text-only) may take the place of another."""
         c = self.config
-        digest = hashlib.sha256(repr((c.vision_heads, c.activation, c.pixel_mean)).encode())
-        for name, tensor in sorted(self.visual.state_dict().items()):
-            digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_digest(self.visual, repr((c.vision_heads, c.activation, c.pixel_mean)))
 
 
 # ---------------------------------------------------------------- tokenizer
@@ -693,6 +690,14 @@ def save_model(path: AnyPath, model: nn.Module, metadata: dict[str, str]) -> Non
                                   "config": json.dumps(asdict(model.config)), **metadata})
 
 
+def weights_digest(module: nn.Module, also: str = "") -> str:
+    """16 hex digits of a module's weights, rounded to float16, and of a text."""
+    digest = hashlib.sha256(also.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_model(path: AnyPath, classes: dict[str, tuple]) -> tuple[nn.Module, dict[str, str]]:
     """Build the model that a file of `save_model` names, in float32 on the CPU, in eval mode.
     classes: class name -> (model class, config class) that the caller can use. Raises as `load`."""
@@ -830,14 +835,19 @@ def to_pictures(x: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in array]
 
 
-def grid(rows: list[list[Image.Image | None]], cell: int) -> Image.Image:
-    """Pictures in rows, each `cell` pixels per side, a gap between them; None is a grey cell."""
-    columns, step = max(map(len, rows), default=1), cell + 2
-    sheet = Image.new("RGB", (columns * step + 2, len(rows) * step + 2), "white")
+def grid(rows: list[list[Image.Image | None]], cell: int, labels: list[str] | None = None
+         ) -> Image.Image:
+    """Pictures in rows, each `cell` pixels per side, a gap between them; None is a grey cell. A
+    label stands above its row."""
+    above, height = (24, cell + 26) if labels else (2, cell + 2)
+    columns, step, font = max(map(len, rows), default=1), cell + 2, ImageFont.load_default(14)
+    sheet = Image.new("RGB", (columns * step + 2, len(rows) * height + 2), "white")
     for y, row in enumerate(rows):
+        if labels:
+            ImageDraw.Draw(sheet).text((4, y * height + 4), labels[y][:200], (60, 60, 60), font)
         for x, picture in enumerate(row):
             picture = picture or Image.new("RGB", (cell, cell), (235, 235, 235))
             if picture.width == picture.height and cell % picture.width == 0:
                 picture = picture.resize((cell, cell), Image.Resampling.NEAREST)
-            sheet.paste(fit_square(picture, cell), (2 + x * step, 2 + y * step))
+            sheet.paste(fit_square(picture, cell), (2 + x * step, above + y * height))
     return sheet

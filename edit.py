@@ -272,11 +272,10 @@ def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbo
     text. start: the share of the T steps to begin at, from the picture noised so far; U-Nets only.
     """
     require(start == 1 or codec is None, "a start from the picture goes with continuous weights")
-    options = {} if start == 1 else {"start": x.expand(len(seeds), -1, -1, -1), "start_at": start}
-    given = codec.encode(x) if codec else x
-    given = given.expand(len(seeds), *given.shape[1:])
-    return sample.draw(model, query, neighbors, seeds, codec, picture=given, steps=steps,
-                       guidance=guidance, guidance_picture=guidance_picture, **options)
+    options = {} if start == 1 else {"start": x, "start_at": start}
+    return sample.draw(model, query, neighbors, seeds, codec, steps=steps, guidance=guidance,
+                       guidance_picture=guidance_picture, picture=codec.encode(x) if codec else x,
+                       **options)
 
 
 def change_mask(before: Tensor, after: Tensor) -> Tensor:
@@ -371,7 +370,7 @@ def run(args: argparse.Namespace) -> None:
                 sample.save_png(result, args.out.with_name(f"{args.out.stem}-{name}"), own)
             row += [result, Image.fromarray((mask * 255).round().astype(np.uint8)).convert("RGB")]
         rows.append(row)
-    sample.save_png(sample.labelled_grid(args.text, rows, 192), args.out,
+    sample.save_png(clip_model.grid(rows, 192, args.text), args.out,
                     {"texts": args.text, **settings})
     print(f"wrote {args.out}, {time.time() - begin:.1f} s")
 

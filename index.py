@@ -32,6 +32,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -428,18 +429,23 @@ def embed_folder(clip: clip_model.CLIP, folder: str | Path, batch_size: int = 25
                  ) -> tuple[Tensor, list[str], list[str]]:
     """All pictures below a folder: embeddings, unit-norm float32 (N, E), their names, and one
     sentence per picture that could not be read. Raises ValueError where none could."""
+    def read(name: str) -> Image.Image | str:
+        try:
+            require(name.isprintable(), f"{name!r} is no name for a list of lines")
+            picture = clip_model.read_image(Path(folder) / name)
+            return clip_model.fit_square(picture, clip.config.image_size)
+        except ValueError as error:
+            return str(error)
+
     files, names, bad, found = list_images(folder), [], [], []
-    for i in range(0, len(files), batch_size):
-        pictures = {}
-        for name in files[i:i + batch_size]:
-            try:
-                picture = clip_model.read_image(Path(folder) / name)
-                pictures[name] = clip_model.fit_square(picture, clip.config.image_size)
-            except (ValueError, FileNotFoundError) as error:
-                bad.append(str(error))
-        if pictures:
+    with ThreadPoolExecutor() as pool:
+        for i in range(0, len(files), batch_size):
+            batch = files[i:i + batch_size]
+            pictures = dict(zip(batch, pool.map(read, batch)))
+            bad += [pictures.pop(name) for name in batch if isinstance(pictures[name], str)]
             names += pictures
-            found.append(clip.embed_pictures(list(pictures.values())).cpu())
+            if pictures:
+                found.append(clip.embed_pictures(list(pictures.values())).cpu())
     require(names, f"no readable picture below {folder} {bad[:1]}")
     return torch.cat(found), names, bad
 

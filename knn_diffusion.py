@@ -722,43 +722,56 @@ def mask_and_replace(x0: Tensor, t: Tensor, schedule: MaskSchedule, u: Tensor, c
     return torch.where(u < 1 - gamma_bar, xt, schedule.n_codes)            # MASK = V
 
 
-def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
-                  ) -> Tensor:
-    """log p(x_s | x_t) = log Σ_v q(x_s | x_t, x_0 = v) p(x_0 = v), for any s < t (VQ-Diffusion
-    Eq. 5 and 11).
+# The posterior, for any s < t (VQ-Diffusion Eq. 5 and 11). Bayes' rule, where the Markov property
+# drops x_0 from q(x_t | x_s, x_0):
+#
+#     q(x_s | x_t, x_0 = v) = q(x_t | x_s) q(x_s | v) / q(x_t | v)
+#
+# Only the last two factors hold v, so with w_v = p(v) / q(x_t | v) and W = Σ_v w_v
+#
+#     p(x_s | x_t) = Σ_v q(x_s | x_t, v) p(v) = q(x_t | x_s) · Σ_v w_v q(x_s | v)
+#
+# The sum: for a code c, q(c | v) is ᾱ_s [c = v] + β̄_s, which gives ᾱ_s w_c + β̄_s W. For MASK it is
+# γ̄_s W. The factor in front: for x_t = MASK it is γ_{t|s} from a code and 1 from MASK. For a code x_t
+# it is α_{t|s} [c = x_t] + β_{t|s} from a code c and 0 from MASK. The divisor q(x_t | v) is γ̄_t for
+# MASK, whatever v is, and ᾱ_t [v = x_t] + β̄_t for a code.
 
-    log_x0: log p(x_0) (B, L, V), normalised; xt: int64 (B, L); t, s: int64 (B,). Returns float32
-    (B, L, V+1), MASK last. With a one-hot log_x0 it is the true posterior q(x_s | x_t, x_0).
+def log_of(p: Tensor, like: Tensor) -> Tensor:
+    """log p of float64 (B,), in the precision of `like` (B, L, V) and shaped to add to it."""
+    return p.clamp(min=math.exp(LOG_ZERO)).log().to(like)[:, None, None]
 
-    Bayes' rule, where the Markov property drops x_0 from q(x_t | x_s, x_0):
-        q(x_s | x_t, v) = q(x_t | x_s) q(x_s | v) / q(x_t | v).
-    Only the last two factors hold v, so with w_v = p(v) / q(x_t | v) and W = Σ_v w_v
-        p(x_s | x_t) = q(x_t | x_s) · Σ_v w_v q(x_s | v).
-    The sum: for a code c, q(c | v) is ᾱ_s [c = v] + β̄_s, which gives ᾱ_s w_c + β̄_s W. For MASK it
-    is γ̄_s W. The factor in front: for x_t = MASK it is γ_{t|s} from a code and 1 from MASK. For a
-    code x_t it is α_{t|s} [c = x_t] + β_{t|s} from a code c and 0 from MASK. The divisor q(x_t | v)
-    is γ̄_t for MASK, whatever v is, and ᾱ_t [v = x_t] + β̄_t for a code.
-    """
-    V = schedule.n_codes
 
-    def log(p: Tensor) -> Tensor:                                          # (B,) → (B, 1, 1)
-        return p.clamp(min=math.exp(LOG_ZERO)).log().to(log_x0)[:, None, None]
-
+def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
+                ) -> tuple[Tensor, Tensor, Tensor]:
+    """Of log p(x_s = c | x_t), for every code c: the factor in front and the sum, (B, L, V) each;
+    and log W (B, L, 1)."""
     alpha, beta, gamma = schedule.between(s, t)
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
-    alpha_s, beta_s, gamma_s = schedule.between(0, s)
-    is_masked = (xt == V)[..., None]                                       # (B, L, 1)
-    is_xt = xt[..., None] == torch.arange(V, device=xt.device)             # (B, L, V)
+    alpha_s, beta_s, _ = schedule.between(0, s)
+    is_masked = (xt == schedule.n_codes)[..., None]                        # (B, L, 1)
+    is_xt = xt[..., None] == torch.arange(schedule.n_codes, device=xt.device)      # (B, L, V)
 
-    log_divisor = torch.where(is_masked, log(gamma_t), torch.where(
-        is_xt, log(alpha_t + beta_t), log(beta_t)))                        # log q(x_t | v)
-    log_w = log_x0 - log_divisor                                           # (B, L, V)
+    def to_xt(same: Tensor, other: Tensor, masked: Tensor) -> Tensor:      # log q(x_t | a code)
+        same, other, masked = (log_of(p, log_x0) for p in (same, other, masked))
+        return torch.where(is_masked, masked, torch.where(is_xt, same, other))
+
+    log_w = log_x0 - to_xt(alpha_t + beta_t, beta_t, gamma_t)              # (B, L, V)
     log_W = log_w.logsumexp(-1, keepdim=True)                              # (B, L, 1)
-    log_front = torch.where(is_masked, log(gamma), torch.where(
-        is_xt, log(alpha + beta), log(beta)))                              # log q(x_t | x_s = c)
-    log_codes = log_front + torch.logaddexp(log(alpha_s) + log_w, log(beta_s) + log_W)
-    log_mask = torch.where(is_masked, log(gamma_s) + log_W, LOG_ZERO)
-    log_p = torch.cat([log_codes, log_mask], dim=-1)                       # (B, L, V+1)
+    log_sum = torch.logaddexp(log_of(alpha_s, log_x0) + log_w, log_of(beta_s, log_x0) + log_W)
+    return to_xt(alpha + beta, beta, gamma), log_sum, log_W
+
+
+def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
+                  ) -> Tensor:
+    """log p(x_s | x_t) from log p(x_0): float32 (B, L, V+1), MASK last.
+
+    log_x0: (B, L, V), normalised; xt: int64 (B, L); t, s: int64 (B,). With a one-hot log_x0 it is
+    the true posterior q(x_s | x_t, x_0).
+    """
+    log_front, log_sum, log_W = log_factors(log_x0, xt, t, s, schedule)
+    is_masked = (xt == schedule.n_codes)[..., None]                        # (B, L, 1)
+    log_mask = torch.where(is_masked, log_of(schedule.gamma_bar[s], log_x0) + log_W, LOG_ZERO)
+    log_p = torch.cat([log_front + log_sum, log_mask], dim=-1)             # (B, L, V+1)
     return log_p.log_softmax(-1).clamp(min=LOG_ZERO)                       # rounding, no more
 
 
@@ -850,57 +863,22 @@ class TokenTransformer(nn.Module):
 
 def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
                  schedule: MaskSchedule) -> Tensor:
-    """KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) per token, nats: (B, L). p as in `log_posterior`."""
-    certain = F.one_hot(x0, schedule.n_codes).to(log_x0).log().clamp(min=LOG_ZERO)     # (B, L, V)
-    log_q = log_posterior(certain, xt, t, s, schedule)                     # (B, L, V+1)
-    log_p = log_posterior(log_x0, xt, t, s, schedule)
-    return (log_q.exp() * (log_q - log_p)).sum(-1)
+    """KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) = Σ q (log q − log p) per token, nats: (B, L).
 
-
-def quick_posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
-                       schedule: MaskSchedule) -> Tensor:
-    """The same number as `posterior_kl` in a quarter of the time, without tables (B, L, V+1).
-
-    Ours. Write q as p, with all mass on x_0. The factor q(x_t | x_s) stands in both and cancels:
-        q_c / p_c = G_c / F_c,  F_c = ᾱ_s w_c + β̄_s W,  G_c = (ᾱ_s [c = x_0] + β̄_s) / q(x_t | x_0).
-    MASK adds nothing, since q = p there. q_c and G_c are the same, q_o and G_o, for all codes but
-    x_0 and x_t, so only Σ_c log F_c is a sum over the vocabulary:
-        KL = Σ_c q_c (log G_c − log F_c) = q_o Σ_c (log G_o − log F_c) + the corrections of the two.
+    Write q as p is written above, with all mass on x_0. The factor in front stands in both, and the
+    logarithm of their ratio is that of the sums. That of q is G_c = (ᾱ_s [c = x_0] + β̄_s) divided
+    by q(x_t | x_0). MASK adds nothing: q = p there.
     """
-    V = schedule.n_codes
-    is_masked, is_x0 = xt == V, xt == x0                                   # (B, L)
-    is_other = ~is_masked & ~is_x0                                         # a code, not x_0's
-    at = xt.clamp(max=V - 1)[..., None]                                    # (B, L, 1)
-    alpha, beta, gamma = (p[:, None] for p in schedule.between(s, t))      # (B, 1) each
-    alpha_t, beta_t, gamma_t = (p[:, None] for p in schedule.between(0, t))
-    alpha_s, beta_s, _ = (p[:, None] for p in schedule.between(0, s))
-
-    # q: float64 (B, L) each.
-    q_xt_given_x0 = torch.where(is_masked, gamma_t, alpha_t * is_x0 + beta_t)
-    G_x0, G_o = (alpha_s + beta_s) / q_xt_given_x0, beta_s / q_xt_given_x0
-    q_x0 = torch.where(is_masked, gamma, alpha * is_x0 + beta) * G_x0
-    q_xt = torch.where(is_other, (alpha + beta) * G_o, 0)
-    q_o = torch.where(is_masked, gamma, beta) * G_o
-
-    # p: w = p(v) / q(x_t | v), the same divisor for all v but x_t; r = w / W.
-    divisor = torch.where(is_masked, gamma_t, beta_t).log().to(log_x0)     # (B, L)
-    at_xt = torch.where(is_masked, 0, (beta_t / (alpha_t + beta_t)).log()).to(log_x0)
-    log_w = log_x0.scatter_add(-1, at, at_xt[..., None])                   # log (w · divisor)
-    log_r = log_w.log_softmax(-1)
-    log_W = (log_w.gather(-1, at) - log_r.gather(-1, at))[..., 0] - divisor           # (B, L)
-    floor = beta_s.clamp(min=math.exp(LOG_ZERO)).to(log_x0)[..., None]
-    log_F = (alpha_s.to(log_x0)[..., None] * log_r.exp() + floor).log()               # − log W
-
-    def excess(q: Tensor, G: Tensor, log_f: Tensor) -> Tensor:             # q (log G − log F)
-        log_G = G.clamp(min=math.exp(LOG_ZERO)).log().to(log_x0)
-        return q.to(log_x0) * (log_G - log_W - log_f)
-
-    at_x0 = log_F.gather(-1, x0[..., None])[..., 0]
-    at_xt = log_F.gather(-1, at)[..., 0]
-    rest = log_F.sum(-1) - at_x0 - torch.where(is_other, at_xt, 0)
-    n_rest = V - 1 - is_other.to(log_x0)
-    return (excess(q_x0, G_x0, at_x0) + excess(q_xt, G_o, at_xt)
-            + excess(q_o * n_rest, G_o, rest / n_rest.clamp(min=1)))
+    log_front, log_sum, _ = log_factors(log_x0, xt, t, s, schedule)        # (B, L, V) each
+    alpha_t, beta_t, gamma_t = schedule.between(0, t)
+    alpha_s, beta_s, _ = schedule.between(0, s)
+    same, other, masked, code, no_code = (log_of(p, log_x0) for p in (
+        alpha_t + beta_t, beta_t, gamma_t, alpha_s + beta_s, beta_s))      # (B, 1, 1) each
+    log_divisor = torch.where((xt == schedule.n_codes)[..., None], masked,
+                              torch.where((xt == x0)[..., None], same, other))       # (B, L, 1)
+    is_x0 = x0[..., None] == torch.arange(schedule.n_codes, device=x0.device)        # (B, L, V)
+    log_G = torch.where(is_x0, code, no_code) - log_divisor
+    return ((log_front + log_G).exp() * (log_G - log_sum)).sum(-1)
 
 
 def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, xt: Tensor,
@@ -914,7 +892,7 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
     size of the loss.
     """
     log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)     # (B, L, V)
-    kl = quick_posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)    # (B,)
+    kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)    # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
     weight = model.config.auxiliary * (2 - (t - 1) / schedule.T)
     return (kl + weight * auxiliary).mean()

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -90,51 +90,29 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
 
 @torch.no_grad()
 def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
-         codec: vqvae.VQVAE | None = None, **options) -> Tensor:
-    """One picture per seed, float32 (B, 3, H, W), about in [-1, 1].
+         codec: vqvae.VQVAE | None = None, batch_size: int = 64, **options) -> Tensor:
+    """One picture per seed, float32 (B, 3, H, W), about in [-1, 1], `batch_size` at once.
 
     query (B, E) and neighbors (B, K, E), or one of each for all seeds. codec: a transformer's
     VQ-VAE. `options` are those of `knn_diffusion.sample`, with a codec of `sample_tokens`.
     """
     require((codec is None) == isinstance(model, knn_diffusion.UNet),
             "a transformer needs its VQ-VAE as the codec, a U-Net none")
-    query, neighbors = (part if part is None else part.expand(len(seeds), *part.shape[1:])
-                        for part in (query, neighbors))
-    sampler = knn_diffusion.sample_tokens if codec else knn_diffusion.sample
-    for xt in sampler(model, query, neighbors, seeds, **options):
-        x0 = xt                                                # the last x_t is the sample
-    x0 = codec.decode(x0) if codec else x0
+    sampler, found = knn_diffusion.sample_tokens if codec else knn_diffusion.sample, []
+    given = {"query": query, "neighbors": neighbors, **options}
+    for i in range(0, len(seeds), batch_size):
+        some = seeds[i:i + batch_size]
+        shown = {name: value.expand(len(seeds), *value.shape[1:])[i:i + batch_size]
+                 if isinstance(value, Tensor) else value for name, value in given.items()}
+        *_, x0 = sampler(model, seeds=some, **shown)                       # the last x_t
+        found.append(codec.decode(x0) if codec else x0)
+    x0 = torch.cat(found)
     if not torch.isfinite(x0).all():
         raise FloatingPointError("samples are not finite: damaged weights, or too much guidance")
     return x0
 
 
-def generate(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
-             batch_size: int = 16, codec: vqvae.VQVAE | None = None, **options
-             ) -> list[Image.Image]:
-    """`draw` in batches, as 8-bit pictures."""
-    pictures = []
-    for start in range(0, len(seeds), batch_size):
-        rows = slice(start, start + batch_size)
-        shown = (part if part is None or len(part) == 1 else part[rows]
-                 for part in (query, neighbors))
-        pictures += clip_model.to_pictures(draw(model, *shown, seeds[rows], codec, **options))
-    return pictures
-
-
 # ---------------------------------------------------------------- what a run writes and says
-
-def labelled_grid(labels: list[str], rows: list[list[Image.Image | None]], cell: int = 96
-                  ) -> Image.Image:
-    """A row of pictures per label, the label above it."""
-    strips = [clip_model.grid([row], cell) for row in rows]
-    height, font = cell + 26, ImageFont.load_default(14)
-    sheet = Image.new("RGB", (max(strip.width for strip in strips), len(rows) * height), "white")
-    for i, (label, strip) in enumerate(zip(labels, strips)):
-        ImageDraw.Draw(sheet).text((4, i * height + 4), label[:200], fill=(60, 60, 60), font=font)
-        sheet.paste(strip, (0, i * height + 22))
-    return sheet
-
 
 def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Image | None]:
     """The five nearest rows' pictures, smaller than samples; none where no file is at hand."""
@@ -249,7 +227,8 @@ def run(args: argparse.Namespace) -> None:
         if files and all(map(Path.exists, files)):               # a stopped run goes on
             pictures = [clip_model.read_image(file) for file in files]
         else:
-            pictures = clip_model.to_pictures(draw(model, *shown, seeds, codec, **options))
+            x0 = draw(model, *shown, seeds, codec, args.batch_size, **options)
+            pictures = clip_model.to_pictures(x0)
         for m, picture, its_scores, its_ids in zip(
                 numbers, pictures, scores.tolist(), ids.tolist()):
             if m % n == 0:                                       # a prompt begins
@@ -264,7 +243,7 @@ def run(args: argparse.Namespace) -> None:
         if sys.stderr.isatty():
             print(f"\r{numbers[-1] + 1} of {total} pictures ", end="", file=sys.stderr)
     if has_grid:
-        save_png(labelled_grid(prompts, rows), args.out, {"prompts": prompts, **settings})
+        save_png(clip_model.grid(rows, 96, prompts), args.out, {"prompts": prompts, **settings})
     print(f"wrote {args.out if has_grid else args.singles}, {time.time() - start:.1f} s")
 
 

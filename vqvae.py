@@ -23,7 +23,6 @@ gained nothing on the stickers (benchmarks/tokens.py).
 """
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import re
@@ -34,7 +33,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import FORMAT, MISFITS, load_model, read_weights, reason, require, save_model
+from clip_model import (
+    FORMAT,
+    MISFITS,
+    load_model,
+    read_weights,
+    reason,
+    require,
+    save_model,
+    weights_digest,
+)
 
 # ---------------------------------------------------------------- configuration
 
@@ -312,6 +320,7 @@ def psnr(found: Tensor, x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- load, save, taming's layout
 
 save = save_model                       # float16 weights, class and config; metadata: the command
+fingerprint = weights_digest            # which codes stand for what
 
 # A transformer's checkpoint holds a VQ-VAE within; loss network and discriminator lie beside it.
 TAMING = r"(?:first_stage_model\.)?((?:encoder|decoder|quantize|quant_conv|post_quant_conv)\..*)"
@@ -350,11 +359,3 @@ def sizes_from_shapes(tensors: dict[str, Tensor]) -> VQVAEConfig:
                         if f"encoder.down.{i}.attn.0.q.bias" in tensors),
         latent_channels=len(tensors["encoder.conv_out.bias"]), n_codes=codes.shape[0],
         embed_dim=codes.shape[1], gumbel=gumbel)
-
-
-def fingerprint(model: VQVAE) -> str:
-    """16 hex digits: which codes stand for what. The same for float32 and float16 files."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.detach().half().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]

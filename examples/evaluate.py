@@ -474,8 +474,9 @@ class Maker:
         neighbors = None if alone else neighbors
         seeds = [args.seed + next_seed] * len(prompts)
         sampler = {"sampler": args.sampler} if args.sampler else {}
-        return sample.generate(self.model, query, neighbors, seeds, 50, self.codec,
-                               steps=args.steps, guidance=args.guidance, **sampler)
+        return clip_model.to_pictures(sample.draw(
+            self.model, query, neighbors, seeds, self.codec, 50, steps=args.steps,
+            guidance=args.guidance, **sampler))
 
 
 def open_maker(args: argparse.Namespace, weights: Path, index_path: Path) -> Maker:

@@ -354,7 +354,7 @@ def test_command_edits_odd_pictures(editor, odd):
         assert pasted.size == picture.size and "icc_profile" not in pasted.info
         assert Image.open(odd / "s" / "001-01.png").size == (16, 16)
         sheet = Image.open(odd / "o.png")
-        assert sheet.size == (5 * 194 + 2, 2 * (192 + 26))     # picture, 2 x (result, change)
+        assert sheet.size == (5 * 194 + 2, 2 * (192 + 26) + 2)   # picture, 2 x (result, change)
         told = json.loads(sheet.text["parameters"])
         assert told["texts"] == ["red", "fo"] and told["image"] == name
 
