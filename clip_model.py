@@ -731,8 +731,7 @@ def load(path: AnyPath, tokenizer: AnyPath | None = None, activation: str | None
     tokenizer: the published vocabulary's file or folder. Else it is looked for beside the weights
         and in installed CLIP packages. Without any, pictures can be embedded, texts can't.
     activation: "quick_gelu" or "gelu", where no file tells it; else guessed, with a warning.
-    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
-    """
+    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     tensors, metadata = (weights_in(path), {}) if path.is_dir() else read_weights(path)

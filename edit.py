@@ -84,8 +84,7 @@ def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Ten
     Linearised, ρ is largest at H⁻¹Gᵀ(λ i_r − i_w) with
 
         λ = (‖i_w‖² − aᵀH⁻¹a) / (i_rᵀi_w − bᵀH⁻¹a)          where the denominator is positive, else
-        λ = max(√(aᵀH⁻¹a / bᵀH⁻¹b), (bᵀH⁻¹a − i_rᵀi_w) / bᵀH⁻¹b).
-    """
+        λ = max(√(aᵀH⁻¹a / bᵀH⁻¹b), (bᵀH⁻¹a − i_rᵀi_w) / bᵀH⁻¹b)."""
     Gt = torch.stack([gx * x, gx * y, gx, gy * x, gy * y, gy], 1)    # (B, 6, P)
     # In float64, with a little on the diagonal: a picture without edges gives no step, no error.
     H = (Gt @ Gt.transpose(1, 2)).double()                                       # (B, 6, 6)
@@ -107,8 +106,7 @@ def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, e
     """Steps from a start on one level of the pyramid: warps, and which of them settled (B,).
 
     Ours: a warp that sees less than half of the picture, or changes areas by more than a factor
-    of 2, is given up for its start: over a few pixels anything correlates.
-    """
+    of 2, is given up for its start: over a few pixels anything correlates."""
     B, _, height, width = image.shape
     down, right = torch.gradient(image, dim=(2, 3))                              # per pixel
     layers = torch.cat([image, right * width / 2, down * height / 2, torch.ones_like(image)], 1)
@@ -142,8 +140,7 @@ def ecc(template: Tensor, image: Tensor, levels: int = 3, iterations: int = 50, 
 
     template, image: grey, (B, 1, H, W), any range. Coarse to fine over at most `levels` levels,
     each half as large, none below 16 pixels. On each a pair takes up to `iterations` steps, until ρ
-    changes by less than eps. A pair without edges keeps the identity and does not converge.
-    """
+    changes by less than eps. A pair without edges keeps the identity and does not converge."""
     require(template.shape == image.shape and template.ndim == 4 and template.shape[1] == 1,
             f"template and image have shapes {tuple(template.shape)} and {tuple(image.shape)}, "
             "wanted (B, 1, H, W) twice")
@@ -169,8 +166,7 @@ def aligned(pictures: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
 
     Ours: a neighbour stays as it is where ECC does not converge, or leaves it no nearer to its
     picture (mean absolute difference). A seam at the region's border would tell a model where to
-    look, and a user's picture has none.
-    """
+    look, and a user's picture has none."""
     warp, converged = ecc(grey(pictures), grey(neighbors))
     moved = warped(neighbors, warp)
     before, after = ((pictures - each).abs().mean((1, 2, 3)) for each in (neighbors, moved))
@@ -182,8 +178,7 @@ def random_regions(n: int, height: int, width: int, generator: torch.Generator) 
     """Boxes int64 (n, 4): left, top, right, bottom, the last two exclusive.
 
     Ours: the area is uniform in 5–50 % of the picture, the ratio of the sides log-uniform in
-    1/2 … 2, the place uniform among those inside.
-    """
+    1/2 … 2, the place uniform among those inside."""
     area, ratio, across, down = torch.rand(4, n, generator=generator, dtype=torch.float64)
     area = (0.05 + 0.45 * area) * height * width
     ratio = 2 ** (2 * ratio - 1)
@@ -213,8 +208,7 @@ def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: in
     One that holds a whole thing, and little else, shows what its embedding stands for. Best is
     where mask and difference correlate most: up to a factor that is the picture's own, that is
     (D − a·S) / √(a·(1 − a)), with D the difference inside, S everywhere, a the region's share of
-    the area. A pixel differs by at most 0.25, an eighth of [-1, 1]: shapes count, not contrasts.
-    """
+    the area. A pixel differs by at most 0.25, an eighth of [-1, 1]: shapes count, not contrasts."""
     B, (height, width) = len(pictures), pictures.shape[-2:]
     difference = (pictures - neighbors).abs().mean(1).clamp(max=0.25).double().cpu()     # (B, H, W)
     total = F.pad(difference.cumsum(1).cumsum(2), (1, 0, 1, 0))                  # (B, H+1, W+1)
@@ -282,8 +276,7 @@ def change_mask(before: Tensor, after: Tensor) -> Tensor:
     """Where two pictures (B, 3, H, W) in [-1, 1] differ, softly: (B, 1, H, W), 0 … 1.
 
     Ours: the largest channel's difference, averaged over 3x3, counts from 0.15 on and fully from
-    0.4. What counts reaches two pixels further, so that outlines are not cut, and is blurred.
-    """
+    0.4. What counts reaches two pixels further, so that outlines are not cut, and is blurred."""
     difference = (after - before).abs().amax(1, keepdim=True)                    # (B, 1, H, W)
     difference = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
     soft = ((difference - 0.15) / 0.25).clamp(0, 1)

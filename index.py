@@ -117,8 +117,7 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     The bound: with q̂ and r̂ the rounded vectors, Cauchy and Schwarz give
         |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   and all norms are below 1.01 (see `stored`).
     Rounding takes at most eps/2 of a row's norm, and as much of the score. Sums of E products err
-    by less than E·2⁻²². A GPU's float32 may be TF32, whose eps is 2⁻¹⁰.
-    """
+    by less than E·2⁻²². A GPU's float32 may be TF32, whose eps is 2⁻¹⁰."""
     (N, E), Q, device, maxima, found = rows.shape, len(queries), queries.device, [], []
     columns = queries.to(scan_dtype(device)).T.contiguous()    # (E, Q)
     for start in range(0, N, BLOCK):
@@ -147,8 +146,7 @@ def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10)
 
     Spherical k-means on `sample` rows per list, from random ones on: assign each to the centroid
     of the largest inner product, average, normalise. The centroid of an empty list becomes zero.
-    Then all rows are assigned, block by block.
-    """
+    Then all rows are assigned, block by block."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     chosen = stored(rows, order[: sample * n_lists])    # (n, E)
     centroids = chosen[:n_lists]    # (C, E)
@@ -201,8 +199,7 @@ class Index:
 
         queries: (Q, E) of any float dtype and norm. nprobe: look into so many inverted lists;
         None: exact. exclude: int64 (Q,), a row id per query that must not come back. Raises
-        ValueError for another shape, a query that is zero or not finite, or damaged rows.
-        """
+        ValueError for another shape, a query that is zero or not finite, or damaged rows."""
         N, E = self.rows.shape
         require(queries.shape[1:] == (E,), f"queries are {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")
@@ -243,8 +240,7 @@ def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> 
     """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by its id.
 
     Read from neighbors-<k>.npy, or computed on `device` and kept there: N²·E multiplications, or,
-    with inverted lists, a search of TABLE_NPROBE lists per row.
-    """
+    with inverted lists, a search of TABLE_NPROBE lists per row."""
     blocks = (index.search(torch.from_numpy(index.rows[own]).to(device), k, TABLE_NPROBE, own)[1]
               .int().cpu().numpy() for own in torch.arange(len(index)).split(1024))
     return np.array(cached(index.folder / f"neighbors-{k}.npy", rows_digest(index.rows), blocks))
@@ -319,8 +315,7 @@ def write_index(out: str | Path, rows: Tensor | Rows, paths: Sequence, encoder: 
 
     Float16 files stay where they are, and the manifest names them; all other rows are copied,
     normalised. n_lists: so many inverted lists; None: 4·√N, or none below 50,000 rows. Raises
-    ValueError for rows that are zero or not finite, or an `out` that holds anything else.
-    """
+    ValueError for rows that are zero or not finite, or an `out` that holds anything else."""
     (N, E), out = rows.shape, refuse_foreign(out)
     require(N == len(paths) > 0, f"{len(paths)} names for {N} rows")
     if n_lists is None:    # 4·√N, faiss's rule of thumb; of few rows exact search is as quick

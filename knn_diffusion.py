@@ -84,8 +84,7 @@ class Schedule:
 
     ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + 0.008)/1.008 · π/2), β_t = 1 − ᾱ_t/ᾱ_{t−1} ≤ 0.999.
     noise_shift c multiplies the signal-to-noise ratio ᾱ/(1−ᾱ) by c² (Hoogeboom et al., 2301.11093
-    Sec. 3.1): a picture of twice the side hides half the noise, c = 1/2 gives it back.
-    """
+    Sec. 3.1): a picture of twice the side hides half the noise, c = 1/2 gives it back."""
 
     def __init__(self, T: int, noise_shift: float = 1.0, device: torch.device | str = "cpu"
                  ) -> None:
@@ -114,8 +113,7 @@ def to_v(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho, 2202.00512 App. D).
 
     With √ᾱ = cos φ, √(1−ᾱ) = sin φ, the pair (x_t, v) is the pair (x_0, ε) rotated by φ:
-    x_t = cos φ x_0 + sin φ ε and v = −sin φ x_0 + cos φ ε. Rotating back gives `x0_from`.
-    """
+    x_t = cos φ x_0 + sin φ ε and v = −sin φ x_0 + cos φ ε. Rotating back gives `x0_from`."""
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
 
 
@@ -139,8 +137,7 @@ def posterior(x0: Tensor, xt: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
 
     With α_{t|s} = ᾱ_t/ᾱ_s and β_{t|s} = 1 − α_{t|s}:
     mean = √ᾱ_s β_{t|s}/(1−ᾱ_t) x_0 + √α_{t|s} (1−ᾱ_s)/(1−ᾱ_t) x_t,
-    β̃ = (1−ᾱ_s)/(1−ᾱ_t) β_{t|s}. For s = t − 1: Ho et al. (2006.11239) Eq. 6, 7.
-    """
+    β̃ = (1−ᾱ_s)/(1−ᾱ_t) β_{t|s}. For s = t − 1: Ho et al. (2006.11239) Eq. 6, 7."""
     alpha = alpha_bar_t / alpha_bar_s
     beta = 1 - alpha
     mean = (alpha_bar_s.sqrt() * beta * x0 + alpha.sqrt() * (1 - alpha_bar_s) * xt) / (
@@ -160,8 +157,7 @@ class Condition(nn.Module):
     block: attention would first have to find what all of the picture depends on. One linear map
     serves all tokens, and a type embedding tells the query from the neighbours. Nothing tells the
     neighbours' ranks: they are a set, and any K works at inference. A null is a learned CLIP vector
-    put in *before* every path that reads the condition, so that no path can miss it.
-    """
+    put in *before* every path that reads the condition, so that no path can miss it."""
 
     def __init__(self, config: UNetConfig | TransformerConfig) -> None:
         super().__init__()
@@ -179,8 +175,7 @@ class Condition(nn.Module):
         """Tokens (B, 1+K, D) and their summary (B, E), nulls put in, entries of order 1.
 
         query: unit-norm (B, E); neighbors: unit-norm (B, K, E); None, or K = 0, is the null.
-        drop_query, drop_neighbors: bool (B,), the samples to blind.
-        """
+        drop_query, drop_neighbors: bool (B,), the samples to blind."""
         kept = torch.zeros(batch, dtype=torch.bool, device=self.null_query.device)
         if query is None:
             query, drop_query = self.null_query.expand(batch, -1), ~kept           # (B, E)
@@ -207,8 +202,7 @@ def summarize(query: Tensor, neighbors: Tensor, no_query: Tensor, no_neighbors: 
         trust = σ(κ (q·answer − mean_i n_i·answer))  is q as close to the answer as they are?
         summary = trust·q + (1 − trust)·answer
     no_query, no_neighbors: bool (B, 1). Without a query the mean of the neighbours asks, and their
-    answer is all. Without neighbours the query is all.
-    """
+    answer is all. Without neighbours the query is all."""
     asks = torch.where(no_query, neighbors.mean(1), query)                         # (B, E)
     scores = (neighbors * asks[:, None]).sum(-1, keepdim=True)                     # (B, K, 1)
     answer = ((SHARPNESS * scores).softmax(1) * neighbors).sum(1)
@@ -229,8 +223,7 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
     exclusive, so that each has the share that it needs: two independent drops of 10 % would leave
     1 % of the samples to train the unconditional model, which guidance calls at every step.
     condition "query" is the paper's no-kNN baseline: neighbours never, the query in 90 %;
-    "neighbors" the other way round.
-    """
+    "neighbors" the other way round."""
     u = torch.rand(batch, generator=generator)
     lose_both, lose_query = u < 0.1, (u >= 0.2) & (u < 0.3)
     always = torch.ones(batch, dtype=torch.bool)
@@ -478,8 +471,7 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
     all of the noise, which a narrow network must carry through; x_0 does not.
 
     x0 float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T; eps standard normal as x0; picture:
-    what to edit into x0, as x0.
-    """
+    what to edit into x0, as x0."""
     alpha_bar = schedule.at(t, x0)                                         # (B, 1, 1, 1)
     xt = add_noise(x0, eps, alpha_bar)
     output = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture).float()
@@ -511,8 +503,7 @@ def guided(model: UNet | TokenTransformer, xt: Tensor, t: int, guide: Guide) -> 
     that way: what was asked for shows more clearly, at the price of variety; far too much burns the
     colours. 1 is off. With a picture I to edit and the text's condition T, two scales s_I and s_T
     (InstructPix2Pix, 2211.09800 Eq. 3); e(I, T) is the model's output, ∅ a null:
-        e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,T) − e(I,∅)]
-    """
+        e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,T) − e(I,∅)]"""
     steps = torch.full((len(xt),), t, device=xt.device)
     out = model(xt, steps, guide.query, guide.neighbors, picture=guide.picture)
     if guide.scale != 1 or guide.picture_scale != 1:
@@ -569,8 +560,7 @@ def dpm_solver(predict: Predictor, schedule: Schedule, times: list[int], xt: Ten
 
     λ = log(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t, x̂ = x_0(t) + [x_0(t) − x_0(before)] h / 2h_before,
     x_s = √(1−ᾱ_s)/√(1−ᾱ_t) x_t − √ᾱ_s (e^{−h} − 1) x̂.
-    The first step, and the last one to s = 0 (where h is infinite), take x̂ = x_0(t).
-    """
+    The first step, and the last one to s = 0 (where h is infinite), take x̂ = x_0(t)."""
     before, h_before = None, 0.0
     alpha_bar = schedule.alpha_bar.tolist()
     for t, s in zip(times, times[1:]):
@@ -608,8 +598,7 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
     query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture: what
     to edit (B, 3, H, W), for a model with `config.edit`. start: begin at t = start_at·T from this
     picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there. Raises
-    ValueError for another sampler, or where fewer steps are left than asked for.
-    """
+    ValueError for another sampler, or where fewer steps are left than asked for."""
     require(sampler in SAMPLERS, f"sampler is {sampler!r}, wanted {', '.join(SAMPLERS)}")
     size, device = model.config.image_size, model.conv_in.weight.device
     schedule = Schedule(model.config.T, model.config.noise_shift, device)
@@ -686,8 +675,7 @@ class MaskSchedule:
 
     "released" (VQ-Diffusion's code): ᾱ falls linearly from 0.99999 at t = 1 to 0.000009 at T, γ̄
     rises from 0.000009 to 0.99999: Vβ̄ is 1e-6 throughout, almost pure masking. "paper" (its text):
-    γ̄ rises linearly to 0.9 and Vβ̄ to 0.1; ᾱ_T = 0 is raised to FLOOR, taken from Vβ̄.
-    """
+    γ̄ rises linearly to 0.9 and Vβ̄ to 0.1; ᾱ_T = 0 is raised to FLOOR, taken from Vβ̄."""
     FLOOR = 1e-6
 
     def __init__(self, T: int, n_codes: int, kind: str = "released",
@@ -732,9 +720,9 @@ def mask_and_replace(x0: Tensor, t: Tensor, schedule: MaskSchedule, u: Tensor, c
 #     p(x_s | x_t) = Σ_v q(x_s | x_t, v) p(v) = q(x_t | x_s) · Σ_v w_v q(x_s | v)
 #
 # The sum: for a code c, q(c | v) is ᾱ_s [c = v] + β̄_s, which gives ᾱ_s w_c + β̄_s W. For MASK it is
-# γ̄_s W. The factor in front: for x_t = MASK it is γ_{t|s} from a code and 1 from MASK. For a code x_t
-# it is α_{t|s} [c = x_t] + β_{t|s} from a code c and 0 from MASK. The divisor q(x_t | v) is γ̄_t for
-# MASK, whatever v is, and ᾱ_t [v = x_t] + β̄_t for a code.
+# γ̄_s W. The factor in front: for x_t = MASK it is γ_{t|s} from a code and 1 from MASK. For a code
+# x_t it is α_{t|s} [c = x_t] + β_{t|s} from a code c and 0 from MASK. The divisor q(x_t | v) is γ̄_t
+# for MASK, whatever v is, and ᾱ_t [v = x_t] + β̄_t for a code.
 
 def log_of(p: Tensor, like: Tensor) -> Tensor:
     """log p of float64 (B,), in the precision of `like` (B, L, V) and shaped to add to it."""
@@ -766,8 +754,7 @@ def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Ma
     """log p(x_s | x_t) from log p(x_0): float32 (B, L, V+1), MASK last.
 
     log_x0: (B, L, V), normalised; xt: int64 (B, L); t, s: int64 (B,). With a one-hot log_x0 it is
-    the true posterior q(x_s | x_t, x_0).
-    """
+    the true posterior q(x_s | x_t, x_0)."""
     log_front, log_sum, log_W = log_factors(log_x0, xt, t, s, schedule)
     is_masked = (xt == schedule.n_codes)[..., None]                        # (B, L, 1)
     log_mask = torch.where(is_masked, log_of(schedule.gamma_bar[s], log_x0) + log_W, LOG_ZERO)
@@ -839,8 +826,7 @@ class TokenTransformer(nn.Module):
         """xt int64 (B, L) in 0 … V, t (B,) in 1 … T, condition as in `Condition.forward`. picture:
         tokens of what to edit, as xt; None is all MASK (with `config.edit` only).
 
-        Returns log probabilities float32 (B, L, V), normalised, at least LOG_ZERO.
-        """
+        Returns log probabilities float32 (B, L, V), normalised, at least LOG_ZERO."""
         r = self.config.patch
         require(picture is None or self.config.edit,
                 "only weights of `train.py edit` take a picture")
@@ -867,8 +853,7 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
 
     Write q as p is written above, with all mass on x_0. The factor in front stands in both, and the
     logarithm of their ratio is that of the sums. That of q is G_c = (ᾱ_s [c = x_0] + β̄_s) divided
-    by q(x_t | x_0). MASK adds nothing: q = p there.
-    """
+    by q(x_t | x_0). MASK adds nothing: q = p there."""
     log_front, log_sum, _ = log_factors(log_x0, xt, t, s, schedule)        # (B, L, V) each
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
     alpha_s, beta_s, _ = schedule.between(0, s)
@@ -889,8 +874,7 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
     KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 q is certain and
     this is −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with the
     code's adaptive weight 2 − (t−1)/T. Departs: t is uniform in 1 … T; their code draws it by the
-    size of the loss.
-    """
+    size of the loss."""
     log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)     # (B, L, V)
     kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)    # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
@@ -905,8 +889,7 @@ def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt:
     """Guided, truncated log p(x_0 | x_t), normalised: (B, L, V).
 
     Guidance acts on log p (Improved VQ-Diffusion, 2205.16007). truncation r is top-p sampling: the
-    codes stay that have less than r of the mass before them, so always one; 1 is off.
-    """
+    codes stay that have less than r of the mass before them, so always one; 1 is off."""
     log_p = guided(model, xt, t, guide).log_softmax(-1).clamp(min=LOG_ZERO)
     if truncation < 1.0:
         ordered, order = log_p.sort(dim=-1, descending=True)
@@ -943,8 +926,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
                   guidance_picture: float = 1.0) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
 
-    As `sample`; picture: tokens (B, L) of what to edit; truncation: see `predict_tokens`.
-    """
+    As `sample`; picture: tokens (B, L) of what to edit; truncation: see `predict_tokens`."""
     require(0 < truncation <= 1, f"truncation is {truncation}, wanted more than 0, at most 1")
     config, device = model.config, model.token.weight.device
     schedule = MaskSchedule(config.T, config.n_codes, config.schedule, device)

@@ -74,8 +74,7 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
 
     condition: "both", or "query" or "neighbors" alone. query: "text", the queries as they are, is
     the paper's way. Departs: "nearest" puts the best neighbour in the query's place beside the
-    neighbours, for a network that knows little but pictures. Raises ValueError for other words.
-    """
+    neighbours, for a network that knows little but pictures. Raises ValueError for other words."""
     require(condition in ("both", "query", "neighbors") and query in ("text", "nearest"),
             f"there is no condition {condition!r} with the query {query!r}")
     require(k > 0 or condition != "neighbors", "neighbours alone need a k of 1 or more")
@@ -94,8 +93,7 @@ def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: 
     """One picture per seed, float32 (B, 3, H, W), about in [-1, 1], `batch_size` at once.
 
     query (B, E) and neighbors (B, K, E), or one of each for all seeds. codec: a transformer's
-    VQ-VAE. `options` are those of `knn_diffusion.sample`, with a codec of `sample_tokens`.
-    """
+    VQ-VAE. `options` are those of `knn_diffusion.sample`, with a codec of `sample_tokens`."""
     require((codec is None) == isinstance(model, knn_diffusion.UNet),
             "a transformer needs its VQ-VAE as the codec, a U-Net none")
     sampler, found = knn_diffusion.sample_tokens if codec else knn_diffusion.sample, []

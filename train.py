@@ -28,7 +28,6 @@ import signal
 import sys
 import time
 import zipfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -48,7 +47,7 @@ from clip_model import SHIPPED, require, to_x
 from knn_diffusion import TokenTransformer, TransformerConfig, UNet
 
 REVIVE_EVERY, LOG_EVERY = 100, 50      # steps
-MOMENTUM, SWAPS = 0.95, 4              # of Muon; of each picture, to learn editing
+SWAPS = 4                              # of each picture, to learn editing
 PIXELS = 2**20                         # that a VQ-VAE encodes in one pass
 PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
            "discrete": knn_diffusion.DISCRETE_PRESETS,
@@ -72,52 +71,27 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum with every singular value of a matrix's update made about 1 (Jordan et al., 2024).
+class Muon(torch.optim.Muon):
+    """torch's Muon, for convolutions, too: momentum with every singular value of a matrix's update
+    made about 1 (Jordan et al., 2024).
 
     So directions that few pictures ask for move as far as those that all of them ask for: what has
-    to be learned by heart is learned sooner. A convolution counts as the matrix (C', C·h·w). The
-    factor 0.2 √max(rows, columns) gives AdamW's usual update size, and so its learning rates and
-    decay (Liu et al., 2502.16982 Eq. 4). Matrices of one shape are one stack: a GPU needs longer to
-    start a hundred small products than to compute them.
-    """
+    to be learned by heart is learned sooner. A convolution counts as the matrix (C', h·w·C), a view
+    of weights in channels_last. "match_rms_adamw" gives updates AdamW's usual size, and so its
+    learning rates and decay (Liu et al., 2502.16982 Eq. 4)."""
 
-    def __init__(self, parameters: list[nn.Parameter], lr: float, weight_decay: float) -> None:
-        super().__init__(parameters, dict(lr=lr, weight_decay=weight_decay))
-        for p in parameters:
-            self.state[p]["mean"] = torch.zeros_like(p)
+    def __init__(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        self.weights = weights
+        super().__init__([nn.Parameter(self.matrix(weight.detach())) for weight in weights], lr,
+                         weight_decay, adjust_lr_fn="match_rms_adamw")
 
-    @torch.no_grad()
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).view(len(weight), -1)
+
     def step(self) -> None:
-        for group in self.param_groups:
-            lr, alike = group["lr"], defaultdict(list)
-            for p in (p for p in group["params"] if p.grad is not None):
-                alike[p.shape].append(p)
-            for shape, parameters in alike.items():
-                gradients = [p.grad for p in parameters]
-                means = [self.state[p]["mean"] for p in parameters]
-                torch._foreach_lerp_(means, gradients, 1 - MOMENTUM)
-                ahead = torch._foreach_lerp(gradients, means, MOMENTUM)    # Nesterov's look ahead
-                matrices = torch.stack(ahead).flatten(2)                   # (n, C', C·h·w)
-                scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
-                updates = orthogonal(matrices.squeeze(0)).reshape(-1, *shape).unbind()
-                torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
-                torch._foreach_add_(parameters, updates, alpha=-lr * scale)
-
-
-def orthogonal(matrices: Tensor) -> Tensor:
-    """U Vᵀ of each matrix U S Vᵀ (..., rows, columns), roughly: five Newton-Schulz steps bring
-    every singular value to about 0.7 … 1.2, in bfloat16 too. Coefficients: Jordan et al."""
-    is_wide = matrices.shape[-2] <= matrices.shape[-1]
-    x = matrices if is_wide else matrices.mT
-    x = x.to(torch.bfloat16)
-    x = x / x.flatten(-2).norm(dim=-1).clamp(min=1e-7)[..., None, None]
-    add_product = torch.addmm if x.ndim == 2 else torch.baddbmm
-    for _ in range(5):
-        gram = x @ x.mT                                    # x ← (3.4445 − 4.7750 G + 2.0315 G²) x
-        factor = add_product(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-        x = add_product(x, factor, x, beta=3.4445)
-    return (x if is_wide else x.mT).to(matrices)
+        for weight, matrix in zip(self.weights, self.param_groups[0]["params"]):
+            matrix.grad = None if weight.grad is None else self.matrix(weight.grad)
+        super().step()
 
 
 def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
@@ -125,7 +99,7 @@ def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     inside = {name: p for name, p in model.named_parameters()
               if p.ndim >= 2 and name.endswith("weight") and not name.startswith(ENDS[type(model)])}
     others = [p for name, p in model.named_parameters() if name not in inside]
-    return [Muon(list(inside.values()), lr=lr, weight_decay=0.01),
+    return [Muon(list(inside.values()), lr, weight_decay=0.01),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
@@ -193,8 +167,7 @@ class Run:
     """A training under way: what all loops begin, log, save and resume alike. The clock, Ctrl-C and
     SIGTERM end it early: the step at work is finished and saved, unless a second signal comes.
 
-    settings: what may not change when it is resumed. The weights' metadata tells it.
-    """
+    settings: what may not change when it is resumed. The weights' metadata tells it."""
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
                  optimizers: list[torch.optim.Optimizer] | None = None) -> None:
@@ -424,8 +397,7 @@ def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
     """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3).
 
     Returns I_manip uint8 (R, S, S, 3) and the *original* regions' embeddings float16 (R, E). R is
-    SWAPS times N, all pictures in turn. A resumed run reads them from out/swaps.npz.
-    """
+    SWAPS times N, all pictures in turn. A resumed run reads them from out/swaps.npz."""
     path, device = args.out / "swaps.npz", args.device
     if args.resume:
         with np.load(path) as made:
@@ -673,8 +645,7 @@ def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: st
     """The model to train, and for tokens the VQ-VAE. A new model has the preset's sizes, one from
     weights its own, and its K and target.
 
-    Raises ValueError where the weights are of another kind, CLIP, K or VQ-VAE than the rest.
-    """
+    Raises ValueError where the weights are of another kind, CLIP, K or VQ-VAE than the rest."""
     E, k = database.rows.shape[1], min(args.k or 10, len(database) - 1)
     kind, codec = {"continuous": UNet, "discrete": TokenTransformer}.get(args.what), None
     if args.weights is None:

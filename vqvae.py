@@ -33,16 +33,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import (
-    FORMAT,
-    MISFITS,
-    load_model,
-    read_weights,
-    reason,
-    require,
-    save_model,
-    weights_digest,
-)
+import clip_model
+from clip_model import load_model, read_weights, require, save_model, weights_digest
 
 # ---------------------------------------------------------------- configuration
 
@@ -235,11 +227,6 @@ class GumbelCodebook(nn.Module):
         return self.embed(tokens)                                      # (B, L, Z)
 
 
-def perplexity(counts: Tensor) -> float:
-    """exp of the entropy of the codes' shares, counts (V,): 1 for one code, V for all alike."""
-    return torch.special.entr(counts.double() / counts.sum()).sum().exp().item()
-
-
 @torch.no_grad()
 def restart_dead_codes(codebook: Codebook, counts: Tensor, z: Tensor, generator: torch.Generator
                        ) -> None:
@@ -329,10 +316,9 @@ TAMING = r"(?:first_stage_model\.)?((?:encoder|decoder|quantize|quant_conv|post_
 def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
     """A VQ-VAE in eval mode, float32, on the CPU, and its file's metadata (none for taming's).
 
-    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit.
-    """
+    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit."""
     tensors, metadata = read_weights(path)
-    if metadata.get("format") == FORMAT:
+    if metadata.get("format") == clip_model.FORMAT:
         model, metadata = load_model(path, {"VQVAE": (VQVAE, VQVAEConfig)})
         return model.requires_grad_(False), metadata
     tensors = {found[1]: tensor for name, tensor in tensors.items()
@@ -340,8 +326,9 @@ def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
     try:
         model = VQVAE(sizes_from_shapes(tensors))
         model.load_state_dict(tensors)
-    except MISFITS as error:
-        raise ValueError(f"{path} holds no VQ-VAE, ours or taming's: {reason(error)}") from None
+    except clip_model.MISFITS as error:
+        said = clip_model.reason(error)
+        raise ValueError(f"{path} holds no VQ-VAE, ours or taming's: {said}") from None
     return model.eval().requires_grad_(False), {}
 
 

@@ -411,7 +411,7 @@ def evaluate_vqvae(args: argparse.Namespace) -> None:
         grid += [clip_model.to_pictures(x) for x in (train.to_x(shown), found)]
     print(f"{args.vqvae}: PSNR {np.mean(qualities):.2f} dB on {len(qualities)} pictures, "
           f"{int((total > 0).sum())} of {len(total)} codes used, perplexity "
-          f"{vqvae.perplexity(total):.0f}")
+          f"{torch.special.entr(total / total.sum()).sum().exp():.0f}")
     if args.grid:
         clip_model.grid(grid, codec.config.image_size).save(args.grid)
         print(f"wrote {args.grid}")
