@@ -281,7 +281,7 @@ def test_build_finds_all_pictures_and_says_what_it_left_out(tmp_path, capsys):
     argv = ["build", str(tmp_path / "pics"), "--clip", str(clip), "--out", str(out)]
     assert retrieval.main(argv) == 0
     said, errors = capsys.readouterr()
-    assert "broken.png" in errors and "1 files skipped, 1 of other kinds never tried" in said
+    assert "broken.png" in errors and "1 files not readable, 1 of other kinds" in said
     index = retrieval.open_index(out)
     assert index.paths == ["000.png", "001.png", "a.avif", "linked/000.png", "linked/001.png"]
     assert None not in retrieval.neighbor_pictures(index, list(range(5)))
