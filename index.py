@@ -478,8 +478,8 @@ def build(args: argparse.Namespace) -> None:
     for sentence in bad:
         print(f"skipped: {sentence}", file=sys.stderr)
     print(f"{len(index):,} rows of {index.rows.shape[1]} dimensions in {args.out}, "
-          f"{index.manifest['lists'] or 'no'} inverted lists, {len(bad)} files skipped, "
-          f"{len(others)} of other kinds never tried, {time.time() - start:.0f} s")
+          f"{index.manifest['lists'] or 'no'} inverted lists, {len(bad)} files not readable, "
+          f"{len(others)} of other kinds, {time.time() - start:.0f} s")
 
 
 def search(args: argparse.Namespace) -> None:

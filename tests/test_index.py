@@ -92,7 +92,6 @@ def test_a_query_of_any_norm_and_type_finds_the_same(tmp_path):
     for same in (1e19 * query.float(), 1e-13 * query.double()):
         found = index.search(same, 5)
         assert torch.equal(found[1], ids) and torch.allclose(found[0], scores)
-        assert found[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("queries, k", [
@@ -108,7 +107,7 @@ def test_equal_rows_come_in_the_order_of_their_ids(tmp_path):
     scores, ids = index.search(torch.tensor([[1.0, 0, 0, 0]]), 150)
     assert ids[0, :100].tolist() == list(range(0, 400, 4)) and (scores[0, :100] == 1).all()
     assert ids[0, 100:].tolist() == [i for i in range(400) if i % 4][:50]
-    assert index.search(torch.ones(2, 4), 10**6)[1].shape == (2, 400)
+    assert index.search(torch.ones(2, 4), 500)[1].shape == (2, 400)
     assert index.search(torch.ones(2, 4), 0, exclude=torch.arange(2))[1].shape == (2, 0)
 
 
@@ -164,17 +163,20 @@ def test_the_best_rows_of_the_probed_lists_come_back(tmp_path):
     c = (query @ centroids.T).argmax()
     members = order[offsets[c]:offsets[c + 1]].numpy()
     ranks = np.argsort(-(index.rows[members].astype(np.float64) @ query[0].double().numpy()))
-    assert index.search(query, 5, nprobe=1)[1][0].tolist() == members[ranks[:5]].tolist()
+    found = index.search(query, len(members), nprobe=1)[1][0]
+    assert found.tolist() == members[ranks].tolist()
 
 
 def test_kmeans_finds_separated_centres_and_lists_hold_their_own(tmp_path):
     noise = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
     rows = make(tmp_path, torch.eye(6).repeat_interleave(50, 0) + 0.05 * noise).rows
     centroids, order, offsets = retrieval.make_lists(rows, 24, iterations=20)
-    assert centroids.amax(0).min() > 0.95 and torch.isfinite(centroids).all()
-    nearest = (torch.from_numpy(rows[:]).float() @ centroids.T).argmax(1)
-    assert torch.equal(nearest[order], torch.arange(24).repeat_interleave(offsets.diff()))
-    assert torch.equal(order.sort().values, torch.arange(300))
+    rows, lists = torch.from_numpy(rows[:]).float(), order.split(offsets.diff().tolist())
+    nearest = (rows @ centroids.T).argmax(1)
+    for c, members in enumerate(lists):
+        assert members.tolist() == (nearest == c).nonzero().flatten().tolist()
+        mean = torch.nn.functional.normalize(rows[members].sum(0), dim=0)  # zero: an empty list
+        assert torch.allclose(centroids[c], mean, atol=1e-5)
 
 
 def test_two_builds_are_the_same_bytes(tmp_path):
@@ -188,8 +190,8 @@ def test_two_builds_are_the_same_bytes(tmp_path):
 def test_rows_on_disk_are_plain_unit_norm_float16_or_damaged(tmp_path):
     index = make(tmp_path, 7 * np.random.default_rng(0).normal(size=(9, 4)))
     rows = np.load(index.folder / "embeddings.npy")
-    assert rows.dtype == np.float16
-    assert np.allclose(np.linalg.norm(rows.astype(np.float64), axis=1), 1, atol=1e-3)
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    assert rows.dtype == np.float16 and np.allclose(norms, 1, atol=1e-3)
     for bad in (np.zeros((1, 4)), np.full((1, 4), np.nan), np.zeros((0, 4))):
         with pytest.raises(ValueError):
             make(tmp_path, bad, "bad")
@@ -201,12 +203,12 @@ def test_rows_on_disk_are_plain_unit_norm_float16_or_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("manifest.json", b"{"), ("manifest.json", b"[]"), ("embeddings.npy", b""),
-    ("embeddings.npy", None), ("paths.txt", b"one name\n"), ("lists.npy", b"no array")])
+    ("manifest.json", b"{"), ("manifest.json", b'{"rows": 200, "dim": 8}'),
+    ("embeddings.npy", b""), ("paths.txt", b"one name\n"), ("lists.npy", None)])
 def test_damaged_indexes_do_not_open(tmp_path, name, content):
     index = make(tmp_path, clusters(200), n_lists=10)
-    path = index.folder / name
-    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    other = (index.folder / "offsets.npy").read_bytes()
+    (index.folder / name).write_bytes(other if content is None else content)
     with pytest.raises(ValueError, match="damaged"):
         retrieval.open_index(index.folder)
 
@@ -259,8 +261,7 @@ def test_a_failed_build_keeps_the_old_index(tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval, "write_array_header_1_0", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         make(tmp_path, np.eye(5))
-    assert len(retrieval.open_index(index.folder)) == 4
-    assert [path.name for path in tmp_path.iterdir()] == ["idx"]
+    assert len(retrieval.open_index(index.folder)) == 4 and len(list(tmp_path.iterdir())) == 1
 
 
 # ---------------------------------------------------------------- the command
@@ -280,12 +281,12 @@ def test_build_finds_all_pictures_and_says_what_it_left_out(tmp_path, capsys):
     argv = ["build", str(tmp_path / "pics"), "--clip", str(clip), "--out", str(out)]
     assert retrieval.main(argv) == 0
     said, errors = capsys.readouterr()
-    assert "5 rows of 16" in said and "1 files skipped, 1 of other kinds never tried" in said
-    assert "broken.png" in errors
+    assert "broken.png" in errors and "1 files not readable, 1 of other kinds" in said
     index = retrieval.open_index(out)
     assert index.paths == ["000.png", "001.png", "a.avif", "linked/000.png", "linked/001.png"]
     assert None not in retrieval.neighbor_pictures(index, list(range(5)))
     assert index.manifest["encoder_hash"] == clip_model.load(clip).fingerprint()
+    assert index.manifest["root"] == "../../../pics"
 
 
 def test_search_prints_rank_score_row_path(world, tmp_path, capsys):
@@ -305,8 +306,7 @@ def test_recall_and_info_print_what_they_found(tmp_path, capsys):
     folder = str(make(tmp_path, clusters(), n_lists=30).folder)
     assert retrieval.main(["recall", folder, "--nprobe", "1", "30"]) == 0
     few, every = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
-    assert few < every == 1
-    assert retrieval.main(["info", folder]) == 0
+    assert few < every == 1 and retrieval.main(["info", folder]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 3000
     assert retrieval.main(["recall", str(make(tmp_path, np.eye(4), "plain").folder)]) == 2
 
