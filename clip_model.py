@@ -46,7 +46,6 @@ from torch import Tensor, nn
 
 class QuickGELU(nn.Module):
     """x·σ(1.702 x), a cheap stand-in for GELU; features differ if the two are mixed up."""
-
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
@@ -96,7 +95,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
 
 class Attention(nn.Module):
     """Multi-head self-attention, parameters named as torch.nn.MultiheadAttention's."""
-
     def __init__(self, width: int, heads: int, is_causal: bool) -> None:
         super().__init__()
         self.heads, self.is_causal = heads, is_causal
@@ -114,7 +112,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(ln(x)), then x + MLP(ln(x))."""
-
     def __init__(self, width: int, heads: int, hidden: int, activation: str,
                  is_causal: bool) -> None:
         super().__init__()
@@ -146,7 +143,6 @@ def transformer(width: int, layers: int, heads: int, hidden: int, activation: st
 
 class VisionTransformer(nn.Module):
     """Patches and a class token through a transformer; the class token is projected."""
-
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         D, patch = config.vision_width, config.patch_size
@@ -171,7 +167,6 @@ class VisionTransformer(nn.Module):
 class Bottleneck(nn.Module):
     """ResNet-50's block, 1x1 → 3x3 → 1x1, in CLIP's anti-aliased form: a stride is an average pool
     in front of a convolution, on both branches."""
-
     def __init__(self, c_in: int, width: int, stride: int) -> None:
         super().__init__()
         c_out = 4 * width
@@ -191,7 +186,6 @@ class Bottleneck(nn.Module):
 
 class AttentionPool(nn.Module):
     """The features' mean is the query; mean and features are keys and values."""
-
     def __init__(self, n_features: int, width: int, heads: int, embed_dim: int) -> None:
         super().__init__()
         self.heads = heads
@@ -210,7 +204,6 @@ class AttentionPool(nn.Module):
 
 class ModifiedResNet(nn.Module):
     """A stem of three convolutions, four stages, attention pooling."""
-
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         width, half = config.vision_width, config.vision_width // 2
@@ -240,7 +233,6 @@ class ModifiedResNet(nn.Module):
 class CLIP(nn.Module):
     """Both towers and the learned temperature. The text tower's modules sit at the top level, as in
     OpenAI's release. `tokenizer` belongs to the weights."""
-
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config, D = config, config.text_width
@@ -298,9 +290,8 @@ class CLIP(nn.Module):
                 f"{c.activation}")
 
     def fingerprint(self) -> str:
-        """16 hex digits of the image tower, the same for float32 and float16 files: which f_img
-        this is. Indexes and generators hold its embeddings; a text tower that is tuned to it
-        (examples/train_clip.py --text-only) may take the place of another."""
+        """16 hex digits of the image tower: which f_img this is. Indexes and generators hold its
+        embeddings; a text tower that is tuned to it may take the place of another."""
         c = self.config
         return weights_digest(self.visual, repr((c.vision_heads, c.activation, c.pixel_mean)))
 
@@ -342,7 +333,6 @@ def merge_pair(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
 class Tokenizer:
     """Texts -> token ids. Vocabulary: 256 bytes, the same with "</w>", merges, start, end. The end
     token has the largest id, since the text tower finds it by arg-max."""
-
     def __init__(self, merges: list[tuple[str, str]], context_length: int = 77) -> None:
         symbols = list(BYTE_SYMBOLS.values())
         self.words = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), *SPECIAL]
@@ -793,8 +783,7 @@ def replacing(path: AnyPath) -> Iterator[io.BufferedIOBase]:
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list | None = None) -> int:
-    """Parse a script's arguments and run it. The exit status: 0 done, 2 bad input, 1 anything else,
-    said in one sentence on stderr."""
+    """Parse arguments and run. Exit status: 0 done, 2 bad input, 1 else, said in a sentence."""
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # without its source line
     if hasattr(sys.stdout, "reconfigure"):  # no text is lost for a terminal's narrow alphabet
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -836,8 +825,7 @@ def to_pictures(x: Tensor) -> list[Image.Image]:
 
 def grid(rows: list[list[Image.Image | None]], cell: int, labels: list[str] | None = None
          ) -> Image.Image:
-    """Pictures in rows, each `cell` pixels per side, a gap between them; None is a grey cell. A
-    label stands above its row."""
+    """Rows of pictures, `cell` pixels per side, below their labels; None is a grey cell."""
     above, height = (24, cell + 26) if labels else (2, cell + 2)
     columns, step, font = max(map(len, rows), default=1), cell + 2, ImageFont.load_default(14)
     sheet = Image.new("RGB", (columns * step + 2, len(rows) * height + 2), "white")

@@ -23,8 +23,6 @@ both have. Brightness and contrast do not change it.
 Shapes: B pictures, C channels, H W picture, P = H·W its pixels; E CLIP dimension, K neighbours.
 Warps are (B, 2, 3), torch's: pixel (x, y) shows the picture at warp · (x, y, 1). x runs to the
 right and y down, from −1 to 1 over the picture, so a warp is the same on each level of a pyramid.
-
-    python edit.py fox.png "a red heart"
 """
 from __future__ import annotations
 
@@ -76,8 +74,7 @@ def view(template: Tensor, layers: Tensor, warp: Tensor) -> tuple[Tensor, ...]:
     return centred(template.flatten(1), weight), centred(i_w, weight), gx * weight, gy * weight
 
 
-def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Tensor
-             ) -> Tensor:
+def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """One Gauss-Newton step of warps, (B, 2, 3) (Evangelidis & Psarakis, forward additive).
 
     G (P, 6) holds the slopes of i_w along the warp's six numbers; H = GᵀG, a = Gᵀi_w, b = Gᵀi_r.
@@ -135,8 +132,7 @@ def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, e
 @torch.no_grad()
 def ecc(template: Tensor, image: Tensor, levels: int = 3, iterations: int = 50, eps: float = 1e-3
         ) -> tuple[Tensor, Tensor]:
-    """Warps (B, 2, 3) under which images look most like their templates, and whether each pair
-    converged, bool (B,).
+    """Warps (B, 2, 3) under which images look most like their templates; which converged (B,).
 
     template, image: grey, (B, 1, H, W), any range. Coarse to fine over at most `levels` levels,
     each half as large, none below 16 pixels. On each a pair takes up to `iterations` steps, until ρ
@@ -161,8 +157,7 @@ def grey(x: Tensor) -> Tensor:
 
 
 def aligned(pictures: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbours (B, 3, H, W) warped onto pictures of the same shape and range, and which of them
-    moved, bool (B,).
+    """Neighbours (B, 3, H, W) warped onto such pictures, and which of them moved, bool (B,).
 
     Ours: a neighbour stays as it is where ECC does not converge, or leaves it no nearer to its
     picture (mean absolute difference). A seam at the region's border would tell a model where to
@@ -244,8 +239,7 @@ def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator,
 
 def region_crop(box: tuple[int, int, int, int], height: int, width: int
                 ) -> tuple[int, int, int, int]:
-    """The tight square around a box, moved inside the picture where it fits, else cut: what CLIP
-    embeds of a region."""
+    """What CLIP embeds of a region: the tight square around its box, moved inside where it fits."""
     left, top, right, bottom = box
     side = max(right - left, bottom - top)
     left = max(0, min((left + right - side) // 2, width - side))
@@ -261,10 +255,9 @@ def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbo
                  ) -> Tensor:
     """One edited picture per seed, float32 (B, 3, H, W), about in [-1, 1].
 
-    x: the picture (1, 3, H, W) in [-1, 1], of the model's size; query (1, E) and neighbors
-    (1, K, E), unit-norm: the condition; or (B, ...), one of each per seed. guidance: towards the
-    text. start: the share of the T steps to begin at, from the picture noised so far; U-Nets only.
-    """
+    x: the picture (1, 3, H, W) in [-1, 1], of the model's size; query (1, E), neighbors (1, K, E),
+    unit-norm: the condition; or (B, ...), one per seed. guidance: towards the text. start: the
+    share of the T steps to begin at, from the picture noised so far; U-Nets only."""
     require(start == 1 or codec is None, "a start from the picture goes with continuous weights")
     options = {} if start == 1 else {"start": x, "start_at": start}
     return sample.draw(model, query, neighbors, seeds, codec, steps=steps, guidance=guidance,

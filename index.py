@@ -22,6 +22,7 @@ Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows, 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -45,7 +46,7 @@ from PIL import Image
 from torch import Tensor
 
 import clip_model
-from clip_model import SHIPPED, reason, replacing, require
+from clip_model import IMAGE_SUFFIXES, SHIPPED, reason, replacing, require
 
 LISTS = "centroids", "lists", "offsets"
 BLOCK = 16384              # rows that are read and multiplied at once
@@ -75,10 +76,8 @@ def stored(rows: Rows, key: slice | Tensor, device: torch.device | str = "cpu") 
 
 def best(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Of rows `ids`, int64 (Q, n) in all, and their scores, float64 (Q, n): the k best, best first,
-    of equal scores the lower id. Both (Q, min(k, n)).
-
-    Ours: a score and its id make one integer, score·2³⁰·2³² − id, so that topk settles ties, too.
-    """
+    of equal scores the lower id. Both (Q, min(k, n)). Ours: a score and its id make one integer,
+    score·2³⁰·2³² − id, so that topk settles ties, too."""
     keys = (torch.cat(scores, dim=1) * 2**30).round().long() * 2**32 - torch.cat(ids, dim=1)
     keys = keys.topk(min(k, keys.shape[1])).values
     ids = -keys % 2**32
@@ -86,8 +85,8 @@ def best(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tenso
 
 
 def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """kNN(·) as defined, for unit-norm float64 queries (Q, E), block by block: scores float64 and
-    row ids int64, (Q, min(k, N))."""
+    """kNN(·) as defined, of unit-norm float64 queries (Q, E): float64 scores and int64 ids, both
+    (Q, min(k, N))."""
     scores, ids = queries[:, :0], queries[:, :0].long()
     for start in range(0, rows.shape[0], BLOCK):
         block = stored(rows, slice(start, start + BLOCK), queries.device).double()    # (P, E)
@@ -110,9 +109,14 @@ def scan_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
+@functools.lru_cache(64)                   # a million rows stay in memory
+def low_block(rows: Rows, start: int, device: torch.device) -> Tensor:
+    """Rows from `start` on in low precision, (P, E)."""
+    return stored(rows, slice(start, start + BLOCK), device).to(scan_dtype(device))
+
+
 def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best rows of the best groups, as `exact_search` gives them, and for which queries
-    no row elsewhere can be better, bool (Q,).
+    """`exact_search` in the best groups alone, and which answers are proved to be its, bool (Q,).
 
     The bound: with q̂ and r̂ the rounded vectors, Cauchy and Schwarz give
         |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   and all norms are below 1.01 (see `stored`).
@@ -121,7 +125,7 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     (N, E), Q, device, maxima, found = rows.shape, len(queries), queries.device, [], []
     columns = queries.to(scan_dtype(device)).T.contiguous()    # (E, Q)
     for start in range(0, N, BLOCK):
-        low = stored(rows, slice(start, start + BLOCK), device).to(columns.dtype)    # (P, E)
+        low = low_block(rows, start, device)    # (P, E)
         scores = low[: len(low) // GROUP * GROUP] @ columns    # (P, Q)
         maxima.append(scores.view(-1, GROUP, Q).amax(1))    # (P / GROUP, Q)
     top, groups = torch.cat(maxima).float().T.topk(LISTED * k + 1)    # (Q, LISTED·k + 1)
@@ -251,7 +255,6 @@ def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> 
 class Rows:
     """A matrix (N, E) of floats in one .npy file or several. Each read maps its file anew, so that
     what was read leaves memory again. Raises ValueError for files of anything else."""
-
     def __init__(self, files: Sequence[Path]) -> None:
         arrays = [open_memmap(path, mode="r") for path in files]
         self.files, self.starts = files, np.cumsum([0] + [len(array) for array in arrays])
@@ -287,8 +290,7 @@ def read_names(folder: Path) -> list[str]:
 
 
 def open_index(folder: str | Path) -> Index:
-    """Open an index folder. Raises FileNotFoundError where it is missing, ValueError where its
-    files disagree."""
+    """Open an index folder. Raises FileNotFoundError, or ValueError where its files disagree."""
     folder, lists = Path(folder), None
     if not os.path.isfile(folder / "manifest.json"):
         raise FileNotFoundError(f"no index at {folder}; `python index.py build` makes one")
@@ -402,10 +404,6 @@ def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
     return array
 
 
-def is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in clip_model.IMAGE_SUFFIXES
-
-
 def list_images(folder: str | Path, others: bool = False) -> list[str]:
     """All picture files below a folder, or all others: relative names, sorted. Links are
     followed, and no folder is read twice, so a circle of links ends."""
@@ -417,7 +415,7 @@ def list_images(folder: str | Path, others: bool = False) -> list[str]:
             continue
         seen.add(os.path.realpath(here))
         names += [Path(here, name).relative_to(folder).as_posix() for name in files]
-    return sorted(name for name in names if is_image(name) != others)
+    return sorted(name for name in names if (Path(name).suffix.lower() in IMAGE_SUFFIXES) != others)
 
 
 def embed_folder(clip: clip_model.CLIP, folder: str | Path, batch_size: int = 256
@@ -485,7 +483,8 @@ def build(args: argparse.Namespace) -> None:
 def search(args: argparse.Namespace) -> None:
     """Print the nearest rows of a text or a picture, one per line; draw them on request."""
     is_picture = os.path.isfile(args.query)
-    require(is_picture or args.query.strip() and not is_image(args.query),
+    is_name = Path(args.query).suffix.lower() in IMAGE_SUFFIXES
+    require(is_picture or args.query.strip() and not is_name,
             f"{args.query!r} is neither a text nor a picture that is there")
     index, clip = open_index(args.index), clip_model.load(args.clip)
     check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)

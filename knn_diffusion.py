@@ -39,8 +39,7 @@ from clip_model import QuickGELU, attention, load_model, require, save_model
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The continuous backbone. Defaults: the paper's size, in the layout of ADM's 64-pixel U-Net
-    (2105.05233)."""
+    """The continuous backbone. Defaults: the paper's size, laid out as ADM's (2105.05233) at 64."""
     image_size: int = 64                      # pixels per side
     embed_dim: int = 512                      # E, CLIP's dimension
     n_neighbors: int = 10                     # K in training; this many null tokens stand for none
@@ -85,7 +84,6 @@ class Schedule:
     ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + 0.008)/1.008 · π/2), β_t = 1 − ᾱ_t/ᾱ_{t−1} ≤ 0.999.
     noise_shift c multiplies the signal-to-noise ratio ᾱ/(1−ᾱ) by c² (Hoogeboom et al., 2301.11093
     Sec. 3.1): a picture of twice the side hides half the noise, c = 1/2 gives it back."""
-
     def __init__(self, T: int, noise_shift: float = 1.0, device: torch.device | str = "cpu"
                  ) -> None:
         t = torch.arange(T + 1, dtype=torch.float64)
@@ -158,7 +156,6 @@ class Condition(nn.Module):
     serves all tokens, and a type embedding tells the query from the neighbours. Nothing tells the
     neighbours' ranks: they are a set, and any K works at inference. A null is a learned CLIP vector
     put in *before* every path that reads the condition, so that no path can miss it."""
-
     def __init__(self, config: UNetConfig | TransformerConfig) -> None:
         super().__init__()
         E, D = config.embed_dim, config.condition_width
@@ -322,7 +319,6 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 class ResBlock(nn.Module):
     """ADM's residual block: norm → SiLU → (resize) → conv → norm·(1 + scale) + shift → SiLU → conv.
     scale and shift come from the time embedding, which carries the condition's summary, too."""
-
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, resize: str = "") -> None:
         super().__init__()
         self.resize = {"": nn.Identity(), "down": nn.AvgPool2d(2),
@@ -346,7 +342,6 @@ class ResBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """GLIDE's joint attention: queries from the pixels, keys and values from the condition's tokens
     and the pixels together; from the tokens alone, at large feature maps, without with_self."""
-
     def __init__(self, config: UNetConfig, channels: int, with_self: bool) -> None:
         super().__init__()
         self.heads, self.with_self = channels // config.head_channels, with_self
@@ -368,7 +363,6 @@ class AttentionBlock(nn.Module):
 
 class Level(nn.Module):
     """A residual block and, where wanted, an attention block behind it."""
-
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, size: int,
                  resize: str = "", attend: bool = True) -> None:
         super().__init__()
@@ -384,7 +378,6 @@ class Level(nn.Module):
 
 class UNet(nn.Module):
     """ε, v or x_0 of x_t under a condition."""
-
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
@@ -470,8 +463,7 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
     x_0's error is √(1−ᾱ) times v's; the cap is as in Min-SNR (2303.09556 Sec. 3.4). A v or ε holds
     all of the noise, which a narrow network must carry through; x_0 does not.
 
-    x0 float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T; eps standard normal as x0; picture:
-    what to edit into x0, as x0."""
+    x0, and the picture to edit into it, float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T."""
     alpha_bar = schedule.at(t, x0)                                         # (B, 1, 1, 1)
     xt = add_noise(x0, eps, alpha_bar)
     output = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture).float()
@@ -583,8 +575,7 @@ SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "ddpm": ddpm}         # the first i
 def noise_source(seeds: list[int], device: torch.device | str = "cpu",
                  draw: Callable[..., Tensor] = torch.randn) -> Callable[..., Tensor]:
     """A function (*shape) → the next standard normal (B, *shape), or uniform with torch.rand. Every
-    sample has a generator of its own on the CPU: its noise depends on its seed alone, not on the
-    batch or the device."""
+    sample has a generator of its own, on the CPU: only its seed decides, no batch and no device."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda *shape: torch.stack([draw(shape, generator=g) for g in generators]).to(device)
 
@@ -731,8 +722,7 @@ def log_of(p: Tensor, like: Tensor) -> Tensor:
 
 def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
                 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of log p(x_s = c | x_t), for every code c: the factor in front and the sum, (B, L, V) each;
-    and log W (B, L, 1)."""
+    """For every code c the factor in front and the sum, (B, L, V) each, and log W (B, L, 1)."""
     alpha, beta, gamma = schedule.between(s, t)
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
     alpha_s, beta_s, _ = schedule.between(0, s)
@@ -766,7 +756,6 @@ def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Ma
 
 class AdaLayerNorm(nn.Module):
     """LayerNorm with scale and shift from the step and the condition's summary."""
-
     def __init__(self, width: int) -> None:
         super().__init__()
         self.modulation = nn.Linear(width, 2 * width)
@@ -778,7 +767,6 @@ class AdaLayerNorm(nn.Module):
 
 class TokenBlock(nn.Module):
     """Self-attention of the tokens, cross-attention to the condition, MLP."""
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         D = config.width
@@ -801,7 +789,6 @@ class TokenBlock(nn.Module):
 
 class TokenTransformer(nn.Module):
     """log p(x_0 | x_t) under a condition: VQ-Diffusion's network, one time table for all norms."""
-
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -873,8 +860,7 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
 
     KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 q is certain and
     this is −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with the
-    code's adaptive weight 2 − (t−1)/T. Departs: t is uniform in 1 … T; their code draws it by the
-    size of the loss."""
+    code's adaptive weight 2 − (t−1)/T. Departs: t is uniform; their code draws it by its loss."""
     log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)     # (B, L, V)
     kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)    # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)

@@ -7,8 +7,6 @@ embedding lies apart from all pictures' in CLIP's space: the network has seen no
 Neighbours are pictures' embeddings both times: they say what the text means in words that the
 network knows. Another index gives another domain, with the same weights.
 
-`run` reads from top to bottom: open, embed, search, sample, write.
-
 Shapes: B samples, E CLIP dimension, K neighbours, N index rows, H W picture.
 """
 from __future__ import annotations
@@ -136,8 +134,7 @@ def render_stickers(index: retrieval.Index, ids: Tensor) -> None:
 
 
 def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
-    """Write a picture, whole or not at all, with JSON in its text chunk "parameters". Files are
-    named without their folders: pictures travel."""
+    """Write a picture with JSON in its text chunk; files named without folders: pictures travel."""
     info = PngInfo()
     info.add_itxt("parameters", json.dumps(parameters, default=lambda path: path.name))
     with clip_model.replacing(path) as file:
@@ -163,8 +160,7 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
 
 def open_models(args: argparse.Namespace, weights: Path, edits: bool
                 ) -> tuple[Network, str, clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
-    """What sample.py and edit.py both open, on its device, and the condition to show. Raises
-    ValueError for what both refuse."""
+    """What sample.py and edit.py both refuse, or open, on its device; and the condition to show."""
     require(args.n >= 1 and args.k >= 0, f"--n is {args.n}, --k {args.k}: wanted 1, 0 or more")
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}, wanted 0 to 2^62")
     require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
@@ -275,8 +271,7 @@ def main(argv: list[str] | None = None) -> int:
          "on")
     flag("--condition", choices=["both", "query", "neighbors"],
          help="what the network is shown (default: what it was trained with)")
-    flag("--sampler", help="continuous: dpm (DPM-Solver++(2M), default), ddim or ddpm; discrete: "
-         "ancestral")
+    flag("--sampler", help="continuous: dpm (DPM-Solver++, default), ddim, ddpm; else: ancestral")
     flag("--guidance", type=float, metavar="G", help="classifier-free guidance: "
          "uncond + G·(cond − uncond) at every step (default 2; 1: off)")
     flag("--truncation", type=float, metavar="R",

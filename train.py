@@ -73,13 +73,10 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 
 class Muon(torch.optim.Muon):
     """torch's Muon, for convolutions, too: momentum with every singular value of a matrix's update
-    made about 1 (Jordan et al., 2024).
-
-    So directions that few pictures ask for move as far as those that all of them ask for: what has
-    to be learned by heart is learned sooner. A convolution counts as the matrix (C', h·w·C), a view
-    of weights in channels_last. "match_rms_adamw" gives updates AdamW's usual size, and so its
-    learning rates and decay (Liu et al., 2502.16982 Eq. 4)."""
-
+    made about 1 (Jordan et al., 2024). So directions that few pictures ask for move as far as those
+    that all ask for: what has to be learned by heart is learned sooner. A convolution counts as the
+    matrix (C', h·w·C), a view of weights in channels_last. "match_rms_adamw" gives updates AdamW's
+    usual size, and so its learning rates and decay (Liu et al., 2502.16982 Eq. 4)."""
     def __init__(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         self.weights = weights
         super().__init__([nn.Parameter(self.matrix(weight.detach())) for weight in weights], lr,
@@ -105,8 +102,7 @@ def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 def on_device(inputs: Iterable[Tensor], device: torch.device) -> list[Tensor]:
     """Pictures, uint8 (B, S, S, 3), as x; all others as they are. Bytes are copied, not floats."""
-    return [to_x(each, device) if each.dtype == torch.uint8 else each.to(device)
-            for each in inputs]
+    return [to_x(each, device) if each.dtype == torch.uint8 else each.to(device) for each in inputs]
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
@@ -166,9 +162,7 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
 class Run:
     """A training under way: what all loops begin, log, save and resume alike. The clock, Ctrl-C and
     SIGTERM end it early: the step at work is finished and saved, unless a second signal comes.
-
     settings: what may not change when it is resumed. The weights' metadata tells it."""
-
     def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
                  optimizers: list[torch.optim.Optimizer] | None = None) -> None:
         self.args = args
@@ -182,7 +176,7 @@ class Run:
         self.command = f"{before}\n{args.command}".strip()       # all that made these weights
         self.first = load_state(args.out / "state.pt", args.steps, self.settings, model, self.ema,
                                 self.optimizers) if args.resume else 0
-        self.losses, self.skipped, self.is_stopped = [], 0, False
+        self.losses, self.skipped, self.in_a_row, self.is_stopped = [], 0, 0, False
         (args.out / "samples").mkdir(parents=True, exist_ok=True)
         if self.first == 0:
             (args.out / "log.csv").write_text(
@@ -235,14 +229,15 @@ class Run:
         return total
 
     def advance(self, step: int, loss: Tensor, decay: float, warmup: int = 300) -> None:
-        """Step, average, count. Raises FloatingPointError after 20 non-finite steps."""
+        """Step, average, count. Raises FloatingPointError after 20 non-finite steps in a row."""
         self.rate = learning_rate(step, self.args.lr, warmup, self.args.steps)
         loss, self.norm = take_step(self.model, self.optimizers, loss, self.rate)
         average(self.ema, self.model, step, decay)
         is_finite = math.isfinite(loss + self.norm)
         self.losses += [loss] * is_finite
         self.skipped += not is_finite
-        if self.skipped == 20:
+        self.in_a_row = 0 if is_finite else self.in_a_row + 1
+        if self.in_a_row == 20:
             raise FloatingPointError("20 steps were not finite: --resume with a lower --lr")
 
     def log(self, step: int, held_out: Tensor | None) -> None:
@@ -383,8 +378,7 @@ class Data:
         return self.batch(self.rows[torch.randint(len(self.rows), (n,), generator=seeded).numpy()])
 
     def batch(self, rows: np.ndarray) -> list[Tensor]:
-        """Of rows (B,): x_0 as it is kept; the query float32 (B, E); kNN(query) (B, K, E); I_manip
-        where something is edited."""
+        """Of rows (B,): x_0, the query float32 (B, E), kNN(query) (B, K, E), I_manip if edited."""
         found = [self.x0[rows % len(self.x0)], *(each[rows] for each in self.manipulated)]
         x0, *picture = [torch.from_numpy(each if each.ndim == 4 else each.astype(np.int64))
                         for each in found]
@@ -394,9 +388,8 @@ class Data:
 
 def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
           ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3).
-
-    Returns I_manip uint8 (R, S, S, 3) and the *original* regions' embeddings float16 (R, E). R is
+    """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3):
+    I_manip uint8 (R, S, S, 3) and the *original* regions' embeddings float16 (R, E). R is
     SWAPS times N, all pictures in turn. A resumed run reads them from out/swaps.npz."""
     path, device = args.out / "swaps.npz", args.device
     if args.resume:
@@ -550,8 +543,7 @@ def main(argv: list[str] | None = None) -> int:
         help="query trains the paper's no-kNN baseline")
     add("--query-noise", type=float, default=0.0, help="largest norm, for half of the queries")
     add("--flip", action="store_true", help="U-Net: mirror half of the pictures, no embedding")
-    add("--keep-out", type=int, default=10, metavar="N", help="vqvae: measure on every N-th file "
-        "(stickers: drawing) instead of training on it (default 10; 0: none)")
+    add("--keep-out", type=int, default=10, help="vqvae: N-th files are only measured (default 10)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--no-bf16", action="store_true", help="train in float32")
     argv = sys.argv[1:] if argv is None else argv
@@ -643,9 +635,7 @@ def token_blocks(codec: vqvae.VQVAE, pictures: Callable[[], np.ndarray], device:
 def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: str
                 ) -> tuple[UNet | TokenTransformer, vqvae.VQVAE | None]:
     """The model to train, and for tokens the VQ-VAE. A new model has the preset's sizes, one from
-    weights its own, and its K and target.
-
-    Raises ValueError where the weights are of another kind, CLIP, K or VQ-VAE than the rest."""
+    weights its own. Raises ValueError where CLIP, VQ-VAE and kind do not go together."""
     E, k = database.rows.shape[1], min(args.k or 10, len(database) - 1)
     kind, codec = {"continuous": UNet, "discrete": TokenTransformer}.get(args.what), None
     if args.weights is None:

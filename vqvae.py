@@ -76,7 +76,6 @@ PRESETS = {
 
 class ResnetBlock(nn.Module):
     """norm → swish → conv, twice, added to the input."""
-
     def __init__(self, c_in: int, c_out: int, groups: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=1e-6)
@@ -93,7 +92,6 @@ class ResnetBlock(nn.Module):
 
 class AttnBlock(nn.Module):
     """Self-attention of all places, one head."""
-
     def __init__(self, c: int, groups: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=1e-6)
@@ -110,7 +108,6 @@ class AttnBlock(nn.Module):
 
 class Level(nn.Module):
     """n blocks, each with self-attention behind it where the level attends; then another size."""
-
     def __init__(self, c_in: int, c_out: int, n: int, attends: bool, groups: int,
                  halves: bool = False, doubles: bool = False) -> None:
         super().__init__()
@@ -141,7 +138,6 @@ def middle(c: int, groups: int) -> nn.Module:
 
 class Encoder(nn.Module):
     """x (B, 3, H, W) → (B, Y, h, w). `down` is numbered by size: 0 is the picture's."""
-
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         widths, groups = [config.channels * m for m in config.multipliers], config.norm_groups
@@ -164,7 +160,6 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """(B, Y, h, w) → x (B, 3, H, W). `up` is numbered as `down`, and run from its end."""
-
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         widths, groups = [config.channels * m for m in config.multipliers], config.norm_groups
@@ -189,7 +184,6 @@ class Decoder(nn.Module):
 
 class Codebook(nn.Module):
     """V vectors; each place takes the nearest."""
-
     def __init__(self, n_codes: int, embed_dim: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(n_codes, embed_dim)
@@ -213,7 +207,6 @@ class Codebook(nn.Module):
 
 class GumbelCodebook(nn.Module):
     """V vectors; a linear map Y → V makes logits, each place takes the arg-max (DALL-E's way)."""
-
     def __init__(self, n_codes: int, embed_dim: int, latent_channels: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(n_codes, embed_dim)
@@ -244,7 +237,6 @@ def restart_dead_codes(codebook: Codebook, counts: Tensor, z: Tensor, generator:
 
 class VQVAE(nn.Module):
     """`encode` and `decode` turn pictures into tokens and back; `forward` is for training."""
-
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config
