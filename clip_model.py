@@ -79,7 +79,7 @@ class ClipConfig:
     pixel_std: tuple[float, ...] = PIXEL_STD
 
 
-# ---------------------------------------------------------------- layers and image towers
+# ---------------- layers and image towers
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     """softmax(q kᵀ / √d) v for q (B, heads, L, d) and k, v (B, heads, M, d); softmax in float32.
@@ -228,7 +228,7 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(x)                                    # (B, E)
 
 
-# ---------------------------------------------------------------- CLIP
+# ---------------- CLIP
 
 class CLIP(nn.Module):
     """Both towers and the learned temperature. The text tower's modules sit at the top level, as in
@@ -296,7 +296,7 @@ class CLIP(nn.Module):
         return weights_digest(self.visual, repr((c.vision_heads, c.activation, c.pixel_mean)))
 
 
-# ---------------------------------------------------------------- tokenizer
+# ---------------- tokenizer
 #
 # Byte-pair encoding (Sennrich et al., 1508.07909) over UTF-8 bytes, as GPT-2 and CLIP do it. Every
 # byte has a printable stand-in, so that any text can be written down. A word starts as its bytes,
@@ -371,7 +371,7 @@ class Tokenizer:
         return tokens
 
 
-# ---------------------------------------------------------------- pictures
+# ---------------- pictures
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # PostScript would run programs
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif".split())
@@ -423,7 +423,7 @@ def to_pixels(pictures: np.ndarray | list[Image.Image], mean: tuple = PIXEL_MEAN
     return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-# ---------------------------------------------------------------- published checkpoints
+# ---------------- published checkpoints
 #
 # Three projects publish CLIPs under three sets of names. All are turned into OpenAI's, then the
 # sizes are read off the shapes. What shapes can't say is read from the files beside the weights,
@@ -431,7 +431,7 @@ def to_pixels(pictures: np.ndarray | list[Image.Image], mean: tuple = PIXEL_MEAN
 
 TEXT_TOWER = re.compile(r"(.*?)(text_model\.embeddings\.|text\.|)token_embedding.weight")
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
-HUGGING_FACE = (                               # their names and OpenAI's, piece by piece
+HUGGING_FACE = (  # their names and OpenAI's, piece by piece
     ("vision_model.", "visual."), ("text_model.", ""), ("embeddings.", ""),
     ("encoder.layers", "transformer.resblocks"), ("patch_embedding", "conv1"),
     ("position_embedding.weight", "positional_embedding"), ("pre_layrnorm", "ln_pre"),
@@ -483,7 +483,7 @@ def sizes_from_shapes(tensors: Tensors) -> dict[str, object]:
             "text_hidden": len(tensors[mlp])}
     if "visual.proj" in tensors:
         width, _, _, patch = tensors["visual.conv1.weight"].shape
-        side = math.isqrt(len(tensors["visual.positional_embedding"]))       # patches
+        side = math.isqrt(len(tensors["visual.positional_embedding"]))  # patches
         return text | {"image_size": side * patch, "patch_size": patch, "vision_width": width,
                        "vision_layers": count("visual.transformer.", ".ln_1.bias"),
                        "vision_heads": width // HEAD_WIDTHS.get(width, 64),
@@ -552,7 +552,7 @@ def published_tokenizer(place: Path, context_length: int = 77) -> Tokenizer | No
     return Tokenizer(merges, context_length)
 
 
-# ---------------------------------------------------------------- weights on disk (safetensors)
+# ---------------- weights on disk (safetensors)
 #
 # 8 bytes: n, little-endian. n bytes: JSON, name -> {dtype, shape, data_offsets}, and "__metadata__"
 # of strings, padded to a multiple of 8. Then the tensors' raw little-endian bytes, without holes.
@@ -597,7 +597,7 @@ def read_weights(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         for name, entry in header.items():
             begin, end = (start + offset for offset in entry["data_offsets"])
-            blob = raw[begin:end].clone()                               # aligned
+            blob = raw[begin:end].clone()  # aligned
             tensors[name] = blob.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
         total = start + sum(tensor.nbytes for tensor in tensors.values())
         require(total == size, f"its header promises {total} bytes, it has {size}")
@@ -606,7 +606,7 @@ def read_weights(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
     return tensors, metadata
 
 
-# ---------------------------------------------------------------- foreign weights (zip archives)
+# ---------------- foreign weights (zip archives)
 #
 # torch.save and torch.jit.save write a zip: TOP/data.pkl, a pickle, and each tensor's raw bytes in
 # TOP/data/KEY. A pickle is a program that may call any Python object by its name. Here `find_class`
@@ -670,7 +670,7 @@ def read_archive(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
         raise ValueError(f"{path} is no whole archive of tensors: {reason(error)}") from None
 
 
-# ---------------------------------------------------------------- load, save
+# ---------------- load, save
 
 def save_model(path: AnyPath, model: nn.Module, metadata: dict[str, str]) -> None:
     """Write a model's weights in float16, its class name and config: enough to load it again."""
@@ -750,7 +750,7 @@ def load(path: AnyPath, tokenizer: AnyPath | None = None, activation: str | None
     return model.eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- what the scripts share: no CLIP
+# ---------------- what the scripts share: no CLIP
 
 SHIPPED = Path(__file__).resolve().parent / "weights" / "stickers"
 

@@ -43,12 +43,12 @@ import sample
 import vqvae
 from clip_model import require
 
-# ---------------------------------------------------------------- ECC
+# ---------------- ECC
 
 def warped(pictures: Tensor, warp: Tensor, outside: str = "border") -> Tensor:
     """Pictures (B, C, H, W) seen through warps (B, 2, 3), bilinear. outside: "border", the nearest
     pixel of the border, or "zeros"."""
-    points = F.affine_grid(warp, list(pictures.shape), align_corners=False)      # (B, H, W, 2)
+    points = F.affine_grid(warp, list(pictures.shape), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(pictures, points, padding_mode=outside, align_corners=False)
 
 
@@ -69,7 +69,7 @@ def centred(values: Tensor, weight: Tensor) -> Tensor:
 def view(template: Tensor, layers: Tensor, warp: Tensor) -> tuple[Tensor, ...]:
     """i_r, i_w and the slopes of i_w to the right and down, (B, P) each: templates (B, 1, H, W)
     beside warped layers (B, 4, H, W), which are image, slopes, ones. 0 in pixels not seen whole."""
-    i_w, gx, gy, inside = warped(layers, warp, "zeros").flatten(2).unbind(1)     # (B, P) each
+    i_w, gx, gy, inside = warped(layers, warp, "zeros").flatten(2).unbind(1)  # (B, P) each
     weight = (inside > 0.99).to(i_w)
     return centred(template.flatten(1), weight), centred(i_w, weight), gx * weight, gy * weight
 
@@ -82,15 +82,15 @@ def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Ten
 
         λ = (‖i_w‖² − aᵀH⁻¹a) / (i_rᵀi_w − bᵀH⁻¹a)          where the denominator is positive, else
         λ = max(√(aᵀH⁻¹a / bᵀH⁻¹b), (bᵀH⁻¹a − i_rᵀi_w) / bᵀH⁻¹b)."""
-    Gt = torch.stack([gx * x, gx * y, gx, gy * x, gy * y, gy], 1)    # (B, 6, P)
+    Gt = torch.stack([gx * x, gx * y, gx, gy * x, gy * y, gy], 1)         # (B, 6, P)
     # In float64, with a little on the diagonal: a picture without edges gives no step, no error.
-    H = (Gt @ Gt.transpose(1, 2)).double()                                       # (B, 6, 6)
+    H = (Gt @ Gt.transpose(1, 2)).double()                                # (B, 6, 6)
     size = H.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     H = H + 1e-9 * size[:, None, None] * torch.eye(6).to(H)
-    a, b = ((Gt @ i[:, :, None]).double() for i in (i_w, i_r))               # (B, 6, 1)
-    Ha, Hb = torch.linalg.solve(H, torch.cat([a, b], 2)).split(1, dim=2)         # H⁻¹a, H⁻¹b
+    a, b = ((Gt @ i[:, :, None]).double() for i in (i_w, i_r))            # (B, 6, 1)
+    Ha, Hb = torch.linalg.solve(H, torch.cat([a, b], 2)).split(1, dim=2)  # H⁻¹a, H⁻¹b
     aHa, bHa, bHb = ((p * q).sum((1, 2)) for p, q in ((a, Ha), (b, Ha), (b, Hb)))
-    denominator = (i_r * i_w).sum(1).double() - bHa                          # (B,)
+    denominator = (i_r * i_w).sum(1).double() - bHa                       # (B,)
     usual = (i_w.square().sum(1).double() - aHa) / denominator
     bHb = bHb.clamp(min=1e-12)
     other = torch.maximum((aHa / bHb).clamp(min=0).sqrt(), -denominator / bHb)
@@ -105,16 +105,16 @@ def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, e
     Ours: a warp that sees less than half of the picture, or changes areas by more than a factor
     of 2, is given up for its start: over a few pixels anything correlates."""
     B, _, height, width = image.shape
-    down, right = torch.gradient(image, dim=(2, 3))                              # per pixel
+    down, right = torch.gradient(image, dim=(2, 3))  # per pixel
     layers = torch.cat([image, right * width / 2, down * height / 2, torch.ones_like(image)], 1)
     identity = torch.eye(2, 3).to(image)[None]
     x, y = F.affine_grid(identity, [1, 1, height, width], align_corners=False).view(-1, 2).unbind(1)
     warp, settled = start.clone(), torch.zeros(B, dtype=torch.bool, device=image.device)
     before, rows = torch.full((B,), -2.0).to(image), torch.arange(B, device=image.device)
-    for _ in range(iterations):                            # rows: the pairs that still move
+    for _ in range(iterations):           # rows: the pairs that still move
         i_r, i_w, *slopes = view(template[rows], layers[rows], warp[rows])
         norms = i_r.norm(dim=1) * i_w.norm(dim=1)
-        rho = (i_r * i_w).sum(1) / norms                                         # (B,)
+        rho = (i_r * i_w).sum(1) / norms  # (B,)
         has_edges = torch.isfinite(rho)
         settled[rows] = has_edges & ((rho - before[rows]).abs() < eps)
         before[rows] = rho
@@ -123,7 +123,7 @@ def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, e
         if not len(rows):
             break
         warp[rows] += ecc_step(i_r, i_w, *slopes, x, y)[goes_on]
-    seen = warped(torch.ones_like(image), warp, "zeros").mean((1, 2, 3))         # (B,)
+    seen = warped(torch.ones_like(image), warp, "zeros").mean((1, 2, 3))  # (B,)
     area = torch.linalg.det(warp[:, :, :2])
     is_plausible = (seen > 0.5) & (area > 0.5) & (area < 2)
     return torch.where(is_plausible[:, None, None], warp, start), settled & is_plausible
@@ -149,7 +149,7 @@ def ecc(template: Tensor, image: Tensor, levels: int = 3, iterations: int = 50, 
     return warp, converged
 
 
-# ---------------------------------------------------------------- the swap
+# ---------------- the swap
 
 def grey(x: Tensor) -> Tensor:
     """(B, 3, H, W) → (B, 1, H, W), ITU-R 601 luma."""
@@ -165,7 +165,7 @@ def aligned(pictures: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
     warp, converged = ecc(grey(pictures), grey(neighbors))
     moved = warped(neighbors, warp)
     before, after = ((pictures - each).abs().mean((1, 2, 3)) for each in (neighbors, moved))
-    has_moved = converged & (after < before)                                     # (B,)
+    has_moved = converged & (after < before)  # (B,)
     return torch.where(has_moved[:, None, None, None], moved, neighbors), has_moved
 
 
@@ -187,7 +187,7 @@ def random_regions(n: int, height: int, width: int, generator: torch.Generator) 
 
 def region_mask(boxes: Tensor, height: int, width: int) -> Tensor:
     """M, bool (B, 1, H, W): True inside the boxes (B, 4)."""
-    left, top, right, bottom = boxes[:, :, None].unbind(1)                       # (B, 1) each
+    left, top, right, bottom = boxes[:, :, None].unbind(1)  # (B, 1) each
     column, row = (torch.arange(n, device=boxes.device) for n in (width, height))
     across, down = (column >= left) & (column < right), (row >= top) & (row < bottom)
     return (down[:, :, None] & across[:, None])[:, None]
@@ -209,10 +209,10 @@ def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: in
     total = F.pad(difference.cumsum(1).cumsum(2), (1, 0, 1, 0))                  # (B, H+1, W+1)
     row = torch.arange(B)
 
-    def best(boxes: Tensor) -> Tensor:                                           # (n, B, 4)
-        left, top, right, bottom = boxes.unbind(2)                               # (n, B) each
+    def best(boxes: Tensor) -> Tensor:                                 # (n, B, 4)
+        left, top, right, bottom = boxes.unbind(2)                     # (n, B) each
         inside = (total[row, bottom, right] - total[row, top, right]
-                  - total[row, bottom, left] + total[row, top, left])            # (n, B)
+                  - total[row, bottom, left] + total[row, top, left])  # (n, B)
         share = ((right - left) * (bottom - top)).double() / (height * width)
         excess = inside - share * total[:, -1, -1]
         score = excess / (share * (1 - share)).clamp(min=1e-9).sqrt()
@@ -221,7 +221,7 @@ def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: in
     boxes = best(random_regions(n_candidates * B, height, width, generator).view(-1, B, 4))
     for edge in (0, 1, 2, 3) * 2 if n_candidates > 1 else ():
         places = torch.arange((height if edge % 2 else width) + 1)
-        candidates = boxes.repeat(1 + len(places), 1, 1)                         # itself, then all
+        candidates = boxes.repeat(1 + len(places), 1, 1)  # itself, then all
         candidates[1:, :, edge] = places[:, None]
         boxes = best(candidates)
     return boxes
@@ -233,7 +233,7 @@ def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator,
     regions (B, 4), and which neighbours were moved, bool (B,)."""
     neighbors, has_moved = aligned(pictures, neighbors)
     boxes = most_different_regions(pictures, neighbors, n_candidates, generator)
-    mask = region_mask(boxes.to(pictures.device), *pictures.shape[-2:])          # M (B, 1, H, W)
+    mask = region_mask(boxes.to(pictures.device), *pictures.shape[-2:])  # M (B, 1, H, W)
     return torch.where(mask, neighbors, pictures), boxes, has_moved
 
 
@@ -247,7 +247,7 @@ def region_crop(box: tuple[int, int, int, int], height: int, width: int
     return left, top, min(left + side, width), min(top + side, height)
 
 
-# ---------------------------------------------------------------- text in, edited picture out
+# ---------------- text in, edited picture out
 
 def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbors: Tensor | None,
                  seeds: list[int], codec: vqvae.VQVAE | None = None, steps: int = 20,
@@ -270,7 +270,7 @@ def change_mask(before: Tensor, after: Tensor) -> Tensor:
 
     Ours: the largest channel's difference, averaged over 3x3, counts from 0.15 on and fully from
     0.4. What counts reaches two pixels further, so that outlines are not cut, and is blurred."""
-    difference = (after - before).abs().amax(1, keepdim=True)                    # (B, 1, H, W)
+    difference = (after - before).abs().amax(1, keepdim=True)  # (B, 1, H, W)
     difference = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
     soft = ((difference - 0.15) / 0.25).clamp(0, 1)
     return F.avg_pool2d(F.max_pool2d(soft, 5, 1, 2), 3, 1, 1, count_include_pad=False)
@@ -292,19 +292,19 @@ def paste(picture: Image.Image, result: Image.Image, mask: np.ndarray) -> Image.
     """A result of the model's size put back where `fit_square` took it from, at the picture's own
     resolution. Where the mask, float (H, W) in 0 … 1, is 0 the picture stays to the last bit."""
     ramp = np.minimum(np.arange(result.width) / 4, 1)
-    ramp = np.minimum(ramp, ramp[::-1])                # 0 where the picture goes on beside the crop
+    ramp = np.minimum(ramp, ramp[::-1])  # 0 where the picture goes on beside the crop
     if picture.width != picture.height:
         mask = mask * (ramp if picture.width > picture.height else ramp[:, None])
     box = kept_box(picture.size, result.width)
     size = box[2] - box[0], box[3] - box[1]
     soft = Image.fromarray((mask * 255).round().astype(np.uint8))
-    whole = Image.fromarray(np.array(picture))         # pixels alone, without a colour profile
+    whole = Image.fromarray(np.array(picture))  # pixels alone, without a colour profile
     whole.paste(result.resize(size, Image.Resampling.BICUBIC), box[:2],
                 soft.resize(size, Image.Resampling.BILINEAR))
     return whole
 
 
-# ---------------------------------------------------------------- the command
+# ---------------- the command
 
 def run(args: argparse.Namespace) -> None:
     """Open, embed, search, edit, write."""

@@ -49,13 +49,13 @@ import clip_model
 from clip_model import IMAGE_SUFFIXES, SHIPPED, reason, replacing, require
 
 LISTS = "centroids", "lists", "offsets"
-BLOCK = 16384              # rows that are read and multiplied at once
-GROUP = 16                 # rows of which the scan keeps the best score
-LISTED = 12                # groups per neighbour that are scored again
-TABLE_NPROBE = 64          # inverted lists per row, for the neighbour table
+BLOCK = 16384      # rows that are read and multiplied at once
+GROUP = 16         # rows of which the scan keeps the best score
+LISTED = 12        # groups per neighbour that are scored again
+TABLE_NPROBE = 64  # inverted lists per row, for the neighbour table
 
 
-# ---------------------------------------------------------------- kNN(·), the definition
+# ---------------- kNN(·), the definition
 
 def unit(vectors: Tensor, what: str) -> Tensor:
     """Vectors (n, E) of any float dtype and norm → float64 of unit norm. Raises ValueError, with
@@ -89,14 +89,14 @@ def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     (Q, min(k, N))."""
     scores, ids = queries[:, :0], queries[:, :0].long()
     for start in range(0, rows.shape[0], BLOCK):
-        block = stored(rows, slice(start, start + BLOCK), queries.device).double()    # (P, E)
-        its_scores = queries @ block.T    # (Q, P)
+        block = stored(rows, slice(start, start + BLOCK), queries.device).double()  # (P, E)
+        its_scores = queries @ block.T                                              # (Q, P)
         its_ids = torch.arange(start, start + len(block), device=queries.device)
         scores, ids = best([scores, its_scores], [ids, its_ids.expand_as(its_scores)], k)
     return scores, ids
 
 
-# ---------------------------------------------------------------- the same rows, faster
+# ---------------- the same rows, faster
 #
 # Low precision multiplies two to five times as fast. Its scores are wrong in the third digit, but
 # by a bounded error, so they tell which rows are *not* the best: keep the best score of each group
@@ -109,7 +109,7 @@ def scan_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-@functools.lru_cache(64)                   # a million rows stay in memory
+@functools.lru_cache(64)  # a million rows stay in memory
 def low_block(rows: Rows, start: int, device: torch.device) -> Tensor:
     """Rows from `start` on in low precision, (P, E)."""
     return stored(rows, slice(start, start + BLOCK), device).to(scan_dtype(device))
@@ -123,24 +123,24 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     Rounding takes at most eps/2 of a row's norm, and as much of the score. Sums of E products err
     by less than E·2⁻²². A GPU's float32 may be TF32, whose eps is 2⁻¹⁰."""
     (N, E), Q, device, maxima, found = rows.shape, len(queries), queries.device, [], []
-    columns = queries.to(scan_dtype(device)).T.contiguous()    # (E, Q)
+    columns = queries.to(scan_dtype(device)).T.contiguous()             # (E, Q)
     for start in range(0, N, BLOCK):
-        low = low_block(rows, start, device)    # (P, E)
-        scores = low[: len(low) // GROUP * GROUP] @ columns    # (P, Q)
-        maxima.append(scores.view(-1, GROUP, Q).amax(1))    # (P / GROUP, Q)
-    top, groups = torch.cat(maxima).float().T.topk(LISTED * k + 1)    # (Q, LISTED·k + 1)
+        low = low_block(rows, start, device)                            # (P, E)
+        scores = low[: len(low) // GROUP * GROUP] @ columns             # (P, Q)
+        maxima.append(scores.view(-1, GROUP, Q).amax(1))                # (P / GROUP, Q)
+    top, groups = torch.cat(maxima).float().T.topk(LISTED * k + 1)      # (Q, LISTED·k + 1)
     members = groups[:, :-1, None] * GROUP + torch.arange(GROUP, device=device)
-    tail = torch.arange(N - N % GROUP, N, device=device).expand(Q, -1)    # rows of no group
+    tail = torch.arange(N - N % GROUP, N, device=device).expand(Q, -1)  # rows of no group
     for query, ids in zip(queries, torch.cat([members.flatten(1), tail], dim=1)):
-        its_rows = stored(rows, ids.cpu(), device).double()    # (n, E)
+        its_rows = stored(rows, ids.cpu(), device).double()             # (n, E)
         found.append(best([(its_rows @ query)[None]], [ids[None]], k))
-    best_scores, ids = (torch.cat(part) for part in zip(*found))    # (Q, k)
+    best_scores, ids = (torch.cat(part) for part in zip(*found))        # (Q, k)
     lost = (queries - columns.T.double()).norm(dim=1) + E * 2**-22
     others = top[:, -1].double() + 1.01 * (lost + max(torch.finfo(low.dtype).eps, 2**-10))
     return best_scores, ids, others < best_scores[:, -1]
 
 
-# ---------------------------------------------------------------- inverted lists (IVF)
+# ---------------- inverted lists (IVF)
 #
 # k-means parts the rows into C lists, each with a centroid. A query looks into the nprobe lists of
 # the nearest centroids only. A neighbour in another list is missed; `recall` says how often.
@@ -152,14 +152,14 @@ def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10)
     of the largest inner product, average, normalise. The centroid of an empty list becomes zero.
     Then all rows are assigned, block by block."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    chosen = stored(rows, order[: sample * n_lists])    # (n, E)
-    centroids = chosen[:n_lists]    # (C, E)
+    chosen = stored(rows, order[: sample * n_lists])  # (n, E)
+    centroids = chosen[:n_lists]                      # (C, E)
     for _ in range(iterations):
         lists = [(part @ centroids.T).argmax(1) for part in chosen.split(1024)]
         sums = torch.zeros_like(centroids).index_add_(0, torch.cat(lists), chosen)
         centroids = F.normalize(sums, dim=1)
     blocks = (stored(rows, slice(i, i + 1024)) for i in range(0, len(rows), 1024))
-    lists = torch.cat([(block @ centroids.T).argmax(1) for block in blocks])    # (N,)
+    lists = torch.cat([(block @ centroids.T).argmax(1) for block in blocks])  # (N,)
     ends = lists.bincount(minlength=len(centroids)).cumsum(0)
     return [centroids, lists.argsort(stable=True), F.pad(ends, (1, 0))]
 
@@ -180,17 +180,17 @@ def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, T
     return scores, ids, scores[:, -1] > -2
 
 
-# ---------------------------------------------------------------- the index
+# ---------------- the index
 
 @dataclass(repr=False)
 class Index:
     """An open index. Its pictures may be missing; its rows are read when they are wanted."""
     folder: Path
-    rows: Rows                   # float16 (N, E), unit norm
-    paths: Sequence              # N names of files in `root`, or row numbers
-    root: Path                   # need not exist
+    rows: Rows                         # float16 (N, E), unit norm
+    paths: Sequence                    # N names of files in `root`, or row numbers
+    root: Path                         # need not exist
     manifest: dict
-    lists: list[Tensor] | None = None    # of `make_lists`
+    lists: list[Tensor] | None = None  # of `make_lists`
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -208,12 +208,12 @@ class Index:
         require(queries.shape[1:] == (E,), f"queries are {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")
         queries, wide = unit(queries, "a query embedding"), min(k + (exclude is not None), N)
-        at_once = min(1024, 1 + 2**30 // N)    # `scan` holds Q·N / GROUP scores
+        at_once = min(1024, 1 + 2**30 // N)  # `scan` holds Q·N / GROUP scores
         found, has_lists = [], wide and nprobe and self.lists and nprobe < len(self.lists[0])
         for some in queries.split(at_once):
             if has_lists:
                 scores, ids, is_sure = probe(self, some, wide, nprobe)
-            elif 0 < 8 * GROUP * LISTED * wide < N:    # else it is no faster
+            elif 0 < 8 * GROUP * LISTED * wide < N:  # else it is no faster
                 scores, ids, is_sure = scan(self.rows, some, wide)
             else:
                 scores, ids, is_sure = *exact_search(self.rows, some, wide), torch.tensor(True)
@@ -223,8 +223,8 @@ class Index:
         scores, ids = (torch.cat(part) for part in zip(*found))
         if exclude is not None:
             # The own row is dropped by its id, never by its rank: a duplicate may rank before it.
-            is_own = ids == exclude.to(ids.device)[:, None]    # (Q, k + 1)
-            is_own[~is_own.any(1), -1] = True    # not found: the last one is too many
+            is_own = ids == exclude.to(ids.device)[:, None]  # (Q, k + 1)
+            is_own[~is_own.any(1), -1] = True                # not found: the last one is too many
             scores, ids = (part[~is_own].view(len(ids), wide - 1) for part in (scores, ids))
         return scores.float(), ids
 
@@ -250,7 +250,7 @@ def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> 
     return np.array(cached(index.folder / f"neighbors-{k}.npy", rows_digest(index.rows), blocks))
 
 
-# ---------------------------------------------------------------- files and pictures
+# ---------------- files and pictures
 
 class Rows:
     """A matrix (N, E) of floats in one .npy file or several. Each read maps its file anew, so that
@@ -268,7 +268,7 @@ class Rows:
         """A slice, or row ids 0 … N−1 of any shape → (…, E)."""
         ids = np.arange(*key.indices(self.shape[0])) if isinstance(key, slice) else np.asarray(key)
         out = np.empty((*ids.shape, self.shape[1]), self.dtype)
-        file = np.searchsorted(self.starts, ids, side="right") - 1    # of each row
+        file = np.searchsorted(self.starts, ids, side="right") - 1  # of each row
         for i in np.unique(file):
             array = open_memmap(self.files[i], mode="r")
             out[file == i] = array[ids[file == i] - self.starts[i]]
@@ -305,7 +305,7 @@ def open_index(folder: str | Path) -> Index:
         if manifest.get("lists"):
             lists = [torch.from_numpy(np.load(folder / f"{name}.npy")) for name in LISTS]
             require(torch.equal(lists[1].sort().values, torch.arange(N)), "a list lacks rows")
-    except Exception as error:    # a damaged file makes its reader raise any kind
+    except Exception as error:  # a damaged file makes its reader raise any kind
         raise ValueError(f"the index at {folder} is damaged ({reason(error)})") from None
     return Index(folder, rows, paths, root, manifest, lists)
 
@@ -320,7 +320,7 @@ def write_index(out: str | Path, rows: Tensor | Rows, paths: Sequence, encoder: 
     ValueError for rows that are zero or not finite, or an `out` that holds anything else."""
     (N, E), out = rows.shape, refuse_foreign(out)
     require(N == len(paths) > 0, f"{len(paths)} names for {N} rows")
-    if n_lists is None:    # 4·√N, faiss's rule of thumb; of few rows exact search is as quick
+    if n_lists is None:  # 4·√N, faiss's rule of thumb; of few rows exact search is as quick
         n_lists = round(4 * N**0.5) if N >= 50_000 else 0
     manifest = {"format": 1, "rows": N, "dim": E, "dtype": "float16", "normalised": True,
                 "encoder": encoder, "encoder_hash": encoder_hash, "lists": n_lists,
@@ -330,7 +330,7 @@ def write_index(out: str | Path, rows: Tensor | Rows, paths: Sequence, encoder: 
         (folder := Path(aside, "index")).mkdir()
         if rows.dtype == np.float16:
             for i in range(0, N, BLOCK):
-                stored(rows, slice(i, i + BLOCK))    # raises for a norm other than 1
+                stored(rows, slice(i, i + BLOCK))  # raises for a norm other than 1
             manifest["files"] = [{"file": os.path.relpath(path.resolve(), out), "rows": int(n)}
                                  for path, n in zip(rows.files, np.diff(rows.starts))]
         else:
@@ -378,7 +378,7 @@ def refuse_foreign(out: str | Path) -> Path:
 def write_array(path: Path, blocks: Iterable[np.ndarray]) -> None:
     """A .npy file of blocks, one after the other. Raises ValueError for none."""
     with replacing(path) as file:
-        n = file.write(bytes(128)) - 128    # room for the header
+        n = file.write(bytes(128)) - 128  # room for the header
         for block in blocks:
             file.write(np.ascontiguousarray(block))
             n += len(block)
@@ -394,7 +394,7 @@ def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
     """An array in a .npy file, memory-mapped. Where it is missing or damaged, or the .key beside it
     tells of another key or shape, `blocks` makes its rows."""
     key_path = path.with_suffix(".key")
-    with suppress(Exception):    # numpy's reader raises many kinds on a damaged file
+    with suppress(Exception):  # numpy's reader raises many kinds on a damaged file
         array = open_memmap(path, mode="c")
         if key_path.read_text("utf-8") == f"{key} {array.shape} {array.dtype}\n":
             return array
@@ -411,7 +411,7 @@ def list_images(folder: str | Path, others: bool = False) -> list[str]:
     for here, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
         if os.path.realpath(here) in seen:
-            folders.clear()    # os.walk goes no deeper
+            folders.clear()  # os.walk goes no deeper
             continue
         seen.add(os.path.realpath(here))
         names += [Path(here, name).relative_to(folder).as_posix() for name in files]
@@ -454,7 +454,7 @@ def neighbor_pictures(index: Index, ids: list[int]) -> list[Image.Image | None]:
     return pictures
 
 
-# ---------------------------------------------------------------- the command
+# ---------------- the command
 
 def build(args: argparse.Namespace) -> None:
     """Embed a folder of pictures, or take embeddings, and write an index."""
@@ -506,10 +506,10 @@ def recall(args: argparse.Namespace) -> None:
     # Some of its own rows are the queries. Each is excluded from its neighbours.
     own = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:1000]
     rows = torch.from_numpy(index.rows[own])
-    exact = index.search(rows, args.k, exclude=own)[1]    # (Q, K)
+    exact = index.search(rows, args.k, exclude=own)[1]               # (Q, K)
     for nprobe in args.nprobe:
         ids = index.search(rows, args.k, nprobe, exclude=own)[1]
-        is_hit = (ids[:, :, None] == exact[:, None]).any(1).float()    # (Q, K)
+        is_hit = (ids[:, :, None] == exact[:, None]).any(1).float()  # (Q, K)
         print(f"nprobe {nprobe}\trecall@{args.k} {is_hit.mean():.4f}")
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from clip_model import QuickGELU, attention, load_model, require, save_model
 
-# ---------------------------------------------------------------- configuration
+# ---------------- configuration
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -66,17 +66,17 @@ class UNetConfig:
 
 
 PRESETS = {
-    "paper": UNetConfig(),                   # about 400M parameters, as the paper says of its own
+    "paper": UNetConfig(),   # about 400M parameters, as the paper says of its own
     "gpu": UNetConfig(widths=(128, 256, 384, 512), blocks=2, condition_width=512, time_width=512,
                       self_attention=(16, 8), attention=(16, 8), target="v"),
-    "stickers": UNetConfig(                  # two CPU cores: all happens on 16x16 and 8x8 features
+    "stickers": UNetConfig(  # two CPU cores: all happens on 16x16 and 8x8 features
         embed_dim=256, widths=(96, 160), blocks=1, norm_groups=8, head_channels=32,
         condition_width=256, time_width=192, attention=(16, 8), self_attention=(8,), dropout=0.0,
         target="x0", noise_shift=0.5, unshuffle=4, position_map=True, query_map=24),
 }
 
 
-# ---------------------------------------------------------------- schedule
+# ---------------- schedule
 
 class Schedule:
     """The squared-cosine schedule (Nichol & Dhariwal, 2102.09672 Eq. 17), float64, index 0 … T.
@@ -89,11 +89,11 @@ class Schedule:
         t = torch.arange(T + 1, dtype=torch.float64)
         f = torch.cos((t / T + 0.008) / 1.008 * math.pi / 2) ** 2
         alpha_bar = f / f[0]
-        snr = alpha_bar / (1 - alpha_bar) * noise_shift ** 2               # inf at t = 0
+        snr = alpha_bar / (1 - alpha_bar) * noise_shift ** 2  # inf at t = 0
         alpha_bar = torch.where(t == 0, 1.0, snr / (1 + snr))
         beta = (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
-        beta = torch.cat([beta.new_zeros(1), beta])                        # (T+1,), beta[0] = 0
-        alpha_bar = torch.cumprod(1 - beta, 0)                             # (T+1,), 1 at 0
+        beta = torch.cat([beta.new_zeros(1), beta])           # (T+1,), beta[0] = 0
+        alpha_bar = torch.cumprod(1 - beta, 0)                # (T+1,), 1 at 0
         assert (alpha_bar.diff() < 0).all() and alpha_bar[-1] > 0
         self.T, self.beta, self.alpha_bar = T, beta.to(device), alpha_bar.to(device)
 
@@ -143,9 +143,9 @@ def posterior(x0: Tensor, xt: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
     return mean, (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta
 
 
-# ---------------------------------------------------------------- the condition (Sec. 3.2)
+# ---------------- the condition (Sec. 3.2)
 
-SHARPNESS = 250.0          # κ of `summarize`: a cosine that is higher by 0.01 weighs 12 times more
+SHARPNESS = 250.0  # κ of `summarize`: a cosine that is higher by 0.01 weighs 12 times more
 
 
 class Condition(nn.Module):
@@ -175,17 +175,17 @@ class Condition(nn.Module):
         drop_query, drop_neighbors: bool (B,), the samples to blind."""
         kept = torch.zeros(batch, dtype=torch.bool, device=self.null_query.device)
         if query is None:
-            query, drop_query = self.null_query.expand(batch, -1), ~kept           # (B, E)
+            query, drop_query = self.null_query.expand(batch, -1), ~kept        # (B, E)
         if neighbors is None or neighbors.shape[1] == 0:
-            neighbors = self.null_neighbor.expand(batch, self.n_neighbors, -1)     # (B, K, E)
+            neighbors = self.null_neighbor.expand(batch, self.n_neighbors, -1)  # (B, K, E)
             drop_neighbors = ~kept
-        no_query = (kept if drop_query is None else drop_query)[:, None]           # (B, 1)
+        no_query = (kept if drop_query is None else drop_query)[:, None]        # (B, 1)
         no_neighbors = (kept if drop_neighbors is None else drop_neighbors)[:, None]
         query = torch.where(no_query, self.null_query, query)
         neighbors = torch.where(no_neighbors[..., None], self.null_neighbor, neighbors)
         summary = self.scale * summarize(query, neighbors, no_query, no_neighbors)
-        tokens = self.scale * torch.cat([query[:, None], neighbors], dim=1)        # (B, 1+K, E)
-        types = self.type_embedding[[0] + [1] * neighbors.shape[1]]                # (1+K, D)
+        tokens = self.scale * torch.cat([query[:, None], neighbors], dim=1)  # (B, 1+K, E)
+        types = self.type_embedding[[0] + [1] * neighbors.shape[1]]          # (1+K, D)
         return self.to_width(tokens) + types, summary
 
 
@@ -200,13 +200,13 @@ def summarize(query: Tensor, neighbors: Tensor, no_query: Tensor, no_neighbors: 
         summary = trust·q + (1 − trust)·answer
     no_query, no_neighbors: bool (B, 1). Without a query the mean of the neighbours asks, and their
     answer is all. Without neighbours the query is all."""
-    asks = torch.where(no_query, neighbors.mean(1), query)                         # (B, E)
-    scores = (neighbors * asks[:, None]).sum(-1, keepdim=True)                     # (B, K, 1)
+    asks = torch.where(no_query, neighbors.mean(1), query)                   # (B, E)
+    scores = (neighbors * asks[:, None]).sum(-1, keepdim=True)               # (B, K, 1)
     answer = ((SHARPNESS * scores).softmax(1) * neighbors).sum(1)
-    answer = F.normalize(answer, dim=-1)                                           # (B, E)
-    agreement = (neighbors * answer[:, None]).sum(-1).mean(1, keepdim=True)        # (B, 1)
+    answer = F.normalize(answer, dim=-1)                                     # (B, E)
+    agreement = (neighbors * answer[:, None]).sum(-1).mean(1, keepdim=True)  # (B, 1)
     excess = (query * answer).sum(-1, keepdim=True) - agreement
-    trust = torch.sigmoid(SHARPNESS * excess)                                      # (B, 1)
+    trust = torch.sigmoid(SHARPNESS * excess)                                # (B, 1)
     trust = trust.masked_fill(no_query, 0).masked_fill(no_neighbors, 1)
     return trust * query + (1 - trust) * answer
 
@@ -239,7 +239,7 @@ def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -
     return F.normalize(query + (sigma * noise).to(query), dim=1)
 
 
-# ---------------------------------------------------------------- both backbones edit (Sec. 3.3)
+# ---------------- both backbones edit (Sec. 3.3)
 
 def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
                     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,12 +255,12 @@ def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
     wide, state = type(model)(replace(model.config, edit=True)), model.state_dict()
     for name, weight in wide.state_dict().items():
         weight.zero_()
-        if name in state:                                          # conv_in has channels more
+        if name in state:  # conv_in has channels more
             weight[tuple(map(slice, state[name].shape))] = state[name]
     return wide
 
 
-# ---------------------------------------------------------------- small networks
+# ---------------- small networks
 #
 # Ours: what lets 7 million parameters on two CPU cores draw at all. The `paper` and `gpu` presets
 # have none of it: skip this part to read the paper's networks.
@@ -281,18 +281,18 @@ def query_mlp(config: UNetConfig | TransformerConfig, places: int) -> nn.Module 
 def to_places(x: Tensor, r: int) -> Tensor:
     """(B, L, C), a square row by row → (B, l, r²C): r x r neighbouring tokens in one place."""
     side = math.isqrt(x.shape[1]) // r
-    x = x.view(len(x), side, r, side, r, -1).transpose(2, 3)               # (B, h/r, w/r, r, r, C)
+    x = x.view(len(x), side, r, side, r, -1).transpose(2, 3)  # (B, h/r, w/r, r, r, C)
     return x.reshape(len(x), side * side, -1)
 
 
 def to_tokens(x: Tensor, r: int) -> Tensor:
     """(B, l, r²C) → (B, L, C): the way back."""
     side = math.isqrt(x.shape[1])
-    x = x.view(len(x), side, side, r, r, -1).transpose(2, 3)               # (B, h/r, r, w/r, r, C)
+    x = x.view(len(x), side, side, r, r, -1).transpose(2, 3)  # (B, h/r, r, w/r, r, C)
     return x.reshape(len(x), side * side * r * r, -1)
 
 
-# ---------------------------------------------------------------- layers of both backbones
+# ---------------- layers of both backbones
 
 def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Attention in so many heads: q (B, L, C), k and v (B, M, C) → (B, L, C)."""
@@ -307,12 +307,12 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-# ---------------------------------------------------------------- the U-Net (Sec. 3.2, continuous)
+# ---------------- the U-Net (Sec. 3.2, continuous)
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
     """Cosines, then sines of t at geometric frequencies from 1 down to 1/10000: (B, width)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
-    angles = t[:, None].float() * freqs                                    # (B, width/2)
+    angles = t[:, None].float() * freqs  # (B, width/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -331,8 +331,8 @@ class ResBlock(nn.Module):
         self.conv_out = zeroed(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:                  # (B, C, h, w)
-        h = self.conv_in(self.resize(F.silu(self.norm_in(x))))            # (B, C', h', w')
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:       # (B, C, h, w)
+        h = self.conv_in(self.resize(F.silu(self.norm_in(x))))  # (B, C', h', w')
         scale, shift = self.modulation(time)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm_out(h), 1 + scale)
         h = self.conv_out(self.dropout(F.silu(h)))
@@ -350,14 +350,14 @@ class AttentionBlock(nn.Module):
         self.condition_kv = nn.Linear(config.condition_width, 2 * channels)
         self.out = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:                # tokens (B, 1+K, D)
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:  # tokens (B, 1+K, D)
         B, C, h, w = x.shape
-        pixels = self.norm(x).flatten(2).transpose(1, 2)                   # (B, L, C)
+        pixels = self.norm(x).flatten(2).transpose(1, 2)     # (B, L, C)
         q, *own = self.to_qkv(pixels).split(C, dim=-1)
-        k, v = self.condition_kv(tokens).split(C, dim=-1)                  # (B, 1+K, C)
+        k, v = self.condition_kv(tokens).split(C, dim=-1)    # (B, 1+K, C)
         if self.with_self:
             k, v = torch.cat([k, own[0]], dim=1), torch.cat([v, own[1]], dim=1)
-        mixed = self.out(multi_head(q, k, v, self.heads))                  # (B, L, C)
+        mixed = self.out(multi_head(q, k, v, self.heads))    # (B, L, C)
         return x + mixed.transpose(1, 2).reshape(B, C, h, w)
 
 
@@ -430,9 +430,9 @@ class UNet(nn.Module):
             xt = torch.cat([xt, torch.zeros_like(xt) if picture is None else picture], dim=1)
         tokens, summary = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
         time = F.silu(self.time_mlp(time_embedding(t, config.widths[0]))
-                      + self.query_to_time(summary))                       # (B, time_width)
+                      + self.query_to_time(summary))               # (B, time_width)
         x = F.pixel_unshuffle(xt, config.unshuffle)                # (B, 3r² or 6r², H/r, W/r)
-        x = self.conv_in(x.to(memory_format=torch.channels_last))          # (B, C, h, w)
+        x = self.conv_in(x.to(memory_format=torch.channels_last))  # (B, C, h, w)
         if self.position_map is not None:
             x = x + self.position_map.to(x.dtype)
         skips = [x]
@@ -449,10 +449,10 @@ class UNet(nn.Module):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = level(x, time, tokens)
         x = self.conv_out(F.silu(self.norm_out(x)))
-        return F.pixel_shuffle(x.float(), config.unshuffle)                # (B, 3, H, W)
+        return F.pixel_shuffle(x.float(), config.unshuffle)  # (B, 3, H, W)
 
 
-# ---------------------------------------------------------------- loss
+# ---------------- loss
 
 def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, neighbors: Tensor,
                    t: Tensor, eps: Tensor, drop_query: Tensor, drop_neighbors: Tensor,
@@ -464,7 +464,7 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
     all of the noise, which a narrow network must carry through; x_0 does not.
 
     x0, and the picture to edit into it, float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T."""
-    alpha_bar = schedule.at(t, x0)                                         # (B, 1, 1, 1)
+    alpha_bar = schedule.at(t, x0)  # (B, 1, 1, 1)
     xt = add_noise(x0, eps, alpha_bar)
     output = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture).float()
     if model.config.target == "x0":
@@ -472,7 +472,7 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
     return F.mse_loss(output, eps if model.config.target == "eps" else to_v(x0, eps, alpha_bar))
 
 
-# ---------------------------------------------------------------- guidance
+# ---------------- guidance
 
 @dataclass(frozen=True)
 class Guide:
@@ -512,12 +512,12 @@ def predict_x0(model: UNet, schedule: Schedule, guide: Guide, xt: Tensor, t: int
                    model.config.target).clamp(-1, 1)
 
 
-# ---------------------------------------------------------------- samplers
+# ---------------- samplers
 #
 # Each is a generator of x_t along `times`, a falling list that ends at 0 (x_0), so that a notebook
 # can watch. It begins with `xt` (B, ...) at times[0]. `noise()` is the next standard normal.
 
-Predictor = Callable[[Tensor, int], Tensor]                                # (x_t, t) → x_0
+Predictor = Callable[[Tensor, int], Tensor]  # (x_t, t) → x_0
 
 
 def falling(first: int, steps: int) -> list[int]:
@@ -569,7 +569,7 @@ def dpm_solver(predict: Predictor, schedule: Schedule, times: list[int], xt: Ten
         yield xt
 
 
-SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "ddpm": ddpm}         # the first is the default
+SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "ddpm": ddpm}  # the first is the default
 
 
 def noise_source(seeds: list[int], device: torch.device | str = "cpu",
@@ -607,7 +607,7 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
     yield from SAMPLERS[sampler](predict, schedule, times, xt, noise)
 
 
-# ================================================================ the discrete backbone
+# ================ the discrete backbone
 #
 # VQ-Diffusion (Gu et al., 2111.14822): x_0 is L tokens of 0 … V−1 (vqvae.py), MASK = V. In a step a
 # token stays, or becomes any code, or MASK, which it remains:
@@ -626,28 +626,28 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
 # In this half: L tokens in l places of the transformer (one each where `patch` is 1), V codes, v
 # one of them, D the transformer's width, M = 1 + K condition tokens, s a step before t.
 
-LOG_ZERO = -70.0                   # the one floor of log probabilities: e^-70 is about 4e-31
+LOG_ZERO = -70.0  # the one floor of log probabilities: e^-70 is about 4e-31
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """The discrete backbone. Defaults: VQ-Diffusion-B (19 blocks of 1024) on 32x32 tokens."""
-    image_size: int = 256                     # pixels per side, of the VQ-VAE's pictures
-    n_codes: int = 8192                       # V
-    tokens_a_side: int = 32                   # h = w; L = h·w
-    patch: int = 1                            # Ours, see "small networks": places are r x r tokens
-    embed_dim: int = 512                      # E, CLIP's dimension
-    n_neighbors: int = 10                     # K in training
-    width: int = 1024                         # D
+    image_size: int = 256       # pixels per side, of the VQ-VAE's pictures
+    n_codes: int = 8192         # V
+    tokens_a_side: int = 32     # h = w; L = h·w
+    patch: int = 1              # Ours, see "small networks": places are r x r tokens
+    embed_dim: int = 512        # E, CLIP's dimension
+    n_neighbors: int = 10       # K in training
+    width: int = 1024           # D
     layers: int = 19
     heads: int = 16
-    condition_width: int = 512                # of the condition's tokens
-    T: int = 100                              # steps of the diffusion
-    schedule: str = "released"                # "released": the code's; "paper": the text's
-    auxiliary: float = 5e-4                   # λ of −log p(x_0 | x_t), the text-to-image configs'
-    query_map: int = 0                        # Ours, see "small networks": channels; 0: none
+    condition_width: int = 512  # of the condition's tokens
+    T: int = 100                # steps of the diffusion
+    schedule: str = "released"  # "released": the code's; "paper": the text's
+    auxiliary: float = 5e-4     # λ of −log p(x_0 | x_t), the text-to-image configs'
+    query_map: int = 0          # Ours, see "small networks": channels; 0: none
     query_hidden: int = 1024
-    edit: bool = False                        # Sec. 3.3: the tokens of a picture to edit, too
+    edit: bool = False          # Sec. 3.3: the tokens of a picture to edit, too
 
 
 DISCRETE_PRESETS = {
@@ -659,7 +659,7 @@ DISCRETE_PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- mask and replace
+# ---------------- mask and replace
 
 class MaskSchedule:
     """ᾱ_t and γ̄_t, float64, index 0 … T, and what follows from them.
@@ -683,7 +683,7 @@ class MaskSchedule:
         # β_t ≥ 0 in every step: (1 − γ̄)/ᾱ = 1 + Vβ̄/ᾱ may not fall.
         assert (beta_bar >= 0).all() and ((beta_bar / alpha_bar).diff() > -1e-18).all()
         self.T, self.n_codes = T, n_codes
-        self.alpha_bar, self.gamma_bar, self.beta_bar = (                  # (T+1,)
+        self.alpha_bar, self.gamma_bar, self.beta_bar = (  # (T+1,)
             p.to(device) for p in (alpha_bar, gamma_bar, beta_bar))
 
     def between(self, s: int | Tensor, t: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -696,9 +696,9 @@ class MaskSchedule:
 def mask_and_replace(x0: Tensor, t: Tensor, schedule: MaskSchedule, u: Tensor, codes: Tensor
                      ) -> Tensor:
     """Draw x_t given x_0: int64 (B, L). u: uniform (B, L); codes: uniform in 0 … V−1 (B, L)."""
-    alpha_bar, _, gamma_bar = (p.to(u)[:, None] for p in schedule.between(0, t))       # (B, 1)
+    alpha_bar, _, gamma_bar = (p.to(u)[:, None] for p in schedule.between(0, t))  # (B, 1)
     xt = torch.where(u < alpha_bar, x0, codes)
-    return torch.where(u < 1 - gamma_bar, xt, schedule.n_codes)            # MASK = V
+    return torch.where(u < 1 - gamma_bar, xt, schedule.n_codes)                   # MASK = V
 
 
 # The posterior, for any s < t (VQ-Diffusion Eq. 5 and 11). Bayes' rule, where the Markov property
@@ -726,15 +726,15 @@ def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Mask
     alpha, beta, gamma = schedule.between(s, t)
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
     alpha_s, beta_s, _ = schedule.between(0, s)
-    is_masked = (xt == schedule.n_codes)[..., None]                        # (B, L, 1)
-    is_xt = xt[..., None] == torch.arange(schedule.n_codes, device=xt.device)      # (B, L, V)
+    is_masked = (xt == schedule.n_codes)[..., None]                            # (B, L, 1)
+    is_xt = xt[..., None] == torch.arange(schedule.n_codes, device=xt.device)  # (B, L, V)
 
-    def to_xt(same: Tensor, other: Tensor, masked: Tensor) -> Tensor:      # log q(x_t | a code)
+    def to_xt(same: Tensor, other: Tensor, masked: Tensor) -> Tensor:  # log q(x_t | a code)
         same, other, masked = (log_of(p, log_x0) for p in (same, other, masked))
         return torch.where(is_masked, masked, torch.where(is_xt, same, other))
 
-    log_w = log_x0 - to_xt(alpha_t + beta_t, beta_t, gamma_t)              # (B, L, V)
-    log_W = log_w.logsumexp(-1, keepdim=True)                              # (B, L, 1)
+    log_w = log_x0 - to_xt(alpha_t + beta_t, beta_t, gamma_t)  # (B, L, V)
+    log_W = log_w.logsumexp(-1, keepdim=True)                  # (B, L, 1)
     log_sum = torch.logaddexp(log_of(alpha_s, log_x0) + log_w, log_of(beta_s, log_x0) + log_W)
     return to_xt(alpha + beta, beta, gamma), log_sum, log_W
 
@@ -746,13 +746,13 @@ def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Ma
     log_x0: (B, L, V), normalised; xt: int64 (B, L); t, s: int64 (B,). With a one-hot log_x0 it is
     the true posterior q(x_s | x_t, x_0)."""
     log_front, log_sum, log_W = log_factors(log_x0, xt, t, s, schedule)
-    is_masked = (xt == schedule.n_codes)[..., None]                        # (B, L, 1)
+    is_masked = (xt == schedule.n_codes)[..., None]             # (B, L, 1)
     log_mask = torch.where(is_masked, log_of(schedule.gamma_bar[s], log_x0) + log_W, LOG_ZERO)
-    log_p = torch.cat([log_front + log_sum, log_mask], dim=-1)             # (B, L, V+1)
-    return log_p.log_softmax(-1).clamp(min=LOG_ZERO)                       # rounding, no more
+    log_p = torch.cat([log_front + log_sum, log_mask], dim=-1)  # (B, L, V+1)
+    return log_p.log_softmax(-1).clamp(min=LOG_ZERO)            # rounding, no more
 
 
-# ---------------------------------------------------------------- the transformer
+# ---------------- the transformer
 
 class AdaLayerNorm(nn.Module):
     """LayerNorm with scale and shift from the step and the condition's summary."""
@@ -760,7 +760,7 @@ class AdaLayerNorm(nn.Module):
         super().__init__()
         self.modulation = nn.Linear(width, 2 * width)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:                  # (B, l, D), (B, D)
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:  # (B, l, D), (B, D)
         scale, shift = self.modulation(time)[:, None].chunk(2, dim=-1)
         return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype) * (1 + scale) + shift
 
@@ -782,7 +782,7 @@ class TokenBlock(nn.Module):
         q, k, v = self.to_qkv(self.norm_self(x, time)).chunk(3, dim=-1)
         x = x + self.out_self(multi_head(q, k, v, self.heads))
         q = self.to_q(self.norm_cross(x, time))
-        k, v = self.condition_kv(tokens).chunk(2, dim=-1)                  # (B, M, D)
+        k, v = self.condition_kv(tokens).chunk(2, dim=-1)  # (B, M, D)
         x = x + self.out_cross(multi_head(q, k, v, self.heads))
         return x + self.mlp(self.norm_mlp(x))
 
@@ -796,7 +796,7 @@ class TokenTransformer(nn.Module):
         self.condition = Condition(config)
         self.time = nn.Embedding(config.T + 1, D)
         self.query_to_time = nn.Linear(config.embed_dim, D)
-        self.token = nn.Embedding(config.n_codes + 1, D // r ** 2)         # MASK is the last
+        self.token = nn.Embedding(config.n_codes + 1, D // r ** 2)  # MASK is the last
         self.row, self.column = nn.Embedding(side, D), nn.Embedding(side, D)
         for table in (self.time, self.token, self.row, self.column):
             nn.init.normal_(table.weight, std=0.02)
@@ -818,9 +818,9 @@ class TokenTransformer(nn.Module):
         require(picture is None or self.config.edit,
                 "only weights of `train.py edit` take a picture")
         tokens, summary = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
-        time = F.silu(self.time(t) + self.query_to_time(summary))          # (B, D)
-        places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)     # (l, D)
-        x = to_places(self.token(xt), r) + places                          # (B, l, D)
+        time = F.silu(self.time(t) + self.query_to_time(summary))               # (B, D)
+        places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)  # (l, D)
+        x = to_places(self.token(xt), r) + places                               # (B, l, D)
         if self.query_map is not None:
             x = x + self.map_in(self.query_map(summary).unflatten(1, (x.shape[1], -1)))
         if self.picture_in is not None:
@@ -828,11 +828,11 @@ class TokenTransformer(nn.Module):
             x = x + self.picture_in(to_places(self.token(picture), r))
         for block in self.blocks:
             x = block(x, time, tokens)
-        logits = to_tokens(self.out(self.norm_out(x)), r)                  # (B, L, V)
+        logits = to_tokens(self.out(self.norm_out(x)), r)  # (B, L, V)
         return logits.float().log_softmax(-1).clamp(min=LOG_ZERO)
 
 
-# ---------------------------------------------------------------- loss
+# ---------------- loss
 
 def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
                  schedule: MaskSchedule) -> Tensor:
@@ -841,14 +841,14 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
     Write q as p is written above, with all mass on x_0. The factor in front stands in both, and the
     logarithm of their ratio is that of the sums. That of q is G_c = (ᾱ_s [c = x_0] + β̄_s) divided
     by q(x_t | x_0). MASK adds nothing: q = p there."""
-    log_front, log_sum, _ = log_factors(log_x0, xt, t, s, schedule)        # (B, L, V) each
+    log_front, log_sum, _ = log_factors(log_x0, xt, t, s, schedule)  # (B, L, V) each
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
     alpha_s, beta_s, _ = schedule.between(0, s)
     same, other, masked, code, no_code = (log_of(p, log_x0) for p in (
-        alpha_t + beta_t, beta_t, gamma_t, alpha_s + beta_s, beta_s))      # (B, 1, 1) each
+        alpha_t + beta_t, beta_t, gamma_t, alpha_s + beta_s, beta_s))           # (B, 1, 1) each
     log_divisor = torch.where((xt == schedule.n_codes)[..., None], masked,
-                              torch.where((xt == x0)[..., None], same, other))       # (B, L, 1)
-    is_x0 = x0[..., None] == torch.arange(schedule.n_codes, device=x0.device)        # (B, L, V)
+                              torch.where((xt == x0)[..., None], same, other))  # (B, L, 1)
+    is_x0 = x0[..., None] == torch.arange(schedule.n_codes, device=x0.device)   # (B, L, V)
     log_G = torch.where(is_x0, code, no_code) - log_divisor
     return ((log_front + log_G).exp() * (log_G - log_sum)).sum(-1)
 
@@ -861,14 +861,14 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
     KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 q is certain and
     this is −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with the
     code's adaptive weight 2 − (t−1)/T. Departs: t is uniform; their code draws it by its loss."""
-    log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)     # (B, L, V)
-    kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)    # (B,)
+    log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)  # (B, L, V)
+    kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)                 # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
     weight = model.config.auxiliary * (2 - (t - 1) / schedule.T)
     return (kl + weight * auxiliary).mean()
 
 
-# ---------------------------------------------------------------- guidance and sampling
+# ---------------- guidance and sampling
 
 def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt: Tensor, t: int
                    ) -> Tensor:
@@ -879,7 +879,7 @@ def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt:
     log_p = guided(model, xt, t, guide).log_softmax(-1).clamp(min=LOG_ZERO)
     if truncation < 1.0:
         ordered, order = log_p.sort(dim=-1, descending=True)
-        before = ordered.exp().cumsum(-1) - ordered.exp()                  # mass ahead of a code
+        before = ordered.exp().cumsum(-1) - ordered.exp()  # mass ahead of a code
         ordered = ordered.masked_fill(before >= truncation, LOG_ZERO)
         log_p = ordered.scatter(-1, order, ordered).log_softmax(-1).clamp(min=LOG_ZERO)
     return log_p
@@ -897,7 +897,7 @@ def ancestral(predict: Predictor, schedule: MaskSchedule, times: list[int], leng
     """x_T from the prior: MASK with γ̄_T, else any code alike (what is left of ᾱ_T among them). Then
     x_s from p(x_s | x_t) along `times`."""
     V = schedule.n_codes
-    u, v = uniform(2, length).unbind(1)                                    # (B, L) each
+    u, v = uniform(2, length).unbind(1)  # (B, L) each
     xt = torch.where(u < 1 - schedule.gamma_bar[-1].to(u), (v * V).long().clamp(max=V - 1), V)
     for t, s in zip(times, times[1:]):
         now, then = (torch.full((len(xt),), i, device=xt.device) for i in (t, s))
@@ -922,7 +922,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
                          noise_source(seeds, device, torch.rand))
 
 
-# ---------------------------------------------------------------- load, save
+# ---------------- load, save
 
 def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, str]]:
     """A model of either backbone in eval mode, float32, on the CPU, and its file's metadata. Raises
@@ -932,4 +932,4 @@ def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, st
     return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata
 
 
-save = save_model                  # float16 weights, class and config; metadata: CLIP and command
+save = save_model  # float16 weights, class and config; metadata: CLIP and command

@@ -37,12 +37,12 @@ DEFAULT_BACKBONE = "discrete"
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
 VQVAE = SHIPPED / "vqvae.safetensors"
-NEAR = 0.5                     # cosine from which on a picture is near a text
-GRID_ROWS = 100                # a grid holds so many prompts, and samples per prompt
+NEAR = 0.5       # cosine from which on a picture is near a text
+GRID_ROWS = 100  # a grid holds so many prompts, and samples per prompt
 Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
 
 
-# ---------------------------------------------------------------- the paper's inference
+# ---------------- the paper's inference
 
 def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path = VQVAE) -> tuple[
         Network, dict[str, str], clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
@@ -100,7 +100,7 @@ def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: 
         some = seeds[i:i + batch_size]
         shown = {name: value.expand(len(seeds), *value.shape[1:])[i:i + batch_size]
                  if isinstance(value, Tensor) else value for name, value in given.items()}
-        *_, x0 = sampler(model, seeds=some, **shown)                       # the last x_t
+        *_, x0 = sampler(model, seeds=some, **shown)  # the last x_t
         found.append(codec.decode(x0) if codec else x0)
     x0 = torch.cat(found)
     if not torch.isfinite(x0).all():
@@ -108,7 +108,7 @@ def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: 
     return x0
 
 
-# ---------------------------------------------------------------- what a run writes and says
+# ---------------- what a run writes and says
 
 def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Image | None]:
     """The five nearest rows' pictures, smaller than samples; none where no file is at hand."""
@@ -144,7 +144,7 @@ def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
 def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
                    listing: Path | None) -> None:
     """Say on stderr where nothing is near a prompt. Add its neighbours to the listing."""
-    names = [str(index.paths[row]) for row in ids]               # flat/fox_face-3.png
+    names = [str(index.paths[row]) for row in ids]  # flat/fox_face-3.png
     if scores and scores[0] < NEAR:
         things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ") for name in names]
         print(f"{prompt!r} is near nothing in the index (best score {scores[0]:.2f}); nearest: "
@@ -156,7 +156,7 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
                 file.write(json.dumps({**line, "path": name}) + "\n")
 
 
-# ---------------------------------------------------------------- the command
+# ---------------- the command
 
 def open_models(args: argparse.Namespace, weights: Path, edits: bool
                 ) -> tuple[Network, str, clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
@@ -218,14 +218,14 @@ def run(args: argparse.Namespace) -> None:
             clip.embed_texts(texts), index, args.k, condition, args.query)
         if has_grid:
             render_stickers(index, ids)
-        if files and all(map(Path.exists, files)):               # a stopped run goes on
+        if files and all(map(Path.exists, files)):  # a stopped run goes on
             pictures = [clip_model.read_image(file) for file in files]
         else:
             x0 = draw(model, *shown, seeds, codec, args.batch_size, **options)
             pictures = clip_model.to_pictures(x0)
         for m, picture, its_scores, its_ids in zip(
                 numbers, pictures, scores.tolist(), ids.tolist()):
-            if m % n == 0:                                       # a prompt begins
+            if m % n == 0:  # a prompt begins
                 tell_neighbors(prompts[m // n], its_scores, its_ids, index, listing)
                 is_shown = has_grid and condition != "query"
                 rows.append(neighbor_pictures(index, its_ids) if is_shown else [])

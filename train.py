@@ -46,12 +46,12 @@ import vqvae
 from clip_model import SHIPPED, require, to_x
 from knn_diffusion import TokenTransformer, TransformerConfig, UNet
 
-REVIVE_EVERY, LOG_EVERY = 100, 50      # steps
-SWAPS = 4                              # of each picture, to learn editing
-PIXELS = 2**20                         # that a VQ-VAE encodes in one pass
+REVIVE_EVERY, LOG_EVERY = 100, 50       # steps
+SWAPS = 4                               # of each picture, to learn editing
+PIXELS = 2**20                          # that a VQ-VAE encodes in one pass
 PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
            "discrete": knn_diffusion.DISCRETE_PRESETS,
-           "edit": {"stickers": None}}                       # an editing model keeps its sizes
+           "edit": {"stickers": None}}  # an editing model keeps its sizes
 STEPS = {"vqvae": 10000, "continuous": 20000, "discrete": 20000, "edit": 5000}
 # Pictures at once, else 64. Computed, not measured, for 12 GB (gpu, f16) and 24 GB (paper).
 BATCH_SIZES = {("continuous", "gpu"): 32, ("continuous", "paper"): 16, ("discrete", "paper"): 8,
@@ -61,7 +61,7 @@ ENDS = {vqvae.VQVAE: ("encoder.conv_in", "decoder.conv_out", "quantize"),
         UNet: ("conv_in.", "conv_out."),
         TokenTransformer: ("token.", "row.", "column.", "time.", "out.")}
 
-# ---------------------------------------------------------------- stages that every loop shares
+# ---------------- stages that every loop shares
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
     """Linear from 0 to `peak` in `warmup` steps, then half a cosine to 2 % of it at `total`."""
@@ -142,7 +142,7 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
     """Restore weights, average and optimisers in place; return the steps done. Raises ValueError
     for a damaged file, another model or other settings, or where all steps are done."""
     try:
-        with zipfile.ZipFile(path) as archive:              # torch itself believes a flipped bit
+        with zipfile.ZipFile(path) as archive:  # torch itself believes a flipped bit
             require(archive.testzip() is None, "its checksum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         done, then = state["step"], state["settings"]
@@ -150,7 +150,7 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
         ema.load_state_dict(state["ema"])
         for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
-    except Exception as error:                # torch's reader raises many kinds on a damaged file
+    except Exception as error:  # torch's reader raises many kinds on a damaged file
         raise ValueError(f"can't resume from {path}: {clip_model.reason(error)}") from None
     for name, value in settings.items():
         require(then.get(name) == value,
@@ -171,9 +171,9 @@ class Run:
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         model.train().requires_grad_(True)
         self.optimizers = optimizers or muon_and_adam(model, args.lr)
-        self.n = args.accumulate * args.batch_size                         # pictures per step
+        self.n = args.accumulate * args.batch_size          # pictures per step
         before = clip_model.read_weights(args.weights)[1].get("command", "") if args.weights else ""
-        self.command = f"{before}\n{args.command}".strip()       # all that made these weights
+        self.command = f"{before}\n{args.command}".strip()  # all that made these weights
         self.first = load_state(args.out / "state.pt", args.steps, self.settings, model, self.ema,
                                 self.optimizers) if args.resume else 0
         self.losses, self.skipped, self.in_a_row, self.is_stopped = [], 0, 0, False
@@ -197,7 +197,7 @@ class Run:
         handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             for step in range(self.first, args.steps):
-                torch.manual_seed(step_seed(args.seed + 1, step))          # dropout in the model
+                torch.manual_seed(step_seed(args.seed + 1, step))  # dropout in the model
                 yield step, torch.Generator().manual_seed(step_seed(args.seed, step))
                 is_late = time.time() - self.start > 60 * args.minutes
                 is_last = self.is_stopped or is_late or step + 1 == args.steps
@@ -273,7 +273,7 @@ class Run:
         sheet.save(self.args.out / "samples" / f"{step:07d}.png")
 
 
-# ---------------------------------------------------------------- pictures, made ready once
+# ---------------- pictures, made ready once
 
 def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False) -> np.ndarray:
     """Pictures of a folder, squares of `size`: uint8 (N, S, S, 3). One that can't be read raises
@@ -286,7 +286,7 @@ def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False)
             print(f"skipped: {error}", file=sys.stderr)
             return []
 
-    with ThreadPoolExecutor(8) as pool:                   # Pillow lets other threads run meanwhile
+    with ThreadPoolExecutor(8) as pool:  # Pillow lets other threads run meanwhile
         found = sum(pool.map(read, names), [])
     return np.array([np.asarray(each) for each in found], np.uint8).reshape(-1, size, size, 3)
 
@@ -299,7 +299,7 @@ def prepared(path: Path, key: str, folder: Path, names: list[str], size: int, sk
     return retrieval.cached(path, key, blocks)
 
 
-# ---------------------------------------------------------------- the VQ-VAE
+# ---------------- the VQ-VAE
 
 def split_by_drawing(names: list[str], every: int, are_stickers: bool = True
                      ) -> tuple[list[str], list[str]]:
@@ -350,28 +350,28 @@ def train_vqvae(args: argparse.Namespace) -> None:
         return run.loss(run.ema, loss_of, torch.from_numpy(tests)) if len(tests) else None
 
     for step, seeded in run.steps(look):
-        if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:       # codes settle in the end
+        if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:  # codes settle in the end
             revive(step)
         loss = run.loss(model, loss_of, torch.from_numpy(draw(run.n, seeded)))
         run.advance(step, loss, decay=0.999)
 
 
-# ---------------------------------------------------------------- what a diffusion may see
+# ---------------- what a diffusion may see
 
 @dataclass
 class Data:
     """All that a diffusion training reads. Row i tells of picture i modulo N."""
-    x0: np.ndarray                   # what to learn: uint8 (N, S, S, 3), or tokens int32 (N, L)
-    queries: np.ndarray              # float16 (R, E): f_img(x_0), or of x_0's swapped region
-    neighbors: np.ndarray            # int32 (R, K): rows of the database
-    database: retrieval.Rows         # float16, E columns: the rows of an index
-    manipulated: list[np.ndarray]    # I_manip, as x0 but (R, ...); empty where nothing is edited
+    x0: np.ndarray                 # what to learn: uint8 (N, S, S, 3), or tokens int32 (N, L)
+    queries: np.ndarray            # float16 (R, E): f_img(x_0), or of x_0's swapped region
+    neighbors: np.ndarray          # int32 (R, K): rows of the database
+    database: retrieval.Rows       # float16, E columns: the rows of an index
+    manipulated: list[np.ndarray]  # I_manip, as x0 but (R, ...); empty where nothing is edited
 
     def __post_init__(self) -> None:
         picture = np.arange(len(self.queries)) % len(self.x0)
         is_out = (picture % 50 == 49) & (len(self.x0) >= 100)
         self.rows, held_out = np.flatnonzero(~is_out), np.flatnonzero(is_out)
-        self.held_out = held_out[::len(held_out) // 256 + 1]               # at most 256
+        self.held_out = held_out[::len(held_out) // 256 + 1]  # at most 256
 
     def draw(self, n: int, seeded: torch.Generator) -> list[Tensor]:
         """`batch` of n random rows that are not kept out."""
@@ -398,7 +398,7 @@ def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
     (N, size), step = pictures.shape[:2], PIXELS // pictures.shape[1]**2
     clip = clip_model.load(args.clip or SHIPPED / "clip.safetensors").to(device)
     retrieval.check_encoder(own, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
-    partner = retrieval.neighbor_table(own, 1, device=device)[:, 0]        # (N,), never itself
+    partner = retrieval.neighbor_table(own, 1, device=device)[:, 0]  # (N,), never itself
     generator = torch.Generator().manual_seed(args.seed)
     manipulated, queries = [], []
     for rows in [slice(i, i + step) for i in range(0, N, step)] * SWAPS:
@@ -417,7 +417,7 @@ def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
 def samples(args: argparse.Namespace, model: nn.Module, data: Data, sample: Callable
             ) -> list[Tensor]:
     """x_0, I_manip if any, and what is drawn for them, of twelve rows from all over."""
-    rows = np.arange(12) * (len(data.queries) // 13)      # of 12 some would be of one picture
+    rows = np.arange(12) * (len(data.queries) // 13)  # of 12 some would be of one picture
     x0, query, neighbors, *picture = on_device(data.batch(rows), args.device)
     query = None if args.condition == "neighbors" else query
     neighbors = None if args.condition == "query" else neighbors
@@ -437,7 +437,7 @@ def held_out_loss(run: Run, data: Data, draw_noise: Callable, loss_of: Callable)
     return run.loss(run.ema, loss_of, x0, query, neighbors, *noise, *drops, *picture)
 
 
-# ---------------------------------------------------------------- the U-Net (Sec. 3.2)
+# ---------------- the U-Net (Sec. 3.2)
 
 def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings: dict) -> None:
     """Train the U-Net, to draw or to edit."""
@@ -448,12 +448,12 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
 
     def draw_noise(x0, seeded):
         t = torch.randint(1, T + 1, (len(x0),), generator=seeded)
-        return t, torch.randn(len(x0), 3, *x0.shape[1:3], generator=seeded)          # ε
+        return t, torch.randn(len(x0), 3, *x0.shape[1:3], generator=seeded)  # ε
 
     def loss_of(model, x0, query, neighbors, t, eps, drop_query, drop_neighbors, *edited):
         picture, *is_null = edited or [None]
         if is_null:
-            picture = picture.masked_fill(is_null[0][:, None, None, None], 0)        # null: grey
+            picture = picture.masked_fill(is_null[0][:, None, None, None], 0)  # null: grey
         return knn_diffusion.diffusion_loss(model, schedule, x0, query, neighbors, t, eps,
                                             drop_query, drop_neighbors, picture)
 
@@ -465,7 +465,7 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
         x0, query, neighbors, *picture = data.draw(run.n, seeded)
         t, eps = draw_noise(x0, seeded)
         drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
-        if args.flip:                         # the embeddings stay those of the unflipped picture
+        if args.flip:  # the embeddings stay those of the unflipped picture
             is_flipped = torch.rand(run.n, generator=seeded) < 0.5
             for x in (x0, *picture):
                 x[is_flipped] = x[is_flipped].flip(2)
@@ -476,7 +476,7 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
         run.advance(step, loss, decay=0.9995)
 
 
-# ---------------------------------------------------------------- the transformer
+# ---------------- the transformer
 
 def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data,
                    codec: vqvae.VQVAE, settings: dict) -> None:
@@ -488,7 +488,7 @@ def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data
 
     def draw_noise(x0, seeded):
         t = torch.randint(1, T + 1, (len(x0),), generator=seeded)
-        u = torch.rand(x0.shape, generator=seeded)                         # (n, L)
+        u = torch.rand(x0.shape, generator=seeded)  # (n, L)
         return t, u, torch.randint(V, x0.shape, generator=seeded)
 
     def loss_of(model, x0, query, neighbors, t, u, codes, *drops_and_picture):
@@ -508,13 +508,13 @@ def train_discrete(args: argparse.Namespace, model: TokenTransformer, data: Data
         if args.query_noise:
             query = knn_diffusion.add_query_noise(query, args.query_noise, seeded)
         for tokens, is_null in zip(picture, drop_picture):
-            tokens[is_null] = V                                            # a null picture: MASK
+            tokens[is_null] = V  # a null picture: MASK
         loss = run.loss(model, loss_of, x0, query, neighbors, t, u, codes, drop_query,
                         drop_neighbors, *picture)
         run.advance(step, loss, decay=0.9995)
 
 
-# ---------------------------------------------------------------- the command
+# ---------------- the command
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -569,9 +569,9 @@ def run(args: argparse.Namespace) -> None:
             "--resume goes on with it, another --out begins a new one")
     args.device = clip_model.pick_device(args.device)
     args.bf16 = not args.no_bf16
-    if args.device.type == "cuda":                        # before Ampere bfloat16 is only imitated
+    if args.device.type == "cuda":                  # before Ampere bfloat16 is only imitated
         args.bf16 &= torch.cuda.is_bf16_supported(including_emulation=False)
-        torch.set_float32_matmul_precision("high")        # TF32 for what is left in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
         torch.backends.cudnn.benchmark = True
     default = SHIPPED / "continuous.safetensors" if args.what == "edit" else None
     args.weights = args.out / f"{args.what}.safetensors" if args.resume else args.init or default
@@ -596,7 +596,7 @@ def train_backbone(args: argparse.Namespace) -> None:
                 "index": retrieval.rows_digest(database.rows)[:16],
                 "query_noise": args.query_noise, "flip": args.flip}
 
-    def pictures():                       # not called where there are tokens
+    def pictures():  # not called where there are tokens
         return prepared(own.folder / f"pictures-{size}.npy", digest, args.data, own.paths, size)
 
     if args.what == "edit":

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import clip_model
 from clip_model import load_model, read_weights, require, save_model, weights_digest
 
-# ---------------------------------------------------------------- configuration
+# ---------------- configuration
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ PRESETS = {
 }
 
 
-# ---------------------------------------------------------------- layers, in taming's names
+# ---------------- layers, in taming's names
 
 class ResnetBlock(nn.Module):
     """norm → swish → conv, twice, added to the input."""
@@ -84,8 +84,8 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:                            # (B, C, h, w)
-        h = self.conv1(F.silu(self.norm1(x)))                          # (B, C', h, w)
+    def forward(self, x: Tensor) -> Tensor:    # (B, C, h, w)
+        h = self.conv1(F.silu(self.norm1(x)))  # (B, C', h, w)
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
 
@@ -98,11 +98,11 @@ class AttnBlock(nn.Module):
         self.q, self.k, self.v = (nn.Conv2d(c, c, 1) for _ in range(3))
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x: Tensor) -> Tensor:                            # (B, C, h, w)
+    def forward(self, x: Tensor) -> Tensor:                 # (B, C, h, w)
         normed = self.norm(x)
-        q, k, v = (part(normed).flatten(2).transpose(1, 2)             # (B, L, C)
+        q, k, v = (part(normed).flatten(2).transpose(1, 2)  # (B, L, C)
                    for part in (self.q, self.k, self.v))
-        mixed = F.scaled_dot_product_attention(q, k, v)                # scale C^-1/2
+        mixed = F.scaled_dot_product_attention(q, k, v)     # scale C^-1/2
         return x + self.proj_out(mixed.transpose(1, 2).reshape(x.shape))
 
 
@@ -115,7 +115,7 @@ class Level(nn.Module):
                                    for j in range(n))
         self.attn = nn.ModuleList(AttnBlock(c_out, groups) for _ in range(n if attends else 0))
         self.downsample = self.upsample = nn.Identity()
-        if halves:                                         # padded on the right and below only
+        if halves:  # padded on the right and below only
             self.downsample = nn.Sequential(OrderedDict(
                 pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(c_out, c_out, 3, stride=2)))
         if doubles:
@@ -134,7 +134,7 @@ def middle(c: int, groups: int) -> nn.Module:
                                      block_2=ResnetBlock(c, c, groups)))
 
 
-# ---------------------------------------------------------------- encoder, decoder
+# ---------------- encoder, decoder
 
 class Encoder(nn.Module):
     """x (B, 3, H, W) → (B, Y, h, w). `down` is numbered by size: 0 is the picture's."""
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(F.pixel_unshuffle(x, self.unshuffle))         # (B, C, H/r, W/r)
+        x = self.conv_in(F.pixel_unshuffle(x, self.unshuffle))  # (B, C, H/r, W/r)
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -180,7 +180,7 @@ class Decoder(nn.Module):
         return F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.unshuffle)
 
 
-# ---------------------------------------------------------------- the codebook
+# ---------------- the codebook
 
 class Codebook(nn.Module):
     """V vectors; each place takes the nearest."""
@@ -191,9 +191,9 @@ class Codebook(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """z (B, Z, h, w) → int64 (B, L), the code of least ‖z − e‖² = ‖z‖² + ‖e‖² − 2 z·e."""
-        codes = self.embedding.weight.float()                          # (V, Z)
-        flat = z.flatten(2).transpose(1, 2).float()                    # (B, L, Z)
-        with torch.autocast(z.device.type, enabled=False):             # near codes differ by little
+        codes = self.embedding.weight.float()               # (V, Z)
+        flat = z.flatten(2).transpose(1, 2).float()         # (B, L, Z)
+        with torch.autocast(z.device.type, enabled=False):  # near codes differ by little
             return (codes.square().sum(1) - 2 * flat @ codes.T).argmin(-1)
 
     def vectors(self, tokens: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class GumbelCodebook(nn.Module):
         return self.proj(z).flatten(2).argmax(1)
 
     def vectors(self, tokens: Tensor) -> Tensor:
-        return self.embed(tokens)                                      # (B, L, Z)
+        return self.embed(tokens)  # (B, L, Z)
 
 
 @torch.no_grad()
@@ -227,13 +227,13 @@ def restart_dead_codes(codebook: Codebook, counts: Tensor, z: Tensor, generator:
 
     A code that is nobody's nearest gets no gradient and would stay dead.
     Ours; Jukebox (2005.00341 Sec. 3) does alike."""
-    places = z.flatten(2).transpose(1, 2).reshape(-1, z.shape[1]).float()       # (B·L, Z)
+    places = z.flatten(2).transpose(1, 2).reshape(-1, z.shape[1]).float()  # (B·L, Z)
     dead = (counts == 0).nonzero()[:, 0][: len(places)]
     chosen = torch.randperm(len(places), generator=generator)[: len(dead)]
     codebook.embedding.weight[dead] = places[chosen.to(places.device)]
 
 
-# ---------------------------------------------------------------- the model
+# ---------------- the model
 
 class VQVAE(nn.Module):
     """`encode` and `decode` turn pictures into tokens and back; `forward` is for training."""
@@ -242,7 +242,7 @@ class VQVAE(nn.Module):
         self.config = config
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         n_codes, code, latent = config.n_codes, config.embed_dim, config.latent_channels
-        if config.gumbel:                                  # its codebook has the map from Y itself
+        if config.gumbel:  # its codebook has the map from Y itself
             self.quantize = GumbelCodebook(n_codes, code, latent)
             self.quant_conv = nn.Conv2d(latent, latent, 1)
         else:
@@ -270,19 +270,19 @@ class VQVAE(nn.Module):
         last = self.config.n_codes - 1
         require(int(tokens.max()) <= last, f"tokens must be codes, 0 to {last}; MASK is none")
         height = height or math.isqrt(tokens.shape[1])
-        e = self.quantize.vectors(tokens)                              # (B, L, Z)
+        e = self.quantize.vectors(tokens)  # (B, L, Z)
         return self.from_vectors(e.transpose(1, 2).unflatten(2, (height, -1)))
 
-    def from_vectors(self, e: Tensor) -> Tensor:                       # (B, Z, h, w)
-        return self.decoder(self.post_quant_conv(e)).float()           # (B, 3, H, W)
+    def from_vectors(self, e: Tensor) -> Tensor:              # (B, Z, h, w)
+        return self.decoder(self.post_quant_conv(e)).float()  # (B, 3, H, W)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruction (B, 3, H, W), the codebook's loss (a scalar, β within), tokens (B, L)."""
-        z = self.latents(x).float()                                    # (B, Z, h, w)
+        z = self.latents(x).float()  # (B, Z, h, w)
         tokens = self.quantize.nearest(z)
         e = self.quantize.vectors(tokens).transpose(1, 2).view(z.shape)
         codebook, commitment = self.quantize.losses(z, e)
-        through = z + (e - z).detach()                                 # e forwards, z backwards
+        through = z + (e - z).detach()  # e forwards, z backwards
         return self.from_vectors(through), codebook + self.config.commitment * commitment, tokens
 
 
@@ -296,10 +296,10 @@ def psnr(found: Tensor, x: Tensor) -> Tensor:
     return 10 * torch.log10(4 / (found.clamp(-1, 1) - x).square().flatten(1).mean(1))
 
 
-# ---------------------------------------------------------------- load, save, taming's layout
+# ---------------- load, save, taming's layout
 
-save = save_model                       # float16 weights, class and config; metadata: the command
-fingerprint = weights_digest            # which codes stand for what
+save = save_model             # float16 weights, class and config; metadata: the command
+fingerprint = weights_digest  # which codes stand for what
 
 # A transformer's checkpoint holds a VQ-VAE within; loss network and discriminator lie beside it.
 TAMING = r"(?:first_stage_model\.)?((?:encoder|decoder|quantize|quant_conv|post_quant_conv)\..*)"
