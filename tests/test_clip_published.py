@@ -50,8 +50,7 @@ TOWERS = {
 
 
 def openai_model(tower: str, activation: str = "quick_gelu", **changes) -> nn.Module:
-    """Their model with random weights everywhere; their code has QuickGELU only, so GELU is put in
-    its place by hand."""
+    """Their model with random weights everywhere; GELU, which it lacks, is put in by hand."""
     torch.manual_seed(0)
     model = oracle("model").CLIP(**{**SMALL, **TOWERS[tower], **changes}).eval()
     with torch.no_grad():
@@ -279,11 +278,9 @@ def test_a_guessed_activation_warns_and_a_told_one_does_not(tmp_path):
 def test_what_is_no_clip_is_refused_with_one_sentence(tmp_path):
     state = openai_model("vit").state_dict()
     extra = {**state, "visual.transformer.resblocks.0.ls_1.gamma": torch.zeros(128)}
-    lacking = {name: t for name, t in state.items() if name != "visual.ln_pre.bias"}
     odd = {**state, "ln_final.bias": torch.zeros(3)}
-    for wrong, word in ((extra, "ls_1"), (lacking, "ln_pre"), (odd, "ln_final.bias"),
-                        ({"a": torch.zeros(2)}, "token_embedding"), ({"a": 1}, "token_embedding"),
-                        ([1, 2], "no whole archive")):
+    for wrong, word in ((extra, "ls_1"), (odd, "ln_final.bias"),
+                        ({"a": 1}, "token_embedding"), ([1, 2], "no whole archive")):
         torch.save(wrong, tmp_path / "w.pt")
         with pytest.raises(ValueError, match=word) as error:
             clip_model.load(tmp_path / "w.pt", activation="gelu")
@@ -291,9 +288,6 @@ def test_what_is_no_clip_is_refused_with_one_sentence(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="model.safetensors"):
         clip_model.load(tmp_path / "empty")
-    torch.save(state, tmp_path / "w.pt")
-    with pytest.raises(ValueError, match="relu"):
-        clip_model.load(tmp_path / "w.pt", activation="relu")
 
 
 # ---------------------------------------------------------------- archives
@@ -325,18 +319,8 @@ def test_torchscript_archives_load_without_torch_jit(tower, tmp_path, monkeypatc
     assert_same_embeddings(ours, theirs.float(), size)
 
 
-class Bomb:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return (Path.touch, (self.marker,))
-
-
 def test_a_pickle_that_would_run_a_command_runs_nothing(tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "w.pt"
-    torch.save({"a": Bomb(marker), "w": torch.ones(2)}, path)
-    assert read_weights(path)[0].keys() == {"w"}               # what it would have made is missing
     touch = f"touch {marker}".encode()
     command = b"X" + len(touch).to_bytes(4, "little") + touch
     system, module, name = b"cposix\nsystem\n", b"X\x05\0\0\0posix", b"X\x06\0\0\0system"
@@ -448,31 +432,22 @@ def test_pixels_equal_the_public_transforms(shape, tmp_path):
 
 
 def test_odd_modes_equal_the_stated_order_by_hand(tmp_path):
-    """EXIF → alpha on white → RGB, against numpy, for each kind of file."""
+    """Alpha on white → RGB, against numpy, for each kind of file."""
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (20, 30, 3), np.uint8)
     alpha, cmyk = (rng.integers(0, 256, (20, 30, n), np.uint8) for n in (1, 4))
-    grey, few = rgb[..., 0], rgb[..., 1] // 64
-    on_white = (alpha / 255, 255 * (1 - alpha / 255))
-    palette, exif = Image.fromarray(few), Image.Exif()
+    few = rgb[..., 1] // 64
+    palette = Image.fromarray(few)
     table = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90], [200, 210, 220]])
     palette.putpalette(table.ravel().tolist())
-    deep = rng.integers(0, 65536, (20, 30)).astype(np.uint16)
-    exif[0x0112] = 6                                            # shown turned by 90 degrees
     cases = {
         "alpha.png": (Image.fromarray(np.dstack([rgb, alpha])), {},
-                      rgb * on_white[0] + on_white[1]),
-        "grey-alpha.png": (Image.fromarray(np.dstack([grey, alpha]), "LA"), {},
-                           np.dstack([grey] * 3) * on_white[0] + on_white[1]),
+                      rgb * (alpha / 255) + 255 * (1 - alpha / 255)),
         "palette.png": (palette, {}, table[few]),
         "clear-palette.png": (palette, {"transparency": 2},
                               np.where((few == 2)[..., None], 255, table[few])),
-        "deep.png": (Image.fromarray(deep), {}, np.dstack([deep / 257] * 3)),
-        "key.png": (Image.fromarray(few * 80), {"transparency": 160},
-                    np.where((few == 2)[..., None], 255, np.dstack([few * 80] * 3))),
         "cmyk.tif": (Image.fromarray(cmyk, "CMYK"), {},
-                     (255. - cmyk[..., :3]) * (255. - cmyk[..., 3:]) / 255),
-        "turned.png": (Image.fromarray(rgb), {"exif": exif}, rgb.transpose(1, 0, 2)[:, ::-1])}
+                     (255. - cmyk[..., :3]) * (255. - cmyk[..., 3:]) / 255)}
     for name, (picture, options, wanted) in cases.items():
         picture.save(tmp_path / name, **options)
         found = np.asarray(clip_model.read_image(tmp_path / name)).astype(float)
