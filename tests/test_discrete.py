@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,8 +21,7 @@ def one_hot_log(x0: torch.Tensor, n_codes: int) -> torch.Tensor:
 
 
 def steps_matrix(schedule: MaskSchedule, s: int, t: int) -> torch.Tensor:
-    """q(x_t | x_s), row x_s, column x_t, (V+1, V+1): the product of the definition's Q_{s+1} … Q_t,
-    per-step values by ratios."""
+    """q(x_t | x_s), row x_s, column x_t, (V+1, V+1): the definition's product Q_{s+1} … Q_t."""
     V = schedule.n_codes
     product = torch.eye(V + 1, dtype=torch.float64)
     for i in range(s + 1, t + 1):
@@ -51,7 +51,6 @@ def every_pair(V: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # ---------------------------------------------------------------- mask and replace
-
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("V, T", [(2, 2), (3, 5), (6, 8)])
@@ -113,15 +112,6 @@ def test_posterior_equals_bayes_on_small_vocabulary(kind, V, T):
 
 # ---------------------------------------------------------------- loss
 
-
-def fixed(log_x0: torch.Tensor):
-    """A model that always says log_x0."""
-    def model(*_: object, **__: object) -> torch.Tensor:
-        return log_x0
-    model.config = TRANSFORMER_CONFIG
-    return model
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_is_the_kl_and_the_weighted_auxiliary_term(kind):
     schedule, t = MaskSchedule(10, 7, kind), torch.arange(1, 11)
@@ -133,7 +123,8 @@ def test_loss_is_the_kl_and_the_weighted_auxiliary_term(kind):
     blind = torch.full((10, 9, 7), -math.log(7))
     terms = kd.posterior_kl(blind, x0, xt, t, t - 1, schedule).mean(1)
     weight = TRANSFORMER_CONFIG.auxiliary * (2 - (t - 1) / 10)             # from 2 down to 1.1
-    loss = kd.discrete_loss(fixed(blind), schedule, x0, xt, t, None, None, None, None)
+    model = Mock(config=TRANSFORMER_CONFIG, return_value=blind)
+    loss = kd.discrete_loss(model, schedule, x0, xt, t, None, None, None, None)
     assert loss.item() == pytest.approx((terms + weight * math.log(7)).mean().item(), rel=1e-4)
 
 
@@ -182,7 +173,6 @@ def test_patched_tokens_go_to_their_place_and_back():
 
 # ---------------------------------------------------------------- samplers
 
-
 def uniforms(batch: int, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     return lambda *shape: torch.rand(batch, *shape, generator=generator)
@@ -215,8 +205,7 @@ def ideal_predictor(p: torch.Tensor, schedule: MaskSchedule, length: int):
 
 def chain_distribution(p: torch.Tensor, schedule: MaskSchedule, times: list[int], length: int
                        ) -> torch.Tensor:
-    """The distribution of x_0 that the sampler's own Markov chain has, by enumerating (V+1)^L
-    states."""
+    """The distribution of x_0 under the sampler's own Markov chain, over all (V+1)^L states."""
     V, predict = schedule.n_codes, ideal_predictor(p, schedule, length)
     states = torch.tensor(list(itertools.product(range(V + 1), repeat=length)))
     last = steps_matrix(schedule, 0, schedule.T)[0]
@@ -260,8 +249,7 @@ def test_sampling_starts_from_the_prior():
 
 
 def test_three_dependent_tokens_follow_the_chain_and_converge():
-    """The network gives each place's marginal, so what is set in one step is set independently:
-    the error falls as 1/T."""
+    """What one step sets it sets independently, each by its marginal: the error falls as 1/T."""
     V, n, distances = 2, 20_000, []
     generator = torch.Generator().manual_seed(3)
     p = torch.rand(V ** 3, generator=generator, dtype=torch.float64) ** 3
@@ -291,8 +279,9 @@ def test_a_category_is_drawn_by_its_share_of_the_mass():
 def test_truncation_keeps_the_codes_before_r_of_mass():
     p = torch.tensor([0.1, 0.5, 0.15, 0.25])
     guide, xt = kd.Guide(None, None), torch.zeros(1, 1, dtype=torch.int64)
+    model = Mock(return_value=p.log()[None, None])
     for r, kept in ((0.4, [1]), (0.5, [1]), (0.6, [1, 3]), (0.76, [1, 2, 3]), (0.95, [0, 1, 2, 3])):
-        found = kd.predict_tokens(fixed(p.log()[None, None]), guide, r, xt, 3)[0, 0].exp()
+        found = kd.predict_tokens(model, guide, r, xt, 3)[0, 0].exp()
         wanted = torch.zeros(4)
         wanted[kept] = p[kept] / p[kept].sum()
         assert torch.allclose(found, wanted, atol=1e-6), r
@@ -310,7 +299,6 @@ def test_guidance_extrapolates_log_probabilities():
 
 
 # ---------------------------------------------------------------- the transformer
-
 
 def test_every_input_reaches_the_output():
     model, query, neighbors = tiny_transformer(), unit(1, 16), unit(1, 3, 16)
