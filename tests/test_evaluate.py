@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+from unittest.mock import Mock
 
 import evaluate
 import numpy as np
@@ -117,16 +118,14 @@ def test_two_indexes_are_searched_as_one():
 
 
 def test_a_maker_hands_on_what_it_is_asked_for(monkeypatch):
-    asked, neighbors = [], torch.arange(6.0).view(2, 1, 3)
+    neighbors, draw = torch.arange(6.0).view(2, 1, 3), Mock(return_value=torch.zeros(2, 3, 8, 8))
     monkeypatch.setattr(evaluate.sample, "condition_on", lambda *_: ("q", neighbors, None, None))
-    monkeypatch.setattr(evaluate.sample, "generate",
-                        lambda *given, **options: asked.append((given, options)))
-    clip = argparse.Namespace(embed_texts=lambda prompts: None)
+    monkeypatch.setattr(evaluate.sample, "draw", draw)
     args = argparse.Namespace(seed=4, steps=7, guidance=3.0, sampler="ddim")
-    evaluate.Maker("model", clip, None, None).draw(["a", "b"], args, others=True, next_seed=True)
-    [(given, options)] = asked
-    assert torch.equal(given[2], neighbors[[1, 0]]) and given[3] == [5, 5]
-    assert options == {"steps": 7, "guidance": 3.0, "sampler": "ddim"}
+    evaluate.Maker("model", Mock(), None, None).draw(["a", "b"], args, others=True, next_seed=True)
+    _, _, found, seeds, *_ = draw.call_args.args
+    assert torch.equal(found, neighbors[[1, 0]]) and seeds == [5, 5]
+    assert draw.call_args.kwargs == {"steps": 7, "guidance": 3.0, "sampler": "ddim"}
 
 
 def test_tokens_are_measured_on_kept_out_drawings_of_both_styles(tmp_path, monkeypatch, capsys):
