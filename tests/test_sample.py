@@ -225,7 +225,6 @@ def test_weights_clip_and_index_must_belong_together(world, tmp_path, capsys):
 
 # ---------------------------------------------------------------- the discrete backbone
 
-
 def run_discrete(world, *extra):
     vae = [] if "--vqvae" in extra else ["--vqvae", world / "vqvae.safetensors"]
     return run(world, "a fox", "--n", 2, "--weights", world / "discrete.safetensors", *vae, *extra)
