@@ -13,7 +13,6 @@ from vqvae import VQVAEConfig
 
 # ---------------------------------------------------------------- the codebook
 
-
 def test_nearest_code_equals_brute_force():
     torch.manual_seed(0)
     codebook, z = vqvae.Codebook(30, 5).requires_grad_(False), torch.randn(2, 5, 3, 4)
@@ -79,7 +78,6 @@ def test_psnr_and_the_loss_in_closed_form():
 
 
 # ---------------------------------------------------------------- taming's files
-
 
 class Taming:
     """taming-transformers' forward pass, from its code's description, in torch's functional calls.
