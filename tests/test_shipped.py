@@ -54,8 +54,13 @@ def test_weights_clip_index_and_vqvae_belong_together(name, index):
     assert all(command.startswith(f"python train.py {what}") for command in more)
 
 
-def test_a_picture_and_a_text_are_all_that_editing_needs(tmp_path, monkeypatch):
+def test_a_prompt_is_all_that_is_needed_or_a_picture_and_a_text(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert sample.main(["a red heart", "--n", "1", "--steps", "2", "--singles", "out"]) == 0
+    assert Path("picture.png").is_file()
+    with Image.open("out/000-00.png") as picture:
+        assert picture.size == (64, 64)
+        assert json.loads(picture.text["parameters"])["prompt"] == "a red heart"
     Image.new("RGB", (90, 70), "purple").save("plain.png")
     for backbone in ("continuous", "discrete"):
         argv = ["plain.png", "a red heart", "--n", "1", "--steps", "2", "--backbone", backbone]
@@ -83,12 +88,3 @@ def test_the_sticker_clip_finds_a_red_heart():
     _, _, clip, index, _ = opened("continuous")
     _, ids = index.search(clip.embed_texts(["red heart on a white background"]), 10)
     assert sum("heart" in index.paths[i] for i in ids[0].tolist()) >= 5
-
-
-def test_a_prompt_is_all_that_is_needed(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert sample.main(["a red heart", "--n", "1", "--steps", "2", "--singles", "out"]) == 0
-    assert Path("picture.png").is_file()
-    with Image.open("out/000-00.png") as picture:
-        assert picture.size == (64, 64)
-        assert json.loads(picture.text["parameters"])["prompt"] == "a red heart"
