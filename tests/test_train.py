@@ -7,12 +7,11 @@ import shutil
 import signal
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import UNET_CONFIG, tiny_unet, write_pictures
+from conftest import TRANSFORMER_CONFIG, UNET_CONFIG, tiny_unet, tiny_vqvae, write_pictures
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -22,28 +21,16 @@ import knn_diffusion
 import train
 import vqvae
 
-TINY_VQVAE = vqvae.VQVAEConfig(
-    image_size=16, channels=8, multipliers=(1, 2), res_blocks=1, attention=(), latent_channels=8,
-    embed_dim=4, n_codes=16, norm_groups=4)
-TINY_TRANSFORMER = knn_diffusion.TransformerConfig(
-    image_size=16, n_codes=16, tokens_a_side=8, embed_dim=16, n_neighbors=3, width=16, layers=1,
-    heads=2, condition_width=12, T=6, query_map=2, query_hidden=8)
+TINY_TRANSFORMER = replace(TRANSFORMER_CONFIG, n_codes=16, tokens_a_side=8, layers=1, T=6)
 BACKBONES = pytest.mark.parametrize("what", ["continuous", "discrete"])
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     monkeypatch.setattr(train, "SWAPS", 3)
-    for what, config in (("vqvae", TINY_VQVAE), ("continuous", UNET_CONFIG),
+    for what, config in (("vqvae", tiny_vqvae().config), ("continuous", UNET_CONFIG),
                          ("discrete", TINY_TRANSFORMER)):
         monkeypatch.setitem(train.PRESETS[what], "tiny", config)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def codec(world) -> Path:
-    torch.manual_seed(0)
-    vqvae.save(world / "vqvae.safetensors", vqvae.VQVAE(TINY_VQVAE), {})
-    return world / "vqvae.safetensors"
 
 
 def command(world, what, out, steps, *more):
@@ -116,7 +103,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_twenty_end_the_run(world,
     assert log_of(tmp_path / "a")[0][5] == "19"
     assert train.main(command(world, "continuous", tmp_path / "b", 99)) == 1
     assert "20 steps were not finite" in capsys.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_muon_moves_every_singular_direction_of_matrices_and_convolutions_alike():
@@ -209,7 +195,7 @@ def test_resuming_takes_another_rate_but_no_other_experiment(world, tmp_path, re
     for content in (b"not a state", bytes(flipped)):
         (out / "state.pt").write_bytes(content)
         refused("can't resume", "continuous", out, "--resume")
-    vqvae.save(tmp_path / "other", vqvae.VQVAE(TINY_VQVAE), {})
+    vqvae.save(tmp_path / "other", tiny_vqvae(1), {})
     trained(world, "discrete", tmp_path / "d", 1)
     refused("vqvae was", "discrete", tmp_path / "d", "--resume", "--vqvae", tmp_path / "other")
 
@@ -352,7 +338,7 @@ def test_every_fiftieth_picture_is_kept_out_with_all_its_rows():
 
 
 @BACKBONES
-def test_the_loss_of_rows_kept_out_is_logged_and_they_are_not_trained_on(codec, tmp_path,
+def test_the_loss_of_rows_kept_out_is_logged_and_they_are_not_trained_on(world, tmp_path,
                                                                         monkeypatch, what):
     images, names = tmp_path / "images", [f"{i:03d}.png" for i in range(120)]
     write_pictures(images, 120)
@@ -361,7 +347,7 @@ def test_the_loss_of_rows_kept_out_is_logged_and_they_are_not_trained_on(codec, 
     monkeypatch.setattr(train, "LOG_EVERY", 2)
     seen, i = losses_seen(monkeypatch, what), 3 if what == "continuous" else 5
     state = trained(tmp_path, what, tmp_path / "a", 5, "--batch-size", 64, "--save-every", 4,
-                    "--condition", "neighbors", "--vqvae", codec)
+                    "--condition", "neighbors", "--vqvae", world / "vqvae.safetensors")
     log = log_of(tmp_path / "a")
     assert [(row[0], bool(row[-1])) for row in log] == [("2", False), ("4", True), ("5", True)]
     kept = torch.from_numpy(index.rows[[49, 99]]).float()
@@ -374,18 +360,17 @@ def test_the_loss_of_rows_kept_out_is_logged_and_they_are_not_trained_on(codec, 
     x0 = train.to_x(train.read_pictures(images, ["049.png", "099.png"], 16))
     near = torch.from_numpy(index.rows[retrieval.neighbor_table(index, 3)[[49, 99]]]).float()
     t = torch.randint(1, 1 + model.config.T, (2,), generator=seeded)
+    drops = torch.tensor([True, True]), torch.tensor([False, False])
     if what == "continuous":
         eps = torch.randn(2, 3, 16, 16, generator=seeded)
-        alpha_bar = knn_diffusion.Schedule(100).at(t, x0)
-        xt = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-        v = alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
-        wanted = (model(xt, t, None, near) - v).square().mean()
+        wanted = knn_diffusion.diffusion_loss(model, knn_diffusion.Schedule(100), x0, kept, near, t,
+                                              eps, *drops)
     else:
-        x0, masks = vqvae.load(codec)[0].encode(x0), knn_diffusion.MaskSchedule(6, 16)
+        x0 = vqvae.load(world / "vqvae.safetensors")[0].encode(x0)
+        masks = knn_diffusion.MaskSchedule(6, 16)
         u = torch.rand(2, 64, generator=seeded)
         codes = torch.randint(16, (2, 64), generator=seeded)
         xt = knn_diffusion.mask_and_replace(x0, t, masks, u, codes)
-        drops = torch.tensor([True, True]), torch.tensor([False, False])
         wanted = knn_diffusion.discrete_loss(model, masks, x0, xt, t, kept, near, *drops)
     assert float(log[-1][-1]) == pytest.approx(wanted.item(), abs=2e-5)
 
@@ -410,10 +395,10 @@ def test_diffusion_training_sees_no_text_and_runs_no_clip(world, tmp_path, monke
     trained(tmp_path, "continuous", tmp_path / "a", 2)
 
 
-def test_tokens_are_made_once_and_anew_where_damaged(world, codec, tmp_path, monkeypatch):
+def test_tokens_are_made_once_and_anew_where_damaged(world, tmp_path, monkeypatch):
     shutil.copytree(world / "index", tmp_path / "index", ignore=shutil.ignore_patterns("tokens-*"))
     shutil.copytree(world / "images", tmp_path / "images")
-    own = ["--vqvae", codec]
+    own = ["--vqvae", world / "vqvae.safetensors"]
     first = trained(tmp_path, "discrete", tmp_path / "a", 2, *own)
     [tokens] = (tmp_path / "index").glob("tokens-*.npy")
     wanted = np.load(tokens)
@@ -462,19 +447,14 @@ def test_vqvae_learns_restarts_codes_and_measures(tmp_path, monkeypatch, capsys)
 # ---------------------------------------------------------------- editing (Sec. 3.3)
 
 @BACKBONES
-def test_the_model_is_shown_the_swap_and_asked_for_the_original(world, codec, tmp_path, monkeypatch,
-                                                                what):
+def test_the_model_is_shown_the_swap_and_asked_for_the_original(world, tmp_path, monkeypatch, what):
     """Outside the region both agree; the query is the original region's; a dropped one is null."""
-    generator = world / "continuous.safetensors"
-    if what == "discrete":
-        trained(world, what, tmp_path / "generator", 2)
-        generator = tmp_path / "generator" / "discrete.safetensors"
     seen = losses_seen(monkeypatch, what)
     dropped = torch.tensor([False, False, True, True])
     monkeypatch.setattr(knn_diffusion, "draw_edit_drops",
                         lambda *_: (~dropped & dropped, dropped, dropped))
     monkeypatch.setattr(clip_model.CLIP, "embed_texts", None)              # no text is read
-    trained(world, "edit", tmp_path / "a", 1, "--init", generator)
+    trained(world, "edit", tmp_path / "a", 1, "--init", world / f"{what}.safetensors")
     model, metadata = knn_diffusion.load(tmp_path / "a" / "edit.safetensors")
     assert model.config.edit and metadata["clip"] and ("vqvae" in metadata) == (what == "discrete")
     x0, shown, asked = seen[0][2], seen[0][-1], seen[0][3 if what == "continuous" else -5]
@@ -483,8 +463,8 @@ def test_the_model_is_shown_the_swap_and_asked_for_the_original(world, codec, tm
         manipulated, queries = train.to_x(made["manipulated"]), torch.from_numpy(made["queries"])
     assert len(manipulated) == len(queries) == 3 * len(originals)
     if what == "discrete":
-        model = vqvae.load(codec)[0]
-        originals, manipulated = model.encode(originals), model.encode(manipulated)
+        codec = vqvae.load(world / "vqvae.safetensors")[0]
+        originals, manipulated = codec.encode(originals), codec.encode(manipulated)
     for i in range(4):
         rows = (queries.float() == asked[i]).all(1).nonzero()[:, 0].tolist()
         assert any(torch.equal(originals[row % 20], x0[i]) for row in rows)
@@ -520,7 +500,7 @@ def test_what_does_not_belong_together_is_refused(world, tmp_path, refused, caps
         knn_diffusion.save(tmp_path / name, model, {"clip": clip})
         refused("another CLIP", "continuous", out, "--init", tmp_path / name)
     knn_diffusion.save(tmp_path / "edits", tiny_unet(edit=True), {})
-    vqvae.save(tmp_path / "gumbel", vqvae.VQVAE(replace(TINY_VQVAE, gumbel=True)), {})
+    vqvae.save(tmp_path / "gumbel", tiny_vqvae(gumbel=True), {})
     write_pictures(tmp_path / "few", 3)
     refused("that edits", "continuous", out, "--init", tmp_path / "edits")
     refused("holds a UNet", "discrete", out, "--init", generator)
