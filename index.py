@@ -1,5 +1,5 @@
 """The retrieval database of kNN-Diffusion Sec. 3.1: an index of picture embeddings, and its rows
-that lie nearest to a query.
+nearest to a query.
 
     H = { f_img(i) : i in I },      kNN(q) = the k rows r of H with the largest score q·r
 
@@ -17,8 +17,7 @@ An index is a folder of plain files that numpy opens:
     offsets.npy       int64 (C+1,), where each list begins
     neighbors-K.npy   int32 (N, min(K, N−1)), the table for training; optional
 
-Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows, C lists.
-"""
+Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows, C lists."""
 from __future__ import annotations
 
 import argparse
@@ -58,16 +57,16 @@ TABLE_NPROBE = 64  # inverted lists per row, for the neighbour table
 # ---------------- kNN(·), the definition
 
 def unit(vectors: Tensor, what: str) -> Tensor:
-    """Vectors (n, E) of any float dtype and norm → float64 of unit norm. Raises ValueError, with
-    `what` they are, for one that is zero or not finite."""
+    """Vectors (n, E) of any float dtype and norm → float64 of unit norm. Raises ValueError, naming
+    `what` they are, where one is zero or not finite."""
     norms = vectors.double().norm(dim=1, keepdim=True)
     require((norms.isfinite() & (norms > 0)).all(), f"{what} is zero or not finite")
     return vectors / norms
 
 
 def stored(rows: Rows, key: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Some rows, float32 (n, E). Raises ValueError for one without unit norm, to float16's
-    precision: a single flipped bit can make a row the nearest one to every query."""
+    """Some rows, float32 (n, E). Raises ValueError for one without unit norm: a single flipped bit
+    can make a row the nearest one to every query."""
     found = torch.from_numpy(rows[key]).to(device).float()
     is_unit = (found.norm(dim=1) - 1).abs() < 2e-3
     require(is_unit.all(), f"a row in {rows.files[0].parent} has not norm 1, or is damaged")
@@ -85,8 +84,7 @@ def best(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tenso
 
 
 def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """kNN(·) as defined, of unit-norm float64 queries (Q, E): float64 scores and int64 ids, both
-    (Q, min(k, N))."""
+    """kNN(·) of unit-norm float64 queries (Q, E): float64 scores, int64 ids, (Q, min(k, N))."""
     scores, ids = queries[:, :0], queries[:, :0].long()
     for start in range(0, rows.shape[0], BLOCK):
         block = stored(rows, slice(start, start + BLOCK), queries.device).double()  # (P, E)
@@ -98,10 +96,10 @@ def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 # ---------------- the same rows, faster
 #
-# Low precision multiplies two to five times as fast. Its scores are wrong in the third digit, but
-# by a bounded error, so they tell which rows are *not* the best: keep the best score of each group
-# of 16 rows, list the best groups, and score their rows again as defined. No other group holds a
-# row above its best score + the bound. Where that is below the k-th score found, all are found.
+# Low precision multiplies two to five times as fast. Its scores err in the third digit, but the
+# error is bounded, so they tell which rows are *not* the best: keep the best score of each group
+# of 16 rows, list the best groups, score their rows again as defined. No other group holds a row
+# above its best score + the bound. Where that is below the k-th score found, all are found.
 
 def scan_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a CPU that multiplies it natively, else float32."""
@@ -142,15 +140,15 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---------------- inverted lists (IVF)
 #
-# k-means parts the rows into C lists, each with a centroid. A query looks into the nprobe lists of
-# the nearest centroids only. A neighbour in another list is missed; `recall` says how often.
+# k-means parts the rows into C lists, each with a centroid. A query looks only into the lists of
+# its nprobe nearest centroids. A neighbour in another is missed; `recall` says how often.
 
 def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10) -> list[Tensor]:
     """The tensors of centroids.npy, lists.npy and offsets.npy.
 
-    Spherical k-means on `sample` rows per list, from random ones on: assign each to the centroid
-    of the largest inner product, average, normalise. The centroid of an empty list becomes zero.
-    Then all rows are assigned, block by block."""
+    Spherical k-means on `sample` rows per list, from random ones on: assign each to the centroid of
+    the largest inner product, average, normalise. An empty list's centroid becomes zero. Then all
+    rows are assigned, block by block."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     chosen = stored(rows, order[: sample * n_lists])  # (n, E)
     centroids = chosen[:n_lists]                      # (C, E)
@@ -165,8 +163,8 @@ def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10)
 
 
 def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best rows of each query's nprobe lists, and for which queries these hold k rows, bool
-    (Q,). A list is read once, for all queries that look into it."""
+    """The k best rows of each query's nprobe lists, and which queries these give k rows, bool (Q,).
+    A list is read once, for all queries that look into it."""
     (centroids, order, offsets), device = index.lists, queries.device
     near = (queries.float() @ centroids.to(device).T).topk(nprobe).indices    # (Q, nprobe)
     scores = queries.new_full((len(queries), k), -2)    # below any cosine
@@ -184,7 +182,7 @@ def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, T
 
 @dataclass(repr=False)
 class Index:
-    """An open index. Its pictures may be missing; its rows are read when they are wanted."""
+    """An open index. Its pictures may be missing; its rows are read when wanted."""
     folder: Path
     rows: Rows                         # float16 (N, E), unit norm
     paths: Sequence                    # N names of files in `root`, or row numbers
@@ -222,7 +220,7 @@ class Index:
             found.append((scores, ids))
         scores, ids = (torch.cat(part) for part in zip(*found))
         if exclude is not None:
-            # The own row is dropped by its id, never by its rank: a duplicate may rank before it.
+            # By its id, never by its rank: a duplicate may rank before the own row.
             is_own = ids == exclude.to(ids.device)[:, None]  # (Q, k + 1)
             is_own[~is_own.any(1), -1] = True                # not found: the last one is too many
             scores, ids = (part[~is_own].view(len(ids), wide - 1) for part in (scores, ids))
@@ -230,8 +228,8 @@ class Index:
 
 
 def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
-    """Raise ValueError, naming both, where another encoder than this one made the index. One
-    that is not known passes with a warning if E fits."""
+    """Raise ValueError, naming both, where another encoder made the index. An unknown one passes
+    with a warning if E fits."""
     E, its_hash = index.rows.shape[1], index.manifest.get("encoder_hash")
     made_by = f"{index.manifest.get('encoder')} ({its_hash or 'no fingerprint'}, {E} dimensions)"
     require(E == dim and its_hash in (fingerprint, None, ""),
@@ -254,7 +252,7 @@ def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> 
 
 class Rows:
     """A matrix (N, E) of floats in one .npy file or several. Each read maps its file anew, so that
-    what was read leaves memory again. Raises ValueError for files of anything else."""
+    it leaves memory again. Raises ValueError for anything else."""
     def __init__(self, files: Sequence[Path]) -> None:
         arrays = [open_memmap(path, mode="r") for path in files]
         self.files, self.starts = files, np.cumsum([0] + [len(array) for array in arrays])
@@ -312,12 +310,12 @@ def open_index(folder: str | Path) -> Index:
 
 def write_index(out: str | Path, rows: Tensor | Rows, paths: Sequence, encoder: str,
                 encoder_hash: str, root: str | Path, n_lists: int | None = 0) -> Index:
-    """Write an index of embeddings (N, E), one name per row, and open it. It takes the place of
-    an older index at `out` when it is whole.
+    """Write an index of embeddings (N, E), one name per row, and open it. Once whole, it replaces
+    an older index at `out`.
 
-    Float16 files stay where they are, and the manifest names them; all other rows are copied,
-    normalised. n_lists: so many inverted lists; None: 4·√N, or none below 50,000 rows. Raises
-    ValueError for rows that are zero or not finite, or an `out` that holds anything else."""
+    Float16 files stay where they are, named in the manifest; other rows are copied, normalised.
+    n_lists: so many inverted lists; None: 4·√N, or none below 50,000 rows. Raises ValueError for
+    rows that are zero or not finite, or an `out` that holds anything else."""
     (N, E), out = rows.shape, refuse_foreign(out)
     require(N == len(paths) > 0, f"{len(paths)} names for {N} rows")
     if n_lists is None:  # 4·√N, faiss's rule of thumb; of few rows exact search is as quick
@@ -352,8 +350,8 @@ def write_index(out: str | Path, rows: Tensor | Rows, paths: Sequence, encoder: 
 def index_files(out: str | Path, source: str | Path, encoder: str = "unknown",
                 encoder_hash: str = "", n_lists: int | None = None) -> Index:
     """`write_index` for embeddings that are there already: one .npy file, or a folder of them in
-    the order of the numbers in their names, as clip-retrieval writes them (img_emb_0.npy, …). A
-    paths.txt in the folder, or beside it, names the rows."""
+    the order of their numbers, as clip-retrieval writes them (img_emb_0.npy, …). A paths.txt in the
+    folder, or beside it, names the rows."""
     source = Path(source)
     files = [source] if source.is_file() else sorted(source.glob("*.npy"), key=lambda path: [
         int(number) for number in re.findall(r"\d+", path.stem)])
@@ -405,8 +403,8 @@ def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def list_images(folder: str | Path, others: bool = False) -> list[str]:
-    """All picture files below a folder, or all others: relative names, sorted. Links are
-    followed, and no folder is read twice, so a circle of links ends."""
+    """All picture files below a folder, or all others: relative names, sorted. Links are followed;
+    no folder is read twice, so a circle ends."""
     names, seen = [], set()
     for here, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
@@ -421,7 +419,7 @@ def list_images(folder: str | Path, others: bool = False) -> list[str]:
 def embed_folder(clip: clip_model.CLIP, folder: str | Path, batch_size: int = 256
                  ) -> tuple[Tensor, list[str], list[str]]:
     """All pictures below a folder: embeddings, unit-norm float32 (N, E), their names, and one
-    sentence per picture that could not be read. Raises ValueError where none could."""
+    sentence per unreadable picture. Raises ValueError where none can be read."""
     def read(name: str) -> Image.Image | str:
         try:
             require(name.isprintable(), f"{name!r} is no name for a list of lines")
@@ -503,7 +501,7 @@ def recall(args: argparse.Namespace) -> None:
     """Print what inverted lists lose: recall@k against exact search."""
     index = open_index(args.index)
     require(index.lists, f"{args.index} has no inverted lists: build it with --ivf")
-    # Some of its own rows are the queries. Each is excluded from its neighbours.
+    # Some of its own rows are the queries, each excluded from its neighbours.
     own = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:1000]
     rows = torch.from_numpy(index.rows[own])
     exact = index.search(rows, args.k, exclude=own)[1]               # (Q, K)

@@ -1,14 +1,12 @@
 """Text to picture with kNN-Diffusion:  python sample.py "a red heart"
 
 In training the network is shown a picture's own CLIP embedding, the query, and the embeddings of
-its K nearest pictures. Here a text's embedding is the query, and the K *pictures* nearest to it are
-the neighbours (kNN-Diffusion Sec. 3). This bridges the gap between text and pictures. A text's
-embedding lies apart from all pictures' in CLIP's space: the network has seen nothing like it.
-Neighbours are pictures' embeddings both times: they say what the text means in words that the
-network knows. Another index gives another domain, with the same weights.
+its K nearest pictures. Here a text's embedding is the query, and the K *pictures* nearest to it
+are the neighbours (kNN-Diffusion Sec. 3). A text's embedding lies apart from all pictures': the
+network has seen nothing like it. Neighbours are pictures' embeddings both times: they say what
+the text means in words that the network knows. Another index gives another domain.
 
-Shapes: B samples, E CLIP dimension, K neighbours, N index rows, H W picture.
-"""
+Shapes: B samples, E CLIP dimension, K neighbours, N index rows, H W picture."""
 from __future__ import annotations
 
 import argparse
@@ -38,7 +36,7 @@ OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
 VQVAE = SHIPPED / "vqvae.safetensors"
 NEAR = 0.5       # cosine from which on a picture is near a text
-GRID_ROWS = 100  # a grid holds so many prompts, and samples per prompt
+GRID_ROWS = 100  # prompts of a grid, and samples per prompt, at most
 Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
 
 
@@ -46,7 +44,7 @@ Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
 
 def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path = VQVAE) -> tuple[
         Network, dict[str, str], clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
-    """A generator, its file's metadata, a CLIP, an index, and the VQ-VAE of a transformer's tokens.
+    """A generator, its metadata, a CLIP, an index, and the VQ-VAE of a transformer's tokens.
     Raises FileNotFoundError, or ValueError where they were not made for each other."""
     model, metadata = knn_diffusion.load(weights)
     clip, index = clip_model.load(clip_path), retrieval.open_index(index_path)
@@ -67,12 +65,12 @@ def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path 
 
 def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str = "both",
                  query: str = "text") -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Search for unit-norm queries (B, E). Query (B, E) and neighbours (B, K, E), None where they
-    are not shown; then what was found, scores and row ids (B, K), K = min(k, N).
+    """Search for unit-norm queries (B, E). Query (B, E) and neighbours (B, K, E), None where not
+    shown; then what was found, scores and row ids (B, K), K = min(k, N).
 
-    condition: "both", or "query" or "neighbors" alone. query: "text", the queries as they are, is
-    the paper's way. Departs: "nearest" puts the best neighbour in the query's place beside the
-    neighbours, for a network that knows little but pictures. Raises ValueError for other words."""
+    condition: "both", or "query" or "neighbors" alone. query: "text", the queries as they are.
+    Departs: "nearest" puts the best neighbour in the query's place, for a network that knows little
+    but pictures. Raises ValueError for other words."""
     require(condition in ("both", "query", "neighbors") and query in ("text", "nearest"),
             f"there is no condition {condition!r} with the query {query!r}")
     require(k > 0 or condition != "neighbors", "neighbours alone need a k of 1 or more")
@@ -91,7 +89,7 @@ def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: 
     """One picture per seed, float32 (B, 3, H, W), about in [-1, 1], `batch_size` at once.
 
     query (B, E) and neighbors (B, K, E), or one of each for all seeds. codec: a transformer's
-    VQ-VAE. `options` are those of `knn_diffusion.sample`, with a codec of `sample_tokens`."""
+    VQ-VAE. `options`: of `knn_diffusion.sample`, with a codec of `sample_tokens`."""
     require((codec is None) == isinstance(model, knn_diffusion.UNet),
             "a transformer needs its VQ-VAE as the codec, a U-Net none")
     sampler, found = knn_diffusion.sample_tokens if codec else knn_diffusion.sample, []
@@ -104,14 +102,14 @@ def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: 
         found.append(codec.decode(x0) if codec else x0)
     x0 = torch.cat(found)
     if not torch.isfinite(x0).all():
-        raise FloatingPointError("samples are not finite: damaged weights, or too much guidance")
+        raise FloatingPointError("samples are not finite: damaged weights or too much guidance")
     return x0
 
 
 # ---------------- what a run writes and says
 
 def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Image | None]:
-    """The five nearest rows' pictures, smaller than samples; none where no file is at hand."""
+    """The five nearest rows' pictures, smaller than samples; none where no file is there."""
     found = retrieval.neighbor_pictures(index, ids[:5])
     cells = [each and ImageOps.expand(clip_model.fit_square(each, 64), 16, "white")
              for each in found]
@@ -119,8 +117,8 @@ def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Imag
 
 
 def render_stickers(index: retrieval.Index, ids: Tensor) -> None:
-    """Nobody's art is committed here: draw the neighbours' stickers on the spot, where the packages
-    of their artists are installed, else say how to get them."""
+    """No art is committed here: draw the neighbours' stickers on the spot, where their artists'
+    packages are installed, else say how to get them."""
     world, folder = SHIPPED.parents[1] / "data" / "stickers", index.root.resolve()
     names = [index.paths[row] for row in ids[:, :5].flatten().unique().tolist()]
     missing = [f"{folder.name}/{name}" for name in names if not (folder / str(name)).is_file()]
@@ -134,7 +132,7 @@ def render_stickers(index: retrieval.Index, ids: Tensor) -> None:
 
 
 def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
-    """Write a picture with JSON in its text chunk; files named without folders: pictures travel."""
+    """Write a picture with JSON in its text chunk, files without their folders."""
     info = PngInfo()
     info.add_itxt("parameters", json.dumps(parameters, default=lambda path: path.name))
     with clip_model.replacing(path) as file:
@@ -143,7 +141,7 @@ def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
 
 def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
                    listing: Path | None) -> None:
-    """Say on stderr where nothing is near a prompt. Add its neighbours to the listing."""
+    """Say on stderr where nothing is near a prompt. List its neighbours."""
     names = [str(index.paths[row]) for row in ids]  # flat/fox_face-3.png
     if scores and scores[0] < NEAR:
         things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ") for name in names]
@@ -160,7 +158,7 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
 
 def open_models(args: argparse.Namespace, weights: Path, edits: bool
                 ) -> tuple[Network, str, clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
-    """What sample.py and edit.py both refuse, or open, on its device; and the condition to show."""
+    """What sample.py and edit.py both refuse, or open, and the condition to show."""
     require(args.n >= 1 and args.k >= 0, f"--n is {args.n}, --k {args.k}: wanted 1, 0 or more")
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}, wanted 0 to 2^62")
     require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
@@ -256,8 +254,7 @@ def add_flags(parser: argparse.ArgumentParser, out: str) -> Callable[..., argpar
     flag("--steps", type=int, help="default: continuous 20, discrete 25")
     flag("--seed", type=int, default=0, help="picture j of a text uses seed + j")
     flag("--out", type=Path, default=Path(out), help=f"a grid, a row per text (default {out})")
-    flag("--singles", type=Path, metavar="DIR", help="every picture alone, at the model's own "
-         "resolution")
+    flag("--singles", type=Path, metavar="DIR", help="every picture alone, in its own size")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return flag
 
@@ -267,8 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     flag = add_flags(parser, "picture.png")
     flag("prompt", nargs="*", metavar="PROMPT")
     flag("--prompts", type=Path, metavar="FILE", help="more prompts, one per line. With --singles "
-         "picture m of the run uses seed + m; one that is there is skipped, so a stopped run goes "
-         "on")
+         "picture m of the run uses seed + m; one that is there is skipped")
     flag("--condition", choices=["both", "query", "neighbors"],
          help="what the network is shown (default: what it was trained with)")
     flag("--sampler", help="continuous: dpm (DPM-Solver++, default), ddim, ddpm; else: ancestral")
