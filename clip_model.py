@@ -52,9 +52,9 @@ class QuickGELU(nn.Module):
 
 AnyPath = str | os.PathLike
 Tensors = dict[str, Tensor]                       # by name
-Conv = functools.partial(nn.Conv2d, bias=False)   # a ResNet's: the norm behind it has a bias
+Conv = functools.partial(nn.Conv2d, bias=False)   # a ResNet's: its norm has a bias
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own statistics, RGB in [0, 1]
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -75,7 +75,7 @@ class ClipConfig:
     activation: str = "quick_gelu"  # OpenAI's weights; "gelu" for most of OpenCLIP's
     vision_hidden: int = 0          # hidden width of an MLP; 0 is 4 D
     text_hidden: int = 0
-    pixel_mean: tuple[float, ...] = PIXEL_MEAN  # per channel; a few models have their own
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN  # per channel; a few differ
     pixel_std: tuple[float, ...] = PIXEL_STD
 
 
@@ -373,7 +373,7 @@ class Tokenizer:
 
 # ---------------- pictures
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # PostScript would run programs
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # PostScript runs programs
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif".split())
 
 
@@ -385,14 +385,14 @@ def read_image(path: AnyPath, least: int = 0) -> Image.Image:
             if least:
                 picture.draft(None, (least, least))
             return to_rgb(picture)
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+    except Exception as error:  # Pillow raises many kinds on damaged files
         raise ValueError(f"{path} is no readable picture: {reason(error)}") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Turned as EXIF says, 16-bit grey scaled to 8 bits, transparency on white, then RGB."""
     picture = picture.copy()
-    with suppress(Exception):  # EXIF's other tags, if broken, have no say over pixels
+    with suppress(Exception):  # EXIF's other tags may be broken
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I;16"):
         grey, transparent = np.asarray(picture), picture.info.get("transparency")
@@ -438,12 +438,12 @@ HUGGING_FACE = (  # their names and OpenAI's, piece by piece
     ("post_layernorm", "ln_post"), ("final_layer_norm", "ln_final"), ("self_attn", "attn"),
     ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("fc1", "c_fc"), ("fc2", "c_proj"),
     ("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
-ONLY = {  # other settings that change the numbers, and the values built here
+ONLY = {  # other settings that matter, and their values here
     "layer_norm_eps": (1e-5,), "pool_type": ("tok", "argmax"), "no_causal_mask": (False,),
     "norm_kwargs": ({},), "act_kwargs": ({},), "resize_mode": ("shortest",), "resample": (3,),
     "interpolation": ("bicubic",), "do_resize": (True,), "do_center_crop": (True,),
     "do_normalize": (True,), "do_rescale": (True,)}
-HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # OpenCLIP's H, g, bigG image towers; else 64
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # OpenCLIP's H, g, bigG; else 64
 VOCABULARY, PUBLISHED_SIZE, N_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49408, 48894
 
 
@@ -635,7 +635,7 @@ class ArchiveReader(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile) -> None:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         self.archive, self.folder, self.storages = archive, name.removesuffix(".pkl"), {}
-        super().__init__(io.BytesIO(archive.read(name)))  # read() checks the checksum, too
+        super().__init__(io.BytesIO(archive.read(name)))  # checksum checked
 
     def find_class(self, module: str, name: str) -> object:
         return KNOWN.get(f"{module}.{name}", Inert)
@@ -738,8 +738,8 @@ def load(path: AnyPath, tokenizer: AnyPath | None = None, activation: str | None
         if "activation" not in settings:
             is_half = tensors["token_embedding.weight"].dtype == torch.float16
             settings["activation"] = "quick_gelu" if is_half else "gelu"
-            warnings.warn(f"nothing beside {path} names its activation: {settings['activation']} "
-                          "is guessed from its dtype; say activation=...", stacklevel=2)
+            warnings.warn(f"{path} does not name its activation: {settings['activation']} "
+                          "is guessed; say activation=...", stacklevel=2)
         model = CLIP(ClipConfig(**settings))
         model.load_state_dict(tensors)
     except MISFITS as error:
@@ -785,7 +785,7 @@ def replacing(path: AnyPath) -> Iterator[io.BufferedIOBase]:
 def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list | None = None) -> int:
     """Parse arguments and run. Exit status: 0 done, 2 bad input, 1 else, said in a sentence."""
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # without its source line
-    if hasattr(sys.stdout, "reconfigure"):  # no text is lost for a terminal's narrow alphabet
+    if hasattr(sys.stdout, "reconfigure"):  # for a terminal's narrow alphabet
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(parser.parse_args(argv))
@@ -808,7 +808,7 @@ def pick_device(name: str) -> torch.device:
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
-    except Exception:  # torch raises many kinds: one per missing backend
+    except Exception:  # one kind per missing backend
         raise ValueError(f"no device {name!r} here") from None
 
 

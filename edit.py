@@ -66,8 +66,8 @@ def centred(values: Tensor, weight: Tensor) -> Tensor:
 
 
 def view(template: Tensor, layers: Tensor, warp: Tensor) -> tuple[Tensor, ...]:
-    """i_r, i_w and the slopes of i_w to the right and down, (B, P) each: templates (B, 1, H, W)
-    beside warped layers (B, 4, H, W), which are image, slopes, ones. 0 in pixels not seen whole."""
+    """i_r, i_w and the slopes of i_w to the right and down, (B, P) each; 0 where not seen whole.
+    template: (B, 1, H, W); layers (B, 4, H, W): image, slopes, ones."""
     i_w, gx, gy, inside = warped(layers, warp, "zeros").flatten(2).unbind(1)  # (B, P) each
     weight = (inside > 0.99).to(i_w)
     return centred(template.flatten(1), weight), centred(i_w, weight), gx * weight, gy * weight
@@ -82,7 +82,7 @@ def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Ten
         λ = (‖i_w‖² − aᵀH⁻¹a) / (i_rᵀi_w − bᵀH⁻¹a)          where the denominator is positive, else
         λ = max(√(aᵀH⁻¹a / bᵀH⁻¹b), (bᵀH⁻¹a − i_rᵀi_w) / bᵀH⁻¹b)."""
     Gt = torch.stack([gx * x, gx * y, gx, gy * x, gy * y, gy], 1)         # (B, 6, P)
-    # In float64, with a little on the diagonal: a picture without edges gives no step, no error.
+    # A little on the diagonal: a picture without edges gives no step, no error.
     H = (Gt @ Gt.transpose(1, 2)).double()                                # (B, 6, 6)
     size = H.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     H = H + 1e-9 * size[:, None, None] * torch.eye(6).to(H)
@@ -257,7 +257,7 @@ def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbo
     x: the picture (1, 3, H, W) in [-1, 1], of the model's size; query (1 or B, E), neighbors
     (1 or B, K, E), unit-norm. guidance: towards the text. start: the share of the T steps to begin
     at, from the picture noised so far; U-Nets only."""
-    require(start == 1 or codec is None, "a start from the picture goes with continuous weights")
+    require(start == 1 or codec is None, "--start is for continuous weights")
     options = {} if start == 1 else {"start": x, "start_at": start}
     return sample.draw(model, query, neighbors, seeds, codec, steps=steps, guidance=guidance,
                        guidance_picture=guidance_picture, picture=codec.encode(x) if codec else x,
@@ -316,7 +316,7 @@ def run(args: argparse.Namespace) -> None:
     require(args.image != args.out and args.image.parent != args.singles,
             f"{args.image} would be lost: give another --out or --singles")
 
-    # Open what belongs together, and settle what was left open.
+    # Open what belongs together, settle what was left open.
     default = "edit-discrete" if args.backbone == "discrete" else "edit"
     weights = args.weights or sample.SHIPPED / f"{default}.safetensors"
     model, condition, clip, index, codec = sample.open_models(args, weights, edits=True)
@@ -329,13 +329,13 @@ def run(args: argparse.Namespace) -> None:
     settings |= {"vqvae": args.vqvae} if codec else {}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     if picture.width != picture.height:
-        print(f"{args.image} is {picture.width}x{picture.height}: its central square is edited")
+        print(f"{args.image} is {picture.width}x{picture.height}: the central square is edited")
 
     # Embed and search, then a row of the grid per text.
     size = model.config.image_size
     square = clip_model.fit_square(picture, size)
     x = clip_model.to_x(np.array(square)[None], clip.logit_scale.device)        # (1, 3, H, W)
-    before = codec.decode(codec.encode(x)) if codec else x     # what the tokens can say of it
+    before = codec.decode(codec.encode(x)) if codec else x     # what tokens can say
     query, neighbors, _, _ = sample.condition_on(
         clip.embed_texts(args.text), index, args.k, condition, args.query)
     rows, seeds = [], [args.seed + j for j in range(n)]
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     flag = sample.add_flags(parser, "edited.png")
     flag("image", type=Path, metavar="IMAGE")
     flag("text", nargs="+", metavar="TEXT", help='a thing that is to be there, "a red heart"; '
-         'instructions ("make it red") are not understood')
+         'no instructions ("make it red")')
     flag("--guidance-text", type=float, default=2.0, metavar="S_T",
          help="how far towards the text (default 2; 1: off)")
     flag("--guidance-image", type=float, default=1.0, metavar="S_I",

@@ -69,14 +69,14 @@ def stored(rows: Rows, key: slice | Tensor, device: torch.device | str = "cpu") 
     can make a row the nearest one to every query."""
     found = torch.from_numpy(rows[key]).to(device).float()
     is_unit = (found.norm(dim=1) - 1).abs() < 2e-3
-    require(is_unit.all(), f"a row in {rows.files[0].parent} has not norm 1, or is damaged")
+    require(is_unit.all(), f"a row in {rows.files[0].parent} has not norm 1: damaged")
     return found
 
 
 def best(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Of rows `ids`, int64 (Q, n) in all, and their scores, float64 (Q, n): the k best, best first,
-    of equal scores the lower id. Both (Q, min(k, n)). Ours: a score and its id make one integer,
-    score·2³⁰·2³² − id, so that topk settles ties, too."""
+    """The k best of rows `ids`, int64 (Q, n) in all, by scores, float64 (Q, n): (Q, min(k, n)).
+    Of equal scores the lower id is first. Ours: a score and its id make one integer,
+    score·2³⁰·2³² − id: topk settles ties, too."""
     keys = (torch.cat(scores, dim=1) * 2**30).round().long() * 2**32 - torch.cat(ids, dim=1)
     keys = keys.topk(min(k, keys.shape[1])).values
     ids = -keys % 2**32
@@ -203,7 +203,7 @@ class Index:
         None: exact. exclude: int64 (Q,), a row id per query that must not come back. Raises
         ValueError for another shape, a query that is zero or not finite, or damaged rows."""
         N, E = self.rows.shape
-        require(queries.shape[1:] == (E,), f"queries are {tuple(queries.shape)}, not (Q, {E})")
+        require(queries.shape[1:] == (E,), f"queries: {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")
         queries, wide = unit(queries, "a query embedding"), min(k + (exclude is not None), N)
         at_once = min(1024, 1 + 2**30 // N)  # `scan` holds Q·N / GROUP scores
@@ -222,7 +222,7 @@ class Index:
         if exclude is not None:
             # By its id, never by its rank: a duplicate may rank before the own row.
             is_own = ids == exclude.to(ids.device)[:, None]  # (Q, k + 1)
-            is_own[~is_own.any(1), -1] = True                # not found: the last one is too many
+            is_own[~is_own.any(1), -1] = True                # not found: drop the last
             scores, ids = (part[~is_own].view(len(ids), wide - 1) for part in (scores, ids))
         return scores.float(), ids
 
@@ -233,7 +233,7 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
     E, its_hash = index.rows.shape[1], index.manifest.get("encoder_hash")
     made_by = f"{index.manifest.get('encoder')} ({its_hash or 'no fingerprint'}, {E} dimensions)"
     require(E == dim and its_hash in (fingerprint, None, ""),
-            f"{index.folder} was made by encoder {made_by}, not by {name} ({fingerprint}, {dim})")
+            f"{index.folder} was made by encoder {made_by}, not {name} ({fingerprint}, {dim})")
     if not its_hash:
         warnings.warn(f"{index.folder} does not say which encoder made it", stacklevel=2)
 
@@ -303,7 +303,7 @@ def open_index(folder: str | Path) -> Index:
         if manifest.get("lists"):
             lists = [torch.from_numpy(np.load(folder / f"{name}.npy")) for name in LISTS]
             require(torch.equal(lists[1].sort().values, torch.arange(N)), "a list lacks rows")
-    except Exception as error:  # a damaged file makes its reader raise any kind
+    except Exception as error:  # a damaged file raises any kind
         raise ValueError(f"the index at {folder} is damaged ({reason(error)})") from None
     return Index(folder, rows, paths, root, manifest, lists)
 
@@ -318,7 +318,7 @@ def write_index(out: str | Path, rows: Tensor | Rows, paths: Sequence, encoder: 
     rows that are zero or not finite, or an `out` that holds anything else."""
     (N, E), out = rows.shape, refuse_foreign(out)
     require(N == len(paths) > 0, f"{len(paths)} names for {N} rows")
-    if n_lists is None:  # 4·√N, faiss's rule of thumb; of few rows exact search is as quick
+    if n_lists is None:  # 4·√N: faiss's rule; few rows need none
         n_lists = round(4 * N**0.5) if N >= 50_000 else 0
     manifest = {"format": 1, "rows": N, "dim": E, "dtype": "float16", "normalised": True,
                 "encoder": encoder, "encoder_hash": encoder_hash, "lists": n_lists,
@@ -357,7 +357,7 @@ def index_files(out: str | Path, source: str | Path, encoder: str = "unknown",
         int(number) for number in re.findall(r"\d+", path.stem)])
     require(files, f"no .npy file of embeddings at {source}")
     require(Path(out).resolve() not in {path.resolve().parent for path in files},
-            f"{source} would make way for its index: give another --out")
+            f"{source} would make way for its index: another --out")
     rows = Rows(files)
     paths = read_names(source) or read_names(source.parent) or range(len(rows))
     return write_index(out, rows, paths, encoder, encoder_hash, out, n_lists)
@@ -382,7 +382,7 @@ def write_array(path: Path, blocks: Iterable[np.ndarray]) -> None:
             n += len(block)
             if sys.stderr.isatty():
                 print(f"\r{path.name}: {n:,} rows ", end="", file=sys.stderr)
-        require(n > 0, f"nothing to put into {path}: no picture can be read")
+        require(n > 0, f"no picture can be read for {path}")
         file.seek(0)
         write_array_header_1_0(file, {"descr": block.dtype.str, "fortran_order": False,
                                       "shape": (n, *block.shape[1:])})
@@ -392,7 +392,7 @@ def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
     """An array in a .npy file, memory-mapped. Where it is missing or damaged, or the .key beside it
     tells of another key or shape, `blocks` makes its rows."""
     key_path = path.with_suffix(".key")
-    with suppress(Exception):  # numpy's reader raises many kinds on a damaged file
+    with suppress(Exception):  # a damaged file raises many kinds
         array = open_memmap(path, mode="c")
         if key_path.read_text("utf-8") == f"{key} {array.shape} {array.dtype}\n":
             return array
@@ -483,7 +483,7 @@ def search(args: argparse.Namespace) -> None:
     is_picture = os.path.isfile(args.query)
     is_name = Path(args.query).suffix.lower() in IMAGE_SUFFIXES
     require(is_picture or args.query.strip() and not is_name,
-            f"{args.query!r} is neither a text nor a picture that is there")
+            f"{args.query!r} is neither a text nor a picture here")
     index, clip = open_index(args.index), clip_model.load(args.clip)
     check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
     query = (clip.embed_pictures([clip_model.read_image(args.query)]) if is_picture
@@ -500,7 +500,7 @@ def search(args: argparse.Namespace) -> None:
 def recall(args: argparse.Namespace) -> None:
     """Print what inverted lists lose: recall@k against exact search."""
     index = open_index(args.index)
-    require(index.lists, f"{args.index} has no inverted lists: build it with --ivf")
+    require(index.lists, f"{args.index} has no inverted lists: see build --ivf")
     # Some of its own rows are the queries, each excluded from its neighbours.
     own = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:1000]
     rows = torch.from_numpy(index.rows[own])
@@ -534,7 +534,7 @@ def main(argv: list[str] | None = None) -> int:
     option("query", metavar="TEXT_OR_IMAGE", help="an existing file is a picture")
     option("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     option("--nprobe", type=int, help="inverted lists to look into (default: exact)")
-    option("--out", type=Path, help="also draw the first 100 neighbours into this file")
+    option("--out", type=Path, help="also draw the first 100 neighbours")
     subs[recall].add_argument("--nprobe", type=int, nargs="+", default=[1, 4, 16, 64])
     return clip_model.run_command(parser, lambda args: args.run(args), argv)
 

@@ -1,7 +1,6 @@
 """kNN-Diffusion (Sheynin et al., 2204.02849, ICLR 2023): condition, diffusion, samplers.
 
-No text is seen in training. With f_img, f_txt CLIP's encoders and H an index of image embeddings
-(Sec. 3):
+No text is seen in training. f_img, f_txt: CLIP's encoders; H: image embeddings (Sec. 3).
 
     training     condition on f_img(x_0) and the k rows of H nearest to it
     inference    condition on f_txt(text) and the k rows of H nearest to that
@@ -41,34 +40,34 @@ class UNetConfig:
     """The continuous backbone. Defaults: the paper's size, laid out as ADM's (2105.05233)."""
     image_size: int = 64                      # pixels per side
     embed_dim: int = 512                      # E, CLIP's dimension
-    n_neighbors: int = 10                     # K in training; this many null tokens stand for none
+    n_neighbors: int = 10                     # K in training, and null tokens for none
     widths: tuple[int, ...] = (192, 384, 576, 768)   # channels per level, full size first
     blocks: int = 4                           # residual blocks per level (ADM: 3)
     norm_groups: int = 32                     # of every GroupNorm
     head_channels: int = 64                   # channels per attention head
     condition_width: int = 1024               # D
     time_width: int = 1024                    # of the time embedding
-    attention: tuple[int, ...] = (32, 16, 8)  # feature sizes at which pixels see the condition
+    attention: tuple[int, ...] = (32, 16, 8)  # sizes at which pixels see the condition
     self_attention: tuple[int, ...] = (32, 16, 8)    # ... and also each other
     dropout: float = 0.1
     T: int = 1000                             # steps of the diffusion
     target: str = "eps"                       # what is predicted: "eps", "v" or "x0"
-    noise_shift: float = 1.0                  # √SNR is multiplied by it; below 1: noisier
-    unshuffle: int = 1                        # Ours, see "small networks", as the next three
+    noise_shift: float = 1.0                  # times √SNR; below 1: noisier
+    unshuffle: int = 1                        # Ours: "small networks", with the next 3
     position_map: bool = False
     query_map: int = 0                        # channels; 0: none
     query_hidden: int = 1024
-    edit: bool = False                        # Sec. 3.3: a picture to edit is a second input
+    edit: bool = False                        # Sec. 3.3: a picture is a second input
 
     def __post_init__(self) -> None:
-        require(self.target in ("eps", "v", "x0"), f"target {self.target!r}: wanted eps, v or x0")
+        require(self.target in ("eps", "v", "x0"), f"target {self.target!r}: not eps, v or x0")
 
 
 PRESETS = {
     "paper": UNetConfig(),   # about 400M parameters, as the paper says of its own
     "gpu": UNetConfig(widths=(128, 256, 384, 512), blocks=2, condition_width=512, time_width=512,
                       self_attention=(16, 8), attention=(16, 8), target="v"),
-    "stickers": UNetConfig(  # two CPU cores: all happens on 16x16 and 8x8 features
+    "stickers": UNetConfig(  # two CPU cores: 16x16 and 8x8 features
         embed_dim=256, widths=(96, 160), blocks=1, norm_groups=8, head_channels=32,
         condition_width=256, time_width=192, attention=(16, 8), self_attention=(8,), dropout=0.0,
         target="x0", noise_shift=0.5, unshuffle=4, position_map=True, query_map=24),
@@ -144,26 +143,26 @@ def posterior(x0: Tensor, xt: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
 
 # ---------------- the condition (Sec. 3.2)
 
-SHARPNESS = 250.0  # κ of `summarize`: a cosine that is higher by 0.01 weighs 12 times more
+SHARPNESS = 250.0  # κ of `summarize`: a cosine higher by 0.01 weighs 12 times more
 
 
 class Condition(nn.Module):
     """Ours: query and neighbours as tokens [q; n_1 … n_K], and as one vector, their summary.
 
-    Attention reads the tokens. The summary joins the time embedding, which scales and shifts every
-    block: attention would first have to find what the whole picture depends on. One linear map
-    serves all tokens, a type embedding tells the query from the neighbours. Nothing tells their
-    ranks: they are a set, and any K works at inference. A null is a learned CLIP vector, put in
-    *before* every path that reads the condition: no path can miss it."""
+    Attention reads the tokens. The summary joins the time embedding, which scales and shifts
+    every block: attention would first have to find what the whole picture depends on. One
+    linear map serves all tokens, a type embedding tells query from neighbours. Ranks are not
+    told: neighbours are a set, and any K works at inference. A null is a learned CLIP vector,
+    put in *before* every path that reads the condition: no path can miss it."""
     def __init__(self, config: UNetConfig | TransformerConfig) -> None:
         super().__init__()
         E, D = config.embed_dim, config.condition_width
         self.n_neighbors = config.n_neighbors
-        self.null_query = nn.Parameter(torch.randn(E) * E ** -0.5)         # norm about 1, as CLIP's
+        self.null_query = nn.Parameter(torch.randn(E) * E ** -0.5)         # norm about 1
         self.null_neighbor = nn.Parameter(torch.randn(E) * E ** -0.5)
         self.to_width = nn.Linear(E, D)
         self.type_embedding = nn.Parameter(torch.randn(2, D) * 0.02)       # query, neighbour
-        self.scale = math.sqrt(E)          # unit-norm vectors have entries of 1/√E: make them 1
+        self.scale = math.sqrt(E)          # entries of unit-norm vectors become 1
 
     def forward(self, query: Tensor | None, neighbors: Tensor | None, batch: int,
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None
@@ -191,14 +190,14 @@ class Condition(nn.Module):
 def summarize(query: Tensor, neighbors: Tensor, no_query: Tensor, no_neighbors: Tensor) -> Tensor:
     """One vector (B, E) that a picture could have, from a query (B, E) and neighbours (B, K, E).
 
-    Ours: the query counts as far as it is at home among its neighbours. A picture's (training) is
-    at their centre: trust is near 1. A text's is far from all pictures: trust is near 0, and the
-    neighbours nearest to the text speak for it. With sharpness κ:
+    Ours: the query counts as far as it is at home among its neighbours. A picture's (training)
+    is at their centre: trust is near 1. A text's is far from all pictures: trust is near 0, and
+    the neighbours nearest to it speak for it. With sharpness κ:
         answer = Σ_i softmax_i(κ q·n_i) n_i          the query asks, the neighbours answer
         trust = σ(κ (q·answer − mean_i n_i·answer))  is q as close to the answer as they are?
         summary = trust·q + (1 − trust)·answer
-    no_query, no_neighbors: bool (B, 1). Without a query the neighbours' mean asks, and their
-    answer is all. Without neighbours the query is all."""
+    no_query, no_neighbors: bool (B, 1). Without a query the neighbours' mean asks, and trust
+    is 0. Without neighbours it is 1."""
     asks = torch.where(no_query, neighbors.mean(1), query)                   # (B, E)
     scores = (neighbors * asks[:, None]).sum(-1, keepdim=True)               # (B, K, 1)
     answer = ((SHARPNESS * scores).softmax(1) * neighbors).sum(1)
@@ -214,10 +213,9 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
                ) -> tuple[Tensor, Tensor]:
     """Which samples lose their query and which their neighbours: two bool (B,), on the CPU.
 
-    Ours: 10 % lose both, 10 % the neighbours only, 10 % the query only. So one set of weights
-    serves `both`, `query`, `neighbors` and the unconditional half of the guidance. The cases are
-    exclusive: two independent drops of 10 % would leave 1 % of the samples to the unconditional
-    model, which guidance calls at every step.
+    Ours: 10 % lose both, 10 % the neighbours only, 10 % the query only: one set of weights
+    serves `both`, `query`, `neighbors` and guidance's unconditional half. Independent drops of
+    10 % would leave 1 % to the unconditional model, which guidance calls at every step.
     condition "query" is the paper's no-kNN baseline: neighbours never, the query in 90 %;
     "neighbors" the other way round."""
     u = torch.rand(batch, generator=generator)
@@ -228,10 +226,10 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
 
 
 def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -> Tensor:
-    """Add Gaussian noise of norm about σ to half of the queries (B, E), unit-norm before and after.
+    """Half of the queries (B, E) get Gaussian noise of norm about σ, uniform in 0 … `largest`.
 
-    LAFITE's pseudo texts (2111.13792 Sec. 3.1), for the baseline that has them in place of
-    neighbours. σ is uniform in 0 … `largest`. Draws on the CPU."""
+    They are unit-norm again: LAFITE's pseudo texts (2111.13792 Sec. 3.1), a baseline without
+    neighbours. Draws on the CPU."""
     B, E = query.shape
     chosen, sigma = torch.rand(2, B, 1, generator=generator)
     noise = torch.randn(B, E, generator=generator) * E ** -0.5
@@ -243,7 +241,7 @@ def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -
 
 def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
                     ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `draw_drops`, and which samples lose the picture to edit: half of those that lose both.
+    """As `draw_drops`, and which lose the picture to edit: half of those that lose both.
     So e(∅,∅), e(I,∅) and e(I,T) of `guided` are all trained."""
     drop_query, drop_neighbors = draw_drops(batch, generator, condition)
     drop_picture = torch.rand(batch, generator=generator) < 0.5
@@ -265,11 +263,11 @@ def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
 # Ours: what lets 7 million parameters on two CPU cores draw at all. `paper` and `gpu` have none
 # of it: skip this part to read the paper's networks.
 #
-#     unshuffle     r x r pixels become channels, so that all work happens on small feature maps
+#     unshuffle     r x r pixels become channels: all work is on small feature maps
 #     patch         the same for the transformer: r x r tokens share one place
 #     position_map  a learned map added to the first features
-#     query_map     a small feature map, drawn from the summary. Which picture an embedding
-#                   means has to be learned by heart; an MLP does that at little cost
+#     query_map     a small feature map that an MLP draws from the summary: it learns by
+#                   heart, at little cost, which picture an embedding means
 
 def query_mlp(config: UNetConfig | TransformerConfig, places: int) -> nn.Module | None:
     """(B, E) → (B, query_map·places)."""
@@ -318,7 +316,7 @@ def time_embedding(t: Tensor, width: int) -> Tensor:
 
 class ResBlock(nn.Module):
     """ADM's: norm → SiLU → (resize) → conv → norm·(1 + scale) + shift → SiLU → conv.
-    scale and shift come from the time embedding, which carries the condition's summary, too."""
+    scale and shift come from the time embedding and the condition's summary."""
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, resize: str = "") -> None:
         super().__init__()
         self.resize = {"": nn.Identity(), "down": nn.AvgPool2d(2),
@@ -341,7 +339,7 @@ class ResBlock(nn.Module):
 
 class AttentionBlock(nn.Module):
     """GLIDE's joint attention: queries from the pixels, keys and values from the condition's
-    tokens and the pixels; without with_self, at large feature maps, from the tokens alone."""
+    tokens and, with_self, the pixels."""
     def __init__(self, config: UNetConfig, channels: int, with_self: bool) -> None:
         super().__init__()
         self.heads, self.with_self = channels // config.head_channels, with_self
@@ -423,8 +421,7 @@ class UNet(nn.Module):
                 picture: Tensor | None = None) -> Tensor:
         """The target, float32 (B, 3, H, W), of xt float32 (B, 3, H, W), t (B,) in 1 … T.
 
-        Condition: as in `Condition.forward`. picture: what to edit, as xt; None is zeros (with
-        `config.edit` only)."""
+        Condition as in `Condition.forward`. picture: what to edit, as xt; None is zeros."""
         config = self.config
         require(picture is None or config.edit, "only weights of `train.py edit` take a picture")
         if config.edit:
@@ -460,7 +457,7 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
                    picture: Tensor | None = None) -> Tensor:
     """Mean squared error of the target over the batch.
 
-    Ours, for the target x_0: weighted with 1/(1−ᾱ) = SNR + 1, at most 5. That is v's loss, since
+    Ours, for the target x_0: weighted with 1/(1−ᾱ) = SNR + 1, at most 5. That is v's loss, as
     x_0's error is √(1−ᾱ) times v's; capped as in Min-SNR (2303.09556 Sec. 3.4). A v or ε holds
     all of the noise, which a narrow network must carry through; x_0 does not.
 
@@ -485,7 +482,7 @@ class Guide:
     picture_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.scale + self.picture_scale), "guidance: wanted finite numbers")
+        require(math.isfinite(self.scale + self.picture_scale), "guidance is not finite")
 
 
 @torch.no_grad()
@@ -493,9 +490,9 @@ def guided(model: UNet | TokenTransformer, xt: Tensor, t: int, guide: Guide) -> 
     """Classifier-free guidance (Ho & Salimans, 2207.12598): uncond + scale·(cond − uncond).
 
     cond − uncond points to where the condition makes x_t likelier. A scale above 1 goes further:
-    what was asked for shows more clearly, at the price of variety; far too much burns the colours.
+    what was asked for shows more clearly, at the price of variety; too much burns the colours.
     With a picture I to edit and the text's condition T there are two scales, s_I and s_T
-    (InstructPix2Pix, 2211.09800 Eq. 3); e(I, T) is the model's output, ∅ a null:
+    (InstructPix2Pix, 2211.09800 Eq. 3); e is the model's output, ∅ a null:
         e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,T) − e(I,∅)]"""
     steps = torch.full((len(xt),), t, device=xt.device)
     out = model(xt, steps, guide.query, guide.neighbors, picture=guide.picture)
@@ -549,7 +546,7 @@ def ddim(predict: Predictor, schedule: Schedule, times: list[int], xt: Tensor,
 def dpm_solver(predict: Predictor, schedule: Schedule, times: list[int], xt: Tensor,
                noise: Callable[[], Tensor]) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al., 2211.01095 Alg. 2): DDIM's step, with x_0 on the straight
-    line through the last two predictions instead of the last one alone.
+    line through the last two predictions.
 
     λ = log(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t, x̂ = x_0(t) + [x_0(t) − x_0(before)] h / 2h_before,
     x_s = √(1−ᾱ_s)/√(1−ᾱ_t) x_t − √ᾱ_s (e^{−h} − 1) x̂.
@@ -576,7 +573,7 @@ SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "ddpm": ddpm}  # the first is the d
 def noise_source(seeds: list[int], device: torch.device | str = "cpu",
                  draw: Callable[..., Tensor] = torch.randn) -> Callable[..., Tensor]:
     """A function (*shape) → the next standard normal (B, *shape), or uniform with torch.rand.
-    Each sample has its own generator on the CPU: its seed alone decides, no batch, no device."""
+    Each sample has its own generator on the CPU: only its seed decides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda *shape: torch.stack([draw(shape, generator=g) for g in generators]).to(device)
 
@@ -585,18 +582,18 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
            steps: int = 20, guidance: float = 2.0, sampler: str = "dpm",
            picture: Tensor | None = None, guidance_picture: float = 1.0,
            start: Tensor | None = None, start_at: float = 1.0) -> Iterator[Tensor]:
-    """Yield x_t after every step, float32 (B, 3, H, W); the last one is the picture in [-1, 1].
+    """Yield x_t after every step, float32 (B, 3, H, W); the last is the picture in [-1, 1].
 
-    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture: what
-    to edit (B, 3, H, W), for a model with `config.edit`. start: begin at t = start_at·T from this
-    picture, noised (SDEdit, 2108.01073), with `steps` from there. Raises ValueError for another
-    sampler, or where fewer steps are left than asked for."""
+    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture:
+    what to edit (B, 3, H, W). start: begin at t = start_at·T from this picture, noised (SDEdit,
+    2108.01073), with `steps` from there. Raises ValueError for another sampler, or where fewer
+    steps are left."""
     require(sampler in SAMPLERS, f"sampler is {sampler!r}, wanted {', '.join(SAMPLERS)}")
     size, device = model.config.image_size, model.conv_in.weight.device
     schedule = Schedule(model.config.T, model.config.noise_shift, device)
     first = round(start_at * schedule.T)
     if model.config.target == "eps" and steps < schedule.T:
-        # Ours: x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0. Begin at the last t with ᾱ_t ≥ 1e-4.
+        # Ours: x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0. Begin where ᾱ_t ≥ 1e-4.
         first = min(first, max(steps, int((schedule.alpha_bar >= 1e-4).sum()) - 1))
     times = falling(first, steps)
     noise = functools.partial(noise_source(seeds, device), 3, size, size)
@@ -627,7 +624,7 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
 # In this half: L tokens in l places of the transformer (l = L where `patch` is 1), V codes, v one
 # of them, D the transformer's width, M = 1 + K condition tokens.
 
-LOG_ZERO = -70.0  # the one floor of log probabilities: e^-70 is about 4e-31
+LOG_ZERO = -70.0  # the floor of log probabilities: e^-70 is about 4e-31
 
 
 @dataclass(frozen=True)
@@ -636,7 +633,7 @@ class TransformerConfig:
     image_size: int = 256       # pixels per side, of the VQ-VAE's pictures
     n_codes: int = 8192         # V
     tokens_a_side: int = 32     # h = w; L = h·w
-    patch: int = 1              # Ours, see "small networks": places are r x r tokens
+    patch: int = 1              # Ours, "small networks": places are r x r tokens
     embed_dim: int = 512        # E, CLIP's dimension
     n_neighbors: int = 10       # K in training
     width: int = 1024           # D
@@ -645,8 +642,8 @@ class TransformerConfig:
     condition_width: int = 512  # of the condition's tokens
     T: int = 100                # steps of the diffusion
     schedule: str = "released"  # "released": the code's; "paper": the text's
-    auxiliary: float = 5e-4     # λ of −log p(x_0 | x_t), the text-to-image configs'
-    query_map: int = 0          # Ours, see "small networks": channels; 0: none
+    auxiliary: float = 5e-4     # λ of −log p(x_0 | x_t), their text configs'
+    query_map: int = 0          # Ours, "small networks": channels; 0: none
     query_hidden: int = 1024
     edit: bool = False          # Sec. 3.3: the tokens of a picture to edit, too
 
@@ -665,15 +662,15 @@ DISCRETE_PRESETS = {
 class MaskSchedule:
     """ᾱ_t and γ̄_t, float64, index 0 … T, and what follows from them.
 
-    "released" (VQ-Diffusion's code): from t = 1 to T ᾱ falls linearly from 0.99999 to 0.000009, γ̄
-    rises from 0.000009 to 0.99999: Vβ̄ is 1e-6, almost pure masking. "paper" (its text): γ̄ rises
-    linearly to 0.9 and Vβ̄ to 0.1; ᾱ_T = 0 is raised to FLOOR, taken from Vβ̄."""
+    "released" (VQ-Diffusion's code): from t = 1 to T ᾱ falls linearly from 0.99999 to 0.000009,
+    γ̄ rises from 0.000009 to 0.99999: Vβ̄ is 1e-6, almost pure masking. "paper" (its text): γ̄
+    rises linearly to 0.9, Vβ̄ to 0.1; ᾱ_T = 0 is raised to FLOOR, taken from Vβ̄."""
     FLOOR = 1e-6
 
     def __init__(self, T: int, n_codes: int, kind: str = "released",
                  device: torch.device | str = "cpu") -> None:
         t = torch.arange(T + 1, dtype=torch.float64)
-        require(kind in ("released", "paper"), f"schedule {kind!r}: wanted released or paper")
+        require(kind in ("released", "paper"), f"schedule {kind!r}: not released or paper")
         if kind == "released":
             alpha_bar = 0.99999 + (t - 1) / (T - 1) * (0.000009 - 0.99999)
             gamma_bar = 0.000009 + (t - 1) / (T - 1) * (0.99999 - 0.000009)
@@ -813,8 +810,8 @@ class TokenTransformer(nn.Module):
                 picture: Tensor | None = None) -> Tensor:
         """log p(x_0 | x_t), float32 (B, L, V), normalised, at least LOG_ZERO.
 
-        xt: int64 (B, L) in 0 … V; t: (B,) in 1 … T; condition as in `Condition.forward`. picture:
-        tokens of what to edit, as xt; None is all MASK (with `config.edit` only)."""
+        xt: int64 (B, L) in 0 … V; t: (B,) in 1 … T; condition as in `Condition.forward`.
+        picture: tokens of what to edit, as xt; None is all MASK."""
         r = self.config.patch
         require(picture is None or self.config.edit,
                 "only weights of `train.py edit` take a picture")
@@ -839,9 +836,9 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
                  schedule: MaskSchedule) -> Tensor:
     """KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) = Σ q (log q − log p) per token, nats: (B, L).
 
-    Write q as p is written above, with all mass on x_0. The factor in front stands in both: the
-    logarithm of their ratio is that of the sums. q's sum is G_c = (ᾱ_s [c = x_0] + β̄_s) divided
-    by q(x_t | x_0). MASK adds nothing: q = p there."""
+    Write q as p is written above, with all mass on x_0. The factor in front cancels in q/p: its
+    logarithm is that of the sums. q's sum is G_c = (ᾱ_s [c = x_0] + β̄_s) / q(x_t | x_0).
+    MASK adds nothing: q = p there."""
     log_front, log_sum, _ = log_factors(log_x0, xt, t, s, schedule)  # (B, L, V) each
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
     alpha_s, beta_s, _ = schedule.between(0, s)
@@ -859,8 +856,8 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
                   drop_neighbors: Tensor, picture: Tensor | None = None) -> Tensor:
     """The variational term and the auxiliary one, nats per token, the mean over the batch.
 
-    KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 q is certain and
-    this is −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with the
+    KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 this is
+    −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with the
     code's adaptive weight 2 − (t−1)/T. Departs: t is uniform; their code draws it by its loss."""
     log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)  # (B, L, V)
     kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)                 # (B,)
@@ -876,7 +873,7 @@ def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt:
     """Guided, truncated log p(x_0 | x_t), normalised: (B, L, V).
 
     Guidance acts on log p (Improved VQ-Diffusion, 2205.16007). truncation r is top-p sampling:
-    codes with less than r of the mass before them stay, so always one; 1 is off."""
+    a code stays with less than r of the mass before it, so always one; 1 is off."""
     log_p = guided(model, xt, t, guide).log_softmax(-1).clamp(min=LOG_ZERO)
     if truncation < 1.0:
         ordered, order = log_p.sort(dim=-1, descending=True)
@@ -887,15 +884,15 @@ def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt:
 
 
 def draw_category(log_p: Tensor, u: Tensor) -> Tensor:
-    """A draw from exp(log_p) (B, L, n) per u in [0, 1) (B, L): the first category at which the
-    mass reaches a share of 1 − u."""
+    """A draw from exp(log_p) (B, L, n) per u in [0, 1) (B, L): the first category at which
+    the mass reaches a share of 1 − u."""
     mass = log_p.double().exp().cumsum(-1)
     return (mass < (1 - u[..., None].double()) * mass[..., -1:]).sum(-1)
 
 
 def ancestral(predict: Predictor, schedule: MaskSchedule, times: list[int], length: int,
               uniform: Callable[..., Tensor]) -> Iterator[Tensor]:
-    """x_T from the prior: MASK with γ̄_T, else any code alike (what is left of ᾱ_T among them).
+    """x_T from the prior: MASK with γ̄_T, else any code alike (with what is left of ᾱ_T).
     Then x_s from p(x_s | x_t) along `times`."""
     V = schedule.n_codes
     u, v = uniform(2, length).unbind(1)  # (B, L) each
@@ -913,7 +910,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
                   guidance_picture: float = 1.0) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
 
-    As `sample`; picture: tokens (B, L) of what to edit; truncation: see `predict_tokens`."""
+    As `sample`; picture: tokens (B, L); truncation: see `predict_tokens`."""
     require(0 < truncation <= 1, f"truncation is {truncation}, wanted more than 0, at most 1")
     config, device = model.config, model.token.weight.device
     schedule = MaskSchedule(config.T, config.n_codes, config.schedule, device)
@@ -933,4 +930,4 @@ def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, st
     return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata
 
 
-save = save_model  # float16 weights, class and config; metadata: CLIP and command
+save = save_model  # float16 weights, class, config; metadata: CLIP, command

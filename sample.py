@@ -31,7 +31,7 @@ import vqvae
 from clip_model import SHIPPED, require
 
 DEFAULT_BACKBONE = "discrete"
-# What the samplers take from the command, and their defaults.
+# What the samplers take from the command.
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
 VQVAE = SHIPPED / "vqvae.safetensors"
@@ -73,7 +73,7 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
     but pictures. Raises ValueError for other words."""
     require(condition in ("both", "query", "neighbors") and query in ("text", "nearest"),
             f"there is no condition {condition!r} with the query {query!r}")
-    require(k > 0 or condition != "neighbors", "neighbours alone need a k of 1 or more")
+    require(k > 0 or condition != "neighbors", "neighbours alone need a k above 0")
     scores, ids = index.search(queries.cpu(), k)
     if condition == "query" or k == 0:
         return queries, None, scores, ids
@@ -102,7 +102,7 @@ def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: 
         found.append(codec.decode(x0) if codec else x0)
     x0 = torch.cat(found)
     if not torch.isfinite(x0).all():
-        raise FloatingPointError("samples are not finite: damaged weights or too much guidance")
+        raise FloatingPointError("samples are not finite: bad weights or too much guidance")
     return x0
 
 
@@ -127,7 +127,7 @@ def render_stickers(index: retrieval.Index, ids: Tensor) -> None:
             script = SHIPPED.parents[1] / "examples" / "stickers.py"
             subprocess.run([sys.executable, script, "--out", world, "--only", *missing])
         else:
-            warnings.warn("the neighbours' pictures need the packages of requirements-dev.txt",
+            warnings.warn("the neighbours' pictures need requirements-dev.txt",
                           stacklevel=2)
 
 
@@ -161,7 +161,7 @@ def open_models(args: argparse.Namespace, weights: Path, edits: bool
     """What sample.py and edit.py both refuse, or open, and the condition to show."""
     require(args.n >= 1 and args.k >= 0, f"--n is {args.n}, --k {args.k}: wanted 1, 0 or more")
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}, wanted 0 to 2^62")
-    require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
+    require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a .png")
     require(not args.singles or args.singles.is_dir() or not args.singles.exists(),
             f"{args.singles} is no folder")
     device = clip_model.pick_device(args.device)
@@ -170,10 +170,10 @@ def open_models(args: argparse.Namespace, weights: Path, edits: bool
     require(args.backbone in (None, backbone), f"{weights} is {backbone}, not {args.backbone}")
     require(model.config.edit == edits, f"{weights} is for {'sample' if edits else 'edit'}.py")
     condition = vars(args).get("condition") or metadata.get("condition", "both")
-    require(args.query == "text" or (args.k > 0 and condition == "both"), "--query nearest needs "
-            f"neighbours beside a query: k is {args.k}, the condition {condition}")
+    require(args.query == "text" or (args.k > 0 and condition == "both"), "--query nearest "
+            f"needs neighbours and a query: k {args.k}, condition {condition}")
     if args.k > len(index):
-        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
+        print(f"k is {args.k}, the index has {len(index)} rows", file=sys.stderr)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,}, {device}")
     return model.to(device), condition, clip.to(device), index, codec and codec.to(device)
 
@@ -184,10 +184,10 @@ def run(args: argparse.Namespace) -> None:
     lines = args.prompts.read_text("utf-8-sig").split("\n") if args.prompts else []
     prompts = args.prompt + [line.strip() for line in lines if line.strip()]
     total, has_grid = len(prompts) * n, max(len(prompts), n) <= GRID_ROWS
-    require(prompts and all(map(str.strip, prompts)), "wanted prompts, none of them empty")
+    require(prompts and all(map(str.strip, prompts)), "wanted prompts, none empty")
     require(args.batch_size >= 1, f"--batch-size is {args.batch_size}, wanted 1 or more")
-    require(has_grid or args.singles, "too many pictures for a grid: --singles DIR writes each")
-    require(args.out != args.prompts, f"{args.out} would take the place of the prompts")
+    require(has_grid or args.singles, "too many pictures for a grid: use --singles DIR")
+    require(args.out != args.prompts, f"{args.out} would replace the prompts")
 
     # Open what belongs together, and settle what was left open.
     weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
@@ -195,12 +195,12 @@ def run(args: argparse.Namespace) -> None:
     defaults = OPTIONS["discrete" if codec else "continuous"]
     options = defaults | {name: value for name, value in vars(args).items()
                           if name in OPTIONS["discrete"] and value is not None}
-    require(options.keys() == defaults.keys(), "--truncation goes with discrete weights only")
+    require(options.keys() == defaults.keys(), "--truncation is for discrete weights")
     settings = {"k": args.k, "condition": condition, "query": args.query, **options,
                 "seed": args.seed, "weights": weights, "clip": args.clip, "index": args.index}
     if codec:
         settings["vqvae"] = args.vqvae
-        require(options.pop("sampler") == "ancestral", "discrete weights: --sampler is ancestral")
+        require(options.pop("sampler") == "ancestral", "discrete: --sampler is ancestral")
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
 
     # Embed, search, sample, write, in batches of the run's pictures m.
@@ -246,10 +246,10 @@ def add_flags(parser: argparse.ArgumentParser, out: str) -> Callable[..., argpar
     flag("--weights", type=Path, help="default: the shipped ones of the backbone")
     flag("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     flag("--vqvae", type=Path, default=VQVAE, help="of discrete weights")
-    flag("--index", type=Path, default=SHIPPED / "index", help="another gives another domain")
+    flag("--index", type=Path, default=SHIPPED / "index", help="another domain's")
     flag("--k", type=int, default=10, help="neighbours (default 10); 0: none")
-    flag("--query", choices=["text", "nearest"], default="text", help="beside the neighbours: the "
-         "text's own embedding (default, the paper's way), or the best neighbour's")
+    flag("--query", choices=["text", "nearest"], default="text", help="shown: the "
+         "text's embedding (default, as the paper), or the best neighbour's")
     flag("--n", type=int, default=4, help="pictures per text (default 4)")
     flag("--steps", type=int, help="default: continuous 20, discrete 25")
     flag("--seed", type=int, default=0, help="picture j of a text uses seed + j")
@@ -267,11 +267,11 @@ def main(argv: list[str] | None = None) -> int:
          "picture m of the run uses seed + m; one that is there is skipped")
     flag("--condition", choices=["both", "query", "neighbors"],
          help="what the network is shown (default: what it was trained with)")
-    flag("--sampler", help="continuous: dpm (DPM-Solver++, default), ddim, ddpm; else: ancestral")
+    flag("--sampler", help="continuous: dpm (DPM-Solver++, default), ddim, ddpm")
     flag("--guidance", type=float, metavar="G", help="classifier-free guidance: "
          "uncond + G·(cond − uncond) at every step (default 2; 1: off)")
     flag("--truncation", type=float, metavar="R",
-         help="discrete, top-p: the likeliest codes up to this mass (default 0.6; 1: all)")
+         help="discrete, top-p: codes up to this mass (default 0.6; 1: all)")
     flag("--batch-size", type=int, default=16, help="pictures at once (default 16)")
     flag("--save-neighbors", action="store_true", help="OUT.neighbors.jsonl beside OUT")
     return clip_model.run_command(parser, run, argv)

@@ -149,12 +149,12 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
         ema.load_state_dict(state["ema"])
         for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
-    except Exception as error:  # torch's reader raises many kinds on a damaged file
+    except Exception as error:  # torch raises many kinds on a damaged file
         raise ValueError(f"can't resume from {path}: {clip_model.reason(error)}") from None
     for name, value in settings.items():
         require(then.get(name) == value,
                 f"can't resume from {path}: {name} was {then.get(name)}, is {value}")
-    require(done < steps, f"nothing left to do: {path} has {done} steps, --steps is {steps}")
+    require(done < steps, f"{path} has {done} steps, --steps is {steps}")
     return done
 
 
@@ -238,7 +238,7 @@ class Run:
         self.skipped += not is_finite
         self.in_a_row = 0 if is_finite else self.in_a_row + 1
         if self.in_a_row == 20:
-            raise FloatingPointError("20 steps were not finite: --resume with a lower --lr")
+            raise FloatingPointError("20 steps were not finite: lower --lr, --resume")
 
     def log(self, step: int, held_out: Tensor | None) -> None:
         """A line on stdout and in log.csv; the loss is the mean since the last one."""
@@ -286,7 +286,7 @@ def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False)
             print(f"skipped: {error}", file=sys.stderr)
             return []
 
-    with ThreadPoolExecutor(8) as pool:  # Pillow lets other threads run meanwhile
+    with ThreadPoolExecutor(8) as pool:  # Pillow lets threads run
         found = sum(pool.map(read, names), [])
     return np.array([np.asarray(each) for each in found], np.uint8).reshape(-1, size, size, 3)
 
@@ -318,7 +318,7 @@ def train_vqvae(args: argparse.Namespace) -> None:
     model = (vqvae.load(args.weights)[0] if args.weights else
              vqvae.VQVAE(vqvae.PRESETS[args.preset]))
     config, device, size = model.config, args.device, model.config.image_size
-    require(not config.gumbel, "the Gumbel codebook loads and runs here; training it is left out")
+    require(not config.gumbel, "training the Gumbel codebook is left out")
     are_stickers = (args.data.parent / "captions.jsonl").is_file()
     names, others = split_by_drawing(retrieval.list_images(args.data), args.keep_out, are_stickers)
     key = hashlib.sha256(repr(names).encode()).hexdigest()
@@ -361,11 +361,11 @@ def train_vqvae(args: argparse.Namespace) -> None:
 @dataclass
 class Data:
     """All that a diffusion training reads. Row i tells of picture i modulo N."""
-    x0: np.ndarray                 # what to learn: uint8 (N, S, S, 3), or tokens int32 (N, L)
-    queries: np.ndarray            # float16 (R, E): f_img(x_0), or of x_0's swapped region
+    x0: np.ndarray                 # uint8 (N, S, S, 3), or tokens int32 (N, L)
+    queries: np.ndarray            # float16 (R, E): f_img(x_0), or its region's
     neighbors: np.ndarray          # int32 (R, K): rows of the database
-    database: retrieval.Rows       # float16, E columns: the rows of an index
-    manipulated: list[np.ndarray]  # I_manip, as x0 but (R, ...); empty where nothing is edited
+    database: retrieval.Rows       # float16, the rows of an index
+    manipulated: list[np.ndarray]  # I_manip, as x0 but (R, ...); may be empty
 
     def __post_init__(self) -> None:
         picture = np.arange(len(self.queries)) % len(self.x0)
@@ -465,7 +465,7 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
         x0, query, neighbors, *picture = data.draw(run.n, seeded)
         t, eps = draw_noise(x0, seeded)
         drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
-        if args.flip:  # the embeddings stay those of the unflipped picture
+        if args.flip:  # the embeddings stay unflipped
             is_flipped = torch.rand(run.n, generator=seeded) < 0.5
             for x in (x0, *picture):
                 x[is_flipped] = x[is_flipped].flip(2)
@@ -525,7 +525,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--preset", default="stickers", help="or gpu, paper; vqvae: f16-1024, f16-16384")
     add("--steps", type=int, help=f"total, with resumed ones (default {STEPS})")
     add("--batch-size", type=int, help="pictures at once (default 64; large presets: less)")
-    add("--accumulate", type=int, default=1, metavar="A", help="batches per step: one of A·B")
+    add("--accumulate", type=int, default=1, metavar="A", help="A batches per step")
     add("--lr", type=float, help="peak learning rate (default 2e-3; edit: 1e-3)")
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on; --steps, --lr, --batch-size may change")
@@ -536,12 +536,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--index", type=Path, default=SHIPPED / "index", help="of --data; edit: the neighbours'")
     add("--neighbors-from", type=Path, metavar="DIR", help="the neighbours' index")
     add("--swap-index", type=Path, help="edit: the index of --data")
-    add("--vqvae", type=Path, help="makes tokens (default: the stickers')")
+    add("--vqvae", type=Path, help="of tokens (default: the stickers')")
     add("--clip", type=Path, help="edit: embeds regions (default: the stickers')")
     add("--k", type=int, help="a new model's neighbours (default 10)")
     add("--condition", choices=["both", "query", "neighbors"], default="both",
         help="query trains the paper's no-kNN baseline")
-    add("--query-noise", type=float, default=0.0, help="largest norm, for half of the queries")
+    add("--query-noise", type=float, default=0.0, help="largest norm, on half the queries")
     add("--flip", action="store_true", help="U-Net: mirror half of the pictures")
     add("--keep-out", type=int, default=10, help="vqvae: N-th files are tests (default 10)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -566,12 +566,12 @@ def run(args: argparse.Namespace) -> None:
     require((args.what == "edit") == bool(args.swap_index), "edit, and nothing else, needs "
             "--swap-index: an index of the pictures in --data (python index.py build)")
     require(args.resume or not (args.out / "state.pt").exists(), f"{args.out} holds a run: "
-            "--resume goes on with it, another --out begins a new one")
+            "--resume goes on, another --out begins anew")
     args.device = clip_model.pick_device(args.device)
     args.bf16 = not args.no_bf16
-    if args.device.type == "cuda":                  # before Ampere bfloat16 is only imitated
+    if args.device.type == "cuda":                  # imitated before Ampere
         args.bf16 &= torch.cuda.is_bf16_supported(including_emulation=False)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for float32
         torch.backends.cudnn.benchmark = True
     default = SHIPPED / "continuous.safetensors" if args.what == "edit" else None
     args.weights = args.out / f"{args.what}.safetensors" if args.resume else args.init or default

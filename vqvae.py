@@ -42,17 +42,17 @@ from clip_model import load_model, read_weights, require, save_model, weights_di
 @dataclass(frozen=True)
 class VQVAEConfig:
     """The defaults are VQGAN's f16 with 1,024 codes."""
-    image_size: int = 256                     # pixels per side in training; other multiples work
+    image_size: int = 256                     # pixels per side in training
     channels: int = 128                       # at full size
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)   # of channels, per level; a level halves h, w
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)   # of channels, per level
     res_blocks: int = 2                       # per level, one more in the decoder
     attention: tuple[int, ...] = (4,)         # levels with self-attention; 0 is full size
     latent_channels: int = 256                # Y
     embed_dim: int = 256                      # Z
     n_codes: int = 1024                       # V
-    unshuffle: int = 1                        # Ours: r x r pixels become channels at both ends
+    unshuffle: int = 1                        # Ours: r x r pixels become channels
     norm_groups: int = 32
-    gumbel: bool = False                      # tokens by a linear layer's arg-max (DALL-E's way)
+    gumbel: bool = False                      # tokens by a linear arg-max (DALL-E)
     commitment: float = 0.25                  # β, on the commitment term (1711.00937 Eq. 3)
 
     @property
@@ -260,7 +260,7 @@ class VQVAE(nn.Module):
         Raises ValueError where H or W is no multiple of `config.factor`."""
         height, width, factor = *x.shape[2:], self.config.factor
         require(height % factor == width % factor == 0,
-                f"pictures of {height} x {width} pixels, but sides must be multiples of {factor}")
+                f"{height} x {width} pixels: sides must be multiples of {factor}")
         return self.quantize.nearest(self.latents(x))
 
     def decode(self, tokens: Tensor, height: int | None = None) -> Tensor:
@@ -298,7 +298,7 @@ def psnr(found: Tensor, x: Tensor) -> Tensor:
 
 # ---------------- load, save, taming's layout
 
-save = save_model             # float16 weights, class and config; metadata: the command
+save = save_model             # float16 weights, class, config
 fingerprint = weights_digest  # which codes stand for what
 
 # A transformer's checkpoint holds a VQ-VAE within; loss network and discriminator lie beside it.
