@@ -100,7 +100,6 @@ def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Ten
 def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, eps: float
               ) -> tuple[Tensor, Tensor]:
     """Steps from a start on one level of the pyramid: warps, and which of them settled (B,).
-
     Ours: a warp that sees less than half of the picture, or changes areas by more than a factor of
     2, gives way to its start: over a few pixels anything correlates."""
     B, _, height, width = image.shape
@@ -169,7 +168,6 @@ def aligned(pictures: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
 
 def random_regions(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Boxes int64 (n, 4): left, top, right, bottom, the last two exclusive.
-
     Ours: the area is uniform in 5–50 % of the picture, the ratio of the sides log-uniform in
     1/2 … 2, the place uniform."""
     area, ratio, across, down = torch.rand(4, n, generator=generator, dtype=torch.float64)
@@ -266,7 +264,6 @@ def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbo
 
 def change_mask(before: Tensor, after: Tensor) -> Tensor:
     """Where two pictures (B, 3, H, W) in [-1, 1] differ, softly: (B, 1, H, W), 0 … 1.
-
     Ours: the largest channel's difference, averaged over 3x3, counts from 0.15 on, fully from 0.4.
     What counts reaches two pixels further, not to cut outlines, and is blurred."""
     difference = (after - before).abs().amax(1, keepdim=True)  # (B, 1, H, W)
@@ -289,7 +286,6 @@ def kept_box(size_before: tuple[int, int], size: int) -> tuple[int, int, int, in
 
 def paste(picture: Image.Image, result: Image.Image, mask: np.ndarray) -> Image.Image:
     """Put a result back where `fit_square` took it from, at the picture's own resolution.
-
     Where the mask, float (H, W) in 0 … 1, is 0 the picture stays to the last bit."""
     ramp = np.minimum(np.arange(result.width) / 4, 1)
     ramp = np.minimum(ramp, ramp[::-1])  # 0 where the picture goes on beside the crop

@@ -240,7 +240,6 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
 
 def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> np.ndarray:
     """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by its id.
-
     Read from neighbors-<k>.npy, or computed on `device` and kept there: N²·E multiplications, or,
     with inverted lists, a search of TABLE_NPROBE lists per row."""
     blocks = (index.search(torch.from_numpy(index.rows[own]).to(device), k, TABLE_NPROBE, own)[1]

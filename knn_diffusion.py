@@ -38,26 +38,26 @@ from clip_model import QuickGELU, attention, load_model, require, save_model
 @dataclass(frozen=True)
 class UNetConfig:
     """The continuous backbone. Defaults: the paper's size, laid out as ADM's (2105.05233)."""
-    image_size: int = 64                      # pixels per side
-    embed_dim: int = 512                      # E, CLIP's dimension
-    n_neighbors: int = 10                     # K in training, and null tokens for none
-    widths: tuple[int, ...] = (192, 384, 576, 768)   # channels per level, full size first
-    blocks: int = 4                           # residual blocks per level (ADM: 3)
-    norm_groups: int = 32                     # of every GroupNorm
-    head_channels: int = 64                   # channels per attention head
-    condition_width: int = 1024               # D
-    time_width: int = 1024                    # of the time embedding
+    image_size: int = 64         # pixels per side
+    embed_dim: int = 512         # E, CLIP's dimension
+    n_neighbors: int = 10        # K in training, and null tokens for none
+    widths: tuple[int, ...] = (192, 384, 576, 768)  # channels per level, full size first
+    blocks: int = 4              # residual blocks per level (ADM: 3)
+    norm_groups: int = 32        # of every GroupNorm
+    head_channels: int = 64      # channels per attention head
+    condition_width: int = 1024  # D
+    time_width: int = 1024       # of the time embedding
     attention: tuple[int, ...] = (32, 16, 8)  # sizes at which pixels see the condition
-    self_attention: tuple[int, ...] = (32, 16, 8)    # ... and also each other
+    self_attention: tuple[int, ...] = (32, 16, 8)  # ... and also each other
     dropout: float = 0.1
-    T: int = 1000                             # steps of the diffusion
-    target: str = "eps"                       # what is predicted: "eps", "v" or "x0"
-    noise_shift: float = 1.0                  # times √SNR; below 1: noisier
-    unshuffle: int = 1                        # Ours: "small networks", with the next 3
+    T: int = 1000                # steps of the diffusion
+    target: str = "eps"          # what is predicted: "eps", "v" or "x0"
+    noise_shift: float = 1.0     # times √SNR; below 1: noisier
+    unshuffle: int = 1           # Ours: "small networks", with the next 3
     position_map: bool = False
-    query_map: int = 0                        # channels; 0: none
+    query_map: int = 0           # channels; 0: none
     query_hidden: int = 1024
-    edit: bool = False                        # Sec. 3.3: a picture is a second input
+    edit: bool = False           # Sec. 3.3: a picture is a second input
 
     def __post_init__(self) -> None:
         require(self.target in ("eps", "v", "x0"), f"target {self.target!r}: not eps, v or x0")
@@ -107,7 +107,6 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 def to_v(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho, 2202.00512 App. D).
-
     With √ᾱ = cos φ, √(1−ᾱ) = sin φ, (x_t, v) is (x_0, ε) rotated by φ:
     x_t = cos φ x_0 + sin φ ε and v = −sin φ x_0 + cos φ ε. Rotating back gives `x0_from`."""
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
@@ -168,7 +167,6 @@ class Condition(nn.Module):
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None
                 ) -> tuple[Tensor, Tensor]:
         """Tokens (B, 1+K, D) and their summary (B, E), nulls put in, entries of order 1.
-
         query: unit-norm (B, E); neighbors: unit-norm (B, K, E); None, or K = 0, is the null.
         drop_query, drop_neighbors: bool (B,), the samples to blind."""
         kept = torch.zeros(batch, dtype=torch.bool, device=self.null_query.device)
@@ -227,7 +225,6 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
 
 def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -> Tensor:
     """Half of the queries (B, E) get Gaussian noise of norm about σ, uniform in 0 … `largest`.
-
     They are unit-norm again: LAFITE's pseudo texts (2111.13792 Sec. 3.1), a baseline without
     neighbours. Draws on the CPU."""
     B, E = query.shape
@@ -420,7 +417,6 @@ class UNet(nn.Module):
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None,
                 picture: Tensor | None = None) -> Tensor:
         """The target, float32 (B, 3, H, W), of xt float32 (B, 3, H, W), t (B,) in 1 … T.
-
         Condition as in `Condition.forward`. picture: what to edit, as xt; None is zeros."""
         config = self.config
         require(picture is None or config.edit, "only weights of `train.py edit` take a picture")
@@ -740,7 +736,6 @@ def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Mask
 def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
                   ) -> Tensor:
     """log p(x_s | x_t) from log p(x_0): float32 (B, L, V+1), MASK last.
-
     log_x0: (B, L, V), normalised; xt: int64 (B, L); t, s: int64 (B,). With a one-hot log_x0 it is
     the true posterior q(x_s | x_t, x_0)."""
     log_front, log_sum, log_W = log_factors(log_x0, xt, t, s, schedule)
@@ -809,7 +804,6 @@ class TokenTransformer(nn.Module):
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None,
                 picture: Tensor | None = None) -> Tensor:
         """log p(x_0 | x_t), float32 (B, L, V), normalised, at least LOG_ZERO.
-
         xt: int64 (B, L) in 0 … V; t: (B,) in 1 … T; condition as in `Condition.forward`.
         picture: tokens of what to edit, as xt; None is all MASK."""
         r = self.config.patch
@@ -871,7 +865,6 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
 def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt: Tensor, t: int
                    ) -> Tensor:
     """Guided, truncated log p(x_0 | x_t), normalised: (B, L, V).
-
     Guidance acts on log p (Improved VQ-Diffusion, 2205.16007). truncation r is top-p sampling:
     a code stays with less than r of the mass before it, so always one; 1 is off."""
     log_p = guided(model, xt, t, guide).log_softmax(-1).clamp(min=LOG_ZERO)
@@ -909,7 +902,6 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
                   truncation: float = 0.6, picture: Tensor | None = None,
                   guidance_picture: float = 1.0) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
-
     As `sample`; picture: tokens (B, L); truncation: see `predict_tokens`."""
     require(0 < truncation <= 1, f"truncation is {truncation}, wanted more than 0, at most 1")
     config, device = model.config, model.token.weight.device

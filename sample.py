@@ -87,7 +87,6 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
 def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
          codec: vqvae.VQVAE | None = None, batch_size: int = 64, **options) -> Tensor:
     """One picture per seed, float32 (B, 3, H, W), about in [-1, 1], `batch_size` at once.
-
     query (B, E) and neighbors (B, K, E), or one of each for all seeds. codec: a transformer's
     VQ-VAE. `options`: of `knn_diffusion.sample`, with a codec of `sample_tokens`."""
     require((codec is None) == isinstance(model, knn_diffusion.UNet),

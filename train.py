@@ -160,7 +160,6 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
 
 class Run:
     """A training under way: what all loops begin, log, save and resume alike.
-
     The clock, Ctrl-C and SIGTERM end it early: the step at work is finished and saved, unless a
     second signal comes. settings: what may not change on a resume, and the weights' metadata."""
     def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
@@ -389,7 +388,6 @@ class Data:
 def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
           ) -> tuple[np.ndarray, np.ndarray]:
     """I_manip uint8 (R, S, S, 3) and the *original* regions' embeddings float16 (R, E) (Sec. 3.3).
-
     R is SWAPS times N, all pictures in turn. A resumed run reads them from out/swaps.npz."""
     path, device = args.out / "swaps.npz", args.device
     if args.resume:
