@@ -272,7 +272,8 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def embed_pictures(self, pictures: list[Image.Image]) -> Tensor:
         """Pictures of any size and mode -> unit-norm float32 (B, E), on its device."""
-        squares = [fit_square(to_rgb(picture), self.config.image_size) for picture in pictures]
+        squares = [fit_square(to_rgb(picture), self.config.image_size)
+                   for picture in pictures]
         pixels = to_pixels(squares, self.config.pixel_mean, self.config.pixel_std)
         return self.embed_images(pixels.to(self.logit_scale.device))
 
@@ -359,7 +360,7 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         """int64 (B, L): start, tokens, end, zeros. A longer text is cut with a warning, but keeps
         its end token: CLIP pools there."""
-        require(not isinstance(texts, str), "wanted a list of texts, one text came")
+        require(not isinstance(texts, str), "wanted a list of texts, not one")
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
@@ -426,8 +427,8 @@ def to_pixels(pictures: np.ndarray | list[Image.Image], mean: tuple = PIXEL_MEAN
 # ---------------- published checkpoints
 #
 # Three projects publish CLIPs under three sets of names. All are turned into OpenAI's, then
-# sizes are read off the shapes. The rest is read from the files beside the weights, or known,
-# or guessed with a warning.
+# sizes are read off the shapes. The rest is read from files beside the weights, known, or
+# guessed with a warning.
 
 TEXT_TOWER = re.compile(r"(.*?)(text_model\.embeddings\.|text\.|)token_embedding.weight")
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
@@ -451,7 +452,7 @@ def to_openai_names(tensors: Tensors) -> Tensors:
     """Any of the three layouts -> OpenAI's names, wrappers' prefixes stripped."""
     # "module.", "model." and the like: whatever stands in front of the text tower.
     found = next(filter(None, map(TEXT_TOWER.fullmatch, tensors)), None)
-    require(found, "it has no token_embedding: it is no CLIP of the three kinds")
+    require(found, "no token_embedding: no CLIP of the three kinds")
     wrapper, place = found.groups()
     renamed = {}
     for name, tensor in tensors.items():
@@ -510,7 +511,7 @@ def settings_beside(folder: Path) -> dict[str, object]:
     pixels = openclip.get("preprocess_cfg") or table("preprocessor_config.json")
     for name, value in [*vision.items(), *text.items(), *pixels.items()]:
         require(value is None or value in ONLY.get(name, (value,)),
-                f"its {name} is {value}, which is not built here")
+                f"its {name} is {value}: not built here")
     said = {"vision_heads": vision.get("num_attention_heads"),
             "text_heads": text.get("heads", text.get("num_attention_heads")),
             "pixel_mean": tuple(pixels.get("mean") or pixels.get("image_mean") or PIXEL_MEAN),
@@ -532,14 +533,15 @@ def weights_in(folder: Path) -> Tensors:
             tensors |= read_weights(file)[0]
         if tensors:
             return tensors
-    raise FileNotFoundError(f"no model.safetensors, nor shards of it, in {folder}")
+    raise FileNotFoundError(f"no model.safetensors, or shards, in {folder}")
 
 
 def published_tokenizer(place: Path, context_length: int = 77) -> Tokenizer | None:
     """CLIP's tokenizer. Its merges are `place`, or lie in that folder, or in an installed CLIP
     package's; None where there are none. Raises ValueError for others."""
     specs = map(importlib.util.find_spec, ("clip", "open_clip"))
-    folders = [place, *(Path(spec.origin).parent for spec in specs if spec and spec.origin)]
+    folders = [place, *(Path(spec.origin).parent
+                        for spec in specs if spec and spec.origin)]
     files = [folder / name for folder in folders for name in (VOCABULARY, "merges.txt")]
     path = next(filter(Path.is_file, [place, *files]), None)
     if path is None:
@@ -583,7 +585,7 @@ def write_weights(path: AnyPath, tensors: Tensors, metadata: dict[str, str]) -> 
 
 def read_weights(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a .safetensors file, or of torch's zip archive. Raises
-    FileNotFoundError, or ValueError with one sentence for a damaged file."""
+    FileNotFoundError, or ValueError for a damaged file."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no weights file at {path}")
     with open(path, "rb") as file:
@@ -600,7 +602,7 @@ def read_weights(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
             blob = raw[begin:end].clone()  # aligned
             tensors[name] = blob.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
         total = start + sum(tensor.nbytes for tensor in tensors.values())
-        require(total == size, f"its header promises {total} bytes, it has {size}")
+        require(total == size, f"its header says {total} bytes, it has {size}")
     except MISFITS as error:
         raise ValueError(f"{path} is not a whole .safetensors file: {reason(error)}") from None
     return tensors, metadata
@@ -661,7 +663,7 @@ def named_tensors(found: dict, prefix: str = "") -> Tensors:
 
 def read_archive(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
     """Named tensors of a zip archive of torch.save or torch.jit.save, and which it is:
-    metadata {} or {"format": "TorchScript"}. Raises ValueError with one sentence."""
+    metadata {} or {"format": "TorchScript"}. Raises ValueError."""
     try:
         with zipfile.ZipFile(path) as archive:
             found = ArchiveReader(archive).load()
@@ -721,7 +723,7 @@ def load(path: AnyPath, tokenizer: AnyPath | None = None, activation: str | None
     tokenizer: the published vocabulary's file or folder. Else it is looked for beside the weights
         and in installed CLIP packages. Without any, no text can be embedded.
     activation: "quick_gelu" or "gelu", where no file tells it; else guessed, with a warning.
-    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit."""
+    Raises FileNotFoundError, or ValueError for a file that does not fit."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     tensors, metadata = (weights_in(path), {}) if path.is_dir() else read_weights(path)

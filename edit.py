@@ -8,21 +8,21 @@ A picture I, a region M of it, and its nearest neighbour, aligned with it:
 A model learns to give I back from I_manip and the CLIP embedding of the *original* region. So it
 learns to change a picture where an embedding asks for it, and only there. At inference the
 user's picture takes I_manip's place, and a text's embedding the region's. The condition's
-neighbours are the K nearest of that embedding in the ordinary index; the neighbour swapped in
-is from an index of the pictures themselves. Departs: the paper's M is random, ours lies where
-picture and neighbour differ (`most_different_regions`).
+neighbours are the K nearest of that embedding; the neighbour swapped in is from an index of the
+pictures themselves. Departs: the paper's M is random, ours lies where picture and neighbour
+differ (`most_different_regions`).
 
-The alignment is ECC, the enhanced correlation coefficient (Evangelidis & Psarakis, PAMI 2008): the
-affine warp that maximises the correlation
+ECC aligns, the enhanced correlation coefficient (Evangelidis & Psarakis, PAMI 2008): it finds
+the affine warp that maximises the correlation
 
     ρ(warp) = i_rᵀ i_w / (‖i_r‖ ‖i_w‖)
 
 of the template I (i_r) and the warped neighbour (i_w), less their means, over the pixels that
 both have. Brightness and contrast do not change it.
 
-Shapes: B pictures, C channels, H W picture, P = H·W its pixels; E CLIP dimension, K neighbours.
+Shapes: B pictures, C channels, H W picture, P = H·W pixels; E CLIP dimension, K neighbours.
 Warps are (B, 2, 3), torch's: pixel (x, y) shows the picture at warp · (x, y, 1). x runs right
-and y down, from −1 to 1 over the picture, so a warp fits every level of a pyramid."""
+and y down, from −1 to 1 over the picture: a warp fits every level of a pyramid."""
 from __future__ import annotations
 
 import argparse
@@ -132,9 +132,9 @@ def ecc(template: Tensor, image: Tensor, levels: int = 3, iterations: int = 50, 
         ) -> tuple[Tensor, Tensor]:
     """Warps (B, 2, 3) under which images look most like their templates; which converged (B,).
 
-    template, image: grey, (B, 1, H, W), any range. Coarse to fine over at most `levels` levels,
-    each half as large, none below 16 pixels. On each up to `iterations` steps, until ρ changes by
-    less than eps. A pair without edges keeps the identity and does not converge."""
+    template, image: grey, (B, 1, H, W), any range. Coarse to fine: at most `levels` levels, each
+    half as large, none below 16 pixels; up to `iterations` steps on each, until ρ changes by less
+    than eps. A pair without edges keeps the identity and does not converge."""
     require(template.shape == image.shape and template.ndim == 4 and template.shape[1] == 1,
             f"template {tuple(template.shape)}, image {tuple(image.shape)}: not (B, 1, H, W)")
     template, image = smoothed(template.float()), smoothed(image.float())
@@ -155,20 +155,19 @@ def grey(x: Tensor) -> Tensor:
 
 def aligned(pictures: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
     """Neighbours (B, 3, H, W) warped onto such pictures, and which of them moved, bool (B,).
-
-    Ours: a neighbour stays where ECC does not converge, or brings it no nearer to its picture (mean
-    absolute difference). A seam at the region's border would tell a model where to look; a user's
-    picture has none."""
+    Ours: one stays where ECC does not converge, or leaves it no nearer to its picture. A seam at
+    the region's border would tell a model where to look; a user's picture has none."""
     warp, converged = ecc(grey(pictures), grey(neighbors))
     moved = warped(neighbors, warp)
-    before, after = ((pictures - each).abs().mean((1, 2, 3)) for each in (neighbors, moved))
+    before, after = ((pictures - each).abs().mean((1, 2, 3))
+                     for each in (neighbors, moved))
     has_moved = converged & (after < before)  # (B,)
     return torch.where(has_moved[:, None, None, None], moved, neighbors), has_moved
 
 
 def random_regions(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Boxes int64 (n, 4): left, top, right, bottom, the last two exclusive.
-    Ours: the area is uniform in 5–50 % of the picture, the ratio of the sides log-uniform in
+    Ours: the area is uniform in 5–50 % of the picture, the ratio of sides log-uniform in
     1/2 … 2, the place uniform."""
     area, ratio, across, down = torch.rand(4, n, generator=generator, dtype=torch.float64)
     area = (0.05 + 0.45 * area) * height * width
@@ -196,14 +195,14 @@ def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: in
     The best of n_candidates random regions, each edge then moved to where that is best, twice
     around. n_candidates = 1 is the paper's random region.
 
-    Departs: most random regions show the same in both pictures and teach nothing. One that holds a
-    whole thing, and little else, shows what its embedding stands for. Best is where mask and
-    difference correlate most: up to a factor of the picture's, (D − a·S) / √(a·(1 − a)), with D the
-    difference inside, S everywhere, a the region's share of the area. A pixel differs by at most
-    0.25, an eighth of [-1, 1]: shapes count, not contrasts."""
+    Departs: most random regions show the same in both pictures and teach nothing. One that holds
+    a whole thing, and little else, shows what its embedding means. Best is where mask and
+    difference correlate most: up to a factor (D − a·S) / √(a·(1 − a)), with D the difference
+    inside, S everywhere, a the region's share of the area. A pixel differs by at most 0.25, an
+    eighth of [-1, 1]: shapes count, not contrasts."""
     B, (height, width) = len(pictures), pictures.shape[-2:]
-    difference = (pictures - neighbors).abs().mean(1).clamp(max=0.25).double().cpu()     # (B, H, W)
-    total = F.pad(difference.cumsum(1).cumsum(2), (1, 0, 1, 0))                  # (B, H+1, W+1)
+    difference = (pictures - neighbors).abs().mean(1).clamp(max=0.25).double().cpu()  # (B, H, W)
+    total = F.pad(difference.cumsum(1).cumsum(2), (1, 0, 1, 0))  # (B, H+1, W+1)
     row = torch.arange(B)
 
     def best(boxes: Tensor) -> Tensor:                                 # (n, B, 4)
@@ -253,8 +252,8 @@ def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbo
     """One edited picture per seed, float32 (B, 3, H, W), about in [-1, 1].
 
     x: the picture (1, 3, H, W) in [-1, 1], of the model's size; query (1 or B, E), neighbors
-    (1 or B, K, E), unit-norm. guidance: towards the text. start: the share of the T steps to begin
-    at, from the picture noised so far; U-Nets only."""
+    (1 or B, K, E), unit-norm. guidance: towards the text. start: the share of the T steps to
+    begin at, from the noised picture; U-Nets only."""
     require(start == 1 or codec is None, "--start is for continuous weights")
     options = {} if start == 1 else {"start": x, "start_at": start}
     return sample.draw(model, query, neighbors, seeds, codec, steps=steps, guidance=guidance,
@@ -264,8 +263,8 @@ def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbo
 
 def change_mask(before: Tensor, after: Tensor) -> Tensor:
     """Where two pictures (B, 3, H, W) in [-1, 1] differ, softly: (B, 1, H, W), 0 … 1.
-    Ours: the largest channel's difference, averaged over 3x3, counts from 0.15 on, fully from 0.4.
-    What counts reaches two pixels further, not to cut outlines, and is blurred."""
+    Ours: the largest channel's difference, averaged over 3x3, counts from 0.15 on, fully from
+    0.4. It reaches two pixels further, not to cut outlines, and is blurred."""
     difference = (after - before).abs().amax(1, keepdim=True)  # (B, 1, H, W)
     difference = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
     soft = ((difference - 0.15) / 0.25).clamp(0, 1)
@@ -308,7 +307,7 @@ def run(args: argparse.Namespace) -> None:
     picture = clip_model.read_image(args.image)
     require(all(map(str.strip, args.text)), "a text is empty")
     require(max(n, len(args.text)) <= sample.GRID_ROWS, "too many pictures for one grid")
-    require(0 < args.start <= 1, f"--start is {args.start}, wanted more than 0, at most 1")
+    require(0 < args.start <= 1, f"--start is {args.start}, wanted above 0, to 1")
     require(args.image != args.out and args.image.parent != args.singles,
             f"{args.image} would be lost: give another --out or --singles")
 
@@ -330,8 +329,8 @@ def run(args: argparse.Namespace) -> None:
     # Embed and search, then a row of the grid per text.
     size = model.config.image_size
     square = clip_model.fit_square(picture, size)
-    x = clip_model.to_x(np.array(square)[None], clip.logit_scale.device)        # (1, 3, H, W)
-    before = codec.decode(codec.encode(x)) if codec else x     # what tokens can say
+    x = clip_model.to_x(np.array(square)[None], clip.logit_scale.device)  # (1, 3, H, W)
+    before = codec.decode(codec.encode(x)) if codec else x  # what tokens can say
     query, neighbors, _, _ = sample.condition_on(
         clip.embed_texts(args.text), index, args.k, condition, args.query)
     rows, seeds = [], [args.seed + j for j in range(n)]
@@ -359,8 +358,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Edit a picture from a text, with no mask. The grid shows the picture, "
-                    "each result and where it changed.",
+        description="Edit a picture from a text, with no mask. The grid: the picture, each "
+                    "result, where it changed.",
         epilog="guidance: e(0,0) + S_I·[e(I,0) − e(0,0)] + S_T·[e(I,T) − e(I,0)], with I the "
                "picture, T the text and its neighbours, 0 for none.")
     flag = sample.add_flags(parser, "edited.png")

@@ -117,9 +117,9 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """`exact_search` in the best groups alone, and which answers are proved to be its, bool (Q,).
 
     The bound: with q̂ and r̂ the rounded vectors, Cauchy and Schwarz give
-        |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   and all norms are below 1.01 (see `stored`).
-    Rounding takes at most eps/2 of a row's norm, and as much of the score. Sums of E products err
-    by less than E·2⁻²². A GPU's float32 may be TF32, whose eps is 2⁻¹⁰."""
+        |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   with norms below 1.01 (see `stored`).
+    Rounding takes at most eps/2 of a row's norm, and as much of the score. Sums of E products
+    err by less than E·2⁻²². A GPU's float32 may be TF32, whose eps is 2⁻¹⁰."""
     (N, E), Q, device, maxima, found = rows.shape, len(queries), queries.device, [], []
     columns = queries.to(scan_dtype(device)).T.contiguous()             # (E, Q)
     for start in range(0, N, BLOCK):
@@ -148,7 +148,7 @@ def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10)
 
     Spherical k-means on `sample` rows per list, from random ones on: assign each to the centroid of
     the largest inner product, average, normalise. An empty list's centroid becomes zero. Then all
-    rows are assigned, block by block."""
+    rows are assigned."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     chosen = stored(rows, order[: sample * n_lists])  # (n, E)
     centroids = chosen[:n_lists]                      # (C, E)
@@ -163,16 +163,16 @@ def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10)
 
 
 def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best rows of each query's nprobe lists, and which queries these give k rows, bool (Q,).
+    """The k best rows of each query's nprobe lists, and which queries got k rows, bool (Q,).
     A list is read once, for all queries that look into it."""
     (centroids, order, offsets), device = index.lists, queries.device
-    near = (queries.float() @ centroids.to(device).T).topk(nprobe).indices    # (Q, nprobe)
-    scores = queries.new_full((len(queries), k), -2)    # below any cosine
+    near = (queries.float() @ centroids.to(device).T).topk(nprobe).indices  # (Q, nprobe)
+    scores = queries.new_full((len(queries), k), -2)  # below any cosine
     ids = torch.zeros_like(scores, dtype=torch.int64)
     for c in near.unique().tolist():
-        wants = (near == c).any(1)    # (Q,), q of them true
-        members = order[offsets[c]:offsets[c + 1]]    # (P,)
-        its_scores = queries[wants] @ stored(index.rows, members, device).double().T    # (q, P)
+        wants = (near == c).any(1)  # (Q,), q of them true
+        members = order[offsets[c]:offsets[c + 1]]  # (P,)
+        its_scores = queries[wants] @ stored(index.rows, members, device).double().T  # (q, P)
         its_ids = members.to(device).expand_as(its_scores)
         scores[wants], ids[wants] = best([scores[wants], its_scores], [ids[wants], its_ids], k)
     return scores, ids, scores[:, -1] > -2
@@ -199,9 +199,9 @@ class Index:
         """The min(k, N) nearest rows of each query: scores float32 and ids int64 (Q, k), best
         first, of equal scores the lower id.
 
-        queries: (Q, E) of any float dtype and norm. nprobe: look into so many inverted lists;
-        None: exact. exclude: int64 (Q,), a row id per query that must not come back. Raises
-        ValueError for another shape, a query that is zero or not finite, or damaged rows."""
+        queries: (Q, E), any float dtype and norm. nprobe: look into so many inverted lists; None:
+        exact. exclude: int64 (Q,), a row id per query that must not come back. Raises ValueError
+        for another shape, a query that is zero or not finite, or damaged rows."""
         N, E = self.rows.shape
         require(queries.shape[1:] == (E,), f"queries: {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")
@@ -220,10 +220,11 @@ class Index:
             found.append((scores, ids))
         scores, ids = (torch.cat(part) for part in zip(*found))
         if exclude is not None:
-            # By its id, never by its rank: a duplicate may rank before the own row.
+            # By its id, never by its rank: a duplicate may rank before it.
             is_own = ids == exclude.to(ids.device)[:, None]  # (Q, k + 1)
             is_own[~is_own.any(1), -1] = True                # not found: drop the last
-            scores, ids = (part[~is_own].view(len(ids), wide - 1) for part in (scores, ids))
+            scores, ids = (part[~is_own].view(len(ids), wide - 1)
+                           for part in (scores, ids))
         return scores.float(), ids
 
 
@@ -243,7 +244,8 @@ def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> 
     Read from neighbors-<k>.npy, or computed on `device` and kept there: N²·E multiplications, or,
     with inverted lists, a search of TABLE_NPROBE lists per row."""
     blocks = (index.search(torch.from_numpy(index.rows[own]).to(device), k, TABLE_NPROBE, own)[1]
-              .int().cpu().numpy() for own in torch.arange(len(index)).split(1024))
+              .int().cpu().numpy()
+              for own in torch.arange(len(index)).split(1024))
     return np.array(cached(index.folder / f"neighbors-{k}.npy", rows_digest(index.rows), blocks))
 
 
@@ -290,7 +292,7 @@ def open_index(folder: str | Path) -> Index:
     """Open an index folder. Raises FileNotFoundError, or ValueError where its files disagree."""
     folder, lists = Path(folder), None
     if not os.path.isfile(folder / "manifest.json"):
-        raise FileNotFoundError(f"no index at {folder}; `python index.py build` makes one")
+        raise FileNotFoundError(f"no index at {folder}: see python index.py build")
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8-sig"))
         N, E, root = manifest["rows"], manifest["dim"], folder / manifest.get("root", ".")
@@ -300,7 +302,8 @@ def open_index(folder: str | Path) -> Index:
         require(rows.shape == (N, E) and rows.dtype == np.float16 and len(paths) == N,
                 f"{N} x {E} in its manifest, {rows.shape} in its files, {len(paths)} paths")
         if manifest.get("lists"):
-            lists = [torch.from_numpy(np.load(folder / f"{name}.npy")) for name in LISTS]
+            lists = [torch.from_numpy(np.load(folder / f"{name}.npy"))
+                     for name in LISTS]
             require(torch.equal(lists[1].sort().values, torch.arange(N)), "a list lacks rows")
     except Exception as error:  # a damaged file raises any kind
         raise ValueError(f"the index at {folder} is damaged ({reason(error)})") from None
@@ -388,8 +391,8 @@ def write_array(path: Path, blocks: Iterable[np.ndarray]) -> None:
 
 
 def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """An array in a .npy file, memory-mapped. Where it is missing or damaged, or the .key beside it
-    tells of another key or shape, `blocks` makes its rows."""
+    """An array in a .npy file, memory-mapped. Where it is missing or damaged, or its .key tells of
+    another key or shape, `blocks` makes its rows."""
     key_path = path.with_suffix(".key")
     with suppress(Exception):  # a damaged file raises many kinds
         array = open_memmap(path, mode="c")
@@ -412,13 +415,14 @@ def list_images(folder: str | Path, others: bool = False) -> list[str]:
             continue
         seen.add(os.path.realpath(here))
         names += [Path(here, name).relative_to(folder).as_posix() for name in files]
-    return sorted(name for name in names if (Path(name).suffix.lower() in IMAGE_SUFFIXES) != others)
+    return sorted(name for name in names
+                  if (Path(name).suffix.lower() in IMAGE_SUFFIXES) != others)
 
 
 def embed_folder(clip: clip_model.CLIP, folder: str | Path, batch_size: int = 256
                  ) -> tuple[Tensor, list[str], list[str]]:
     """All pictures below a folder: embeddings, unit-norm float32 (N, E), their names, and one
-    sentence per unreadable picture. Raises ValueError where none can be read."""
+    sentence per unreadable picture. Raises ValueError where all are."""
     def read(name: str) -> Image.Image | str:
         try:
             require(name.isprintable(), f"{name!r} is no name for a list of lines")

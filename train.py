@@ -9,9 +9,9 @@ No training reads a word, and only the swaps of `edit` run CLIP. Pictures, token
 swaps are made once and kept in files.
 
 Each loop is flat: rows → x_0, query, neighbours → t, ε, drops → loss → step → average → log. The
-generators of a step are seeded with (seed, step): a resumed run goes on as if never stopped. Of
-100 pictures or more no backbone learns every 50th (others still have it as neighbour); its loss
-stands in log.csv. Left out: more than one GPU, float16.
+generators of a step are seeded with (seed, step): a resumed run goes on as if never stopped.
+Of 100 pictures or more no backbone learns every 50th (others still have it as neighbour); its
+loss is in log.csv. Left out: more than one GPU, float16.
 
 Shapes: B pictures per step, C channels, S pixels per side, L tokens, V codes, E CLIP dimension,
 K neighbours, N pictures, R rows to learn from: R = N, or several swaps per picture."""
@@ -55,7 +55,7 @@ STEPS = {"vqvae": 10000, "continuous": 20000, "discrete": 20000, "edit": 5000}
 # Pictures at once, else 64. Computed for 12 GB (gpu, f16) and 24 GB (paper), not measured.
 BATCH_SIZES = {("continuous", "gpu"): 32, ("continuous", "paper"): 16, ("discrete", "paper"): 8,
                ("vqvae", "f16-1024"): 6, ("vqvae", "f16-16384"): 6}
-# The layers at a model's ends: see `muon_and_adam`.
+# Layers at a model's ends, see `muon_and_adam`.
 ENDS = {vqvae.VQVAE: ("encoder.conv_in", "decoder.conv_out", "quantize"),
         UNet: ("conv_in.", "conv_out."),
         TokenTransformer: ("token.", "row.", "column.", "time.", "out.")}
@@ -71,11 +71,11 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, for convolutions, too: every singular value of a matrix's update is made about
-    1 (Jordan et al., 2024). So directions that few pictures ask for move as far as the others: what
-    has to be learned by heart is learned sooner. A convolution counts as the matrix (C', h·w·C), a
-    view in channels_last. "match_rms_adamw" gives updates AdamW's usual size, and so its learning
-    rates and decay (Liu et al., 2502.16982 Eq. 4)."""
+    """torch's Muon, for convolutions, too: every singular value of a matrix's update is about 1
+    (Jordan et al., 2024). Directions that few pictures ask for move as far as the others: what
+    has to be learned by heart is learned sooner. A convolution counts as the matrix
+    (C', h·w·C), a view in channels_last. "match_rms_adamw" gives updates AdamW's usual size, and
+    so its learning rates and decay (Liu et al., 2502.16982 Eq. 4)."""
     def __init__(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         self.weights = weights
         super().__init__([nn.Parameter(self.matrix(weight.detach())) for weight in weights], lr,
@@ -93,7 +93,8 @@ class Muon(torch.optim.Muon):
 def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     """Muon for matrices and convolutions inside, AdamW for the rest and what ENDS names."""
     inside = {name: p for name, p in model.named_parameters()
-              if p.ndim >= 2 and name.endswith("weight") and not name.startswith(ENDS[type(model)])}
+              if p.ndim >= 2 and name.endswith("weight")
+              and not name.startswith(ENDS[type(model)])}
     others = [p for name, p in model.named_parameters() if name not in inside]
     return [Muon(list(inside.values()), lr, weight_decay=0.01),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
@@ -101,7 +102,8 @@ def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
 
 def on_device(inputs: Iterable[Tensor], device: torch.device) -> list[Tensor]:
     """Pictures, uint8 (B, S, S, 3), as x (bytes are copied, not floats); others as they are."""
-    return [to_x(each, device) if each.dtype == torch.uint8 else each.to(device) for each in inputs]
+    return [to_x(each, device) if each.dtype == torch.uint8 else each.to(device)
+            for each in inputs]
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
@@ -110,8 +112,8 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
 
 def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float
               ) -> tuple[float, float]:
-    """Step down the gradients that backward() left, clipped to a norm of 1; not where loss or norm
-    is not finite. Returns both, in one read-back per step: a GPU runs out of work in each."""
+    """Step down the gradients that backward() left, clipped to a norm of 1; not where loss or
+    norm is not finite. Returns both, in one read-back: a GPU runs out of work in each."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     loss, norm = torch.stack([loss.detach(), norm]).tolist()
     if math.isfinite(loss + norm):
@@ -125,8 +127,8 @@ def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: T
 
 @torch.no_grad()
 def average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema ← d·ema + (1 − d)·weights, d = min(decay, (1 + step)/(10 + step)): early weights, still
-    far off, are forgotten fast."""
+    """ema ← d·ema + (1 − d)·weights, d = min(decay, (1 + step)/(10 + step)): early weights are
+    still far off, and forgotten fast."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
@@ -139,7 +141,7 @@ def step_seed(seed: int, step: int) -> int:
 def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn.Module,
                optimizers: list) -> int:
     """Restore weights, average and optimisers in place; return the steps done. Raises ValueError
-    for a damaged file, another model, other settings, or where no step is left."""
+    for a damaged file, another model, other settings, or no step left."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself believes a flipped bit
             require(archive.testzip() is None, "its checksum is wrong")
@@ -193,7 +195,8 @@ class Run:
         """The steps to do, each with its generator. Now and then, and at the end, all is saved and
         `look` draws and returns the held-out loss, if any."""
         args, self.start = self.args, time.time()
-        handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: signal.signal(n, self.stop)
+                    for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             for step in range(self.first, args.steps):
                 torch.manual_seed(step_seed(args.seed + 1, step))  # dropout in the model
@@ -302,9 +305,9 @@ def prepared(path: Path, key: str, folder: Path, names: list[str], size: int, sk
 
 def split_by_drawing(names: list[str], every: int, are_stickers: bool = True
                      ) -> tuple[list[str], list[str]]:
-    """File names to train on, and those kept out: each `every`-th drawing with all its renderings,
-    "fox-0.png", "fox-1.png", … (a drawing is a name up to its last hyphen). Of pictures that are no
-    stickers: each `every`-th file. 0 keeps none out."""
+    """File names to train on, and those kept out: each `every`-th drawing, in all its renderings
+    "fox-0.png", "fox-1.png", … (a drawing is a name up to its last hyphen). Of other pictures:
+    each `every`-th file. 0 keeps none out."""
     drawing = {name: are_stickers and name.rpartition("-")[0] or name for name in names}
     kept_out = set(sorted(set(drawing.values()))[every - 1::every]) if every else set()
     return ([name for name in names if drawing[name] not in kept_out],
@@ -349,7 +352,7 @@ def train_vqvae(args: argparse.Namespace) -> None:
         return run.loss(run.ema, loss_of, torch.from_numpy(tests)) if len(tests) else None
 
     for step, seeded in run.steps(look):
-        if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:  # codes settle in the end
+        if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:  # codes settle
             revive(step)
         loss = run.loss(model, loss_of, torch.from_numpy(draw(run.n, seeded)))
         run.advance(step, loss, decay=0.999)
@@ -387,8 +390,8 @@ class Data:
 
 def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
           ) -> tuple[np.ndarray, np.ndarray]:
-    """I_manip uint8 (R, S, S, 3) and the *original* regions' embeddings float16 (R, E) (Sec. 3.3).
-    R is SWAPS times N, all pictures in turn. A resumed run reads them from out/swaps.npz."""
+    """I_manip uint8 (R, S, S, 3), and the *original* regions' embeddings float16 (R, E) (Sec. 3.3).
+    R is SWAPS times N, all pictures in turn. A resumed run reads out/swaps.npz."""
     path, device = args.out / "swaps.npz", args.device
     if args.resume:
         with np.load(path) as made:
@@ -431,7 +434,8 @@ def held_out_loss(run: Run, data: Data, draw_noise: Callable, loss_of: Callable)
         return None
     x0, query, neighbors, *picture = data.batch(data.held_out)
     noise = draw_noise(x0, torch.Generator().manual_seed(run.args.seed))
-    drops = [torch.full((len(x0),), run.args.condition == only) for only in ("neighbors", "query")]
+    drops = [torch.full((len(x0),), run.args.condition == only)
+             for only in ("neighbors", "query")]
     return run.loss(run.ema, loss_of, x0, query, neighbors, *noise, *drops, *picture)
 
 
@@ -551,7 +555,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Complete and check what was asked for, then train. Raises ValueError or FileNotFoundError
-    before the first step; by then only caches are written."""
+    before the first step, with only caches written."""
     require(args.preset in PRESETS[args.what],
             f"{args.what} has no preset {args.preset!r}, but {', '.join(PRESETS[args.what])}")
     for name in ("steps", "batch_size", "accumulate", "k", "save_every", "lr", "minutes"):
@@ -562,7 +566,7 @@ def run(args: argparse.Namespace) -> None:
     args.steps = args.steps or STEPS[args.what]
     args.lr = args.lr or (1e-3 if args.what == "edit" else 2e-3)
     require((args.what == "edit") == bool(args.swap_index), "edit, and nothing else, needs "
-            "--swap-index: an index of the pictures in --data (python index.py build)")
+            "--swap-index: an index of --data (python index.py build)")
     require(args.resume or not (args.out / "state.pt").exists(), f"{args.out} holds a run: "
             "--resume goes on, another --out begins anew")
     args.device = clip_model.pick_device(args.device)
@@ -603,8 +607,9 @@ def train_backbone(args: argparse.Namespace) -> None:
     if database is own:
         neighbors = retrieval.neighbor_table(own, k, device=args.device)
     else:
-        near = (database.search(torch.from_numpy(queries[ids]).to(args.device), k)[1].int().cpu()
-                .numpy() for ids in torch.arange(len(queries)).split(1024))
+        near = (database.search(torch.from_numpy(queries[ids]).to(args.device), k)[1]
+                .int().cpu().numpy()
+                for ids in torch.arange(len(queries)).split(1024))
         path = own.folder / f"neighbors-{k}-from-{settings['index']}.npy"
         neighbors = retrieval.cached(path, retrieval.rows_digest(queries), near)
     print(f"{len(own)} pictures, {len(queries)} queries, K {k} of {database.folder}")

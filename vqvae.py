@@ -6,7 +6,7 @@ The discrete backbone of kNN-Diffusion Sec. 3.2 draws tokens, not pixels:
     decode   x̂ = decoder(e_token)
     loss     |x − x̂| + (x − x̂)² + ‖sg[z] − e‖² + β ‖z − sg[e]‖²,   sg: no gradient
 
-Every term is a mean over its entries, as in taming: ‖·‖² in the loss is over Z, too.
+Every term is a mean over its entries, as in taming: ‖·‖² is the squared length over Z.
 The arg-min has no gradient. The *straight-through estimator* goes around it: the decoder gets e,
 and its gradient goes to z as if z had been given. Near each other both want the same. The third
 term moves the code towards what the encoder says. The fourth (commitment, β) moves the encoder
@@ -37,7 +37,6 @@ import clip_model
 from clip_model import load_model, read_weights, require, save_model, weights_digest
 
 # ---------------- configuration
-
 
 @dataclass(frozen=True)
 class VQVAEConfig:
@@ -304,7 +303,7 @@ TAMING = r"(?:first_stage_model\.)?((?:encoder|decoder|quantize|quant_conv|post_
 
 def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
     """A VQ-VAE in eval mode, float32, on the CPU, and its file's metadata (none for taming's).
-    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit."""
+    Raises FileNotFoundError, or ValueError for a file that does not fit."""
     tensors, metadata = read_weights(path)
     if metadata.get("format") == clip_model.FORMAT:
         model, metadata = load_model(path, {"VQVAE": (VQVAE, VQVAEConfig)})
