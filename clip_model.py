@@ -4,13 +4,12 @@ The retrieval model of kNN-Diffusion Sec. 3 is frozen. This is its pair of encod
 
     f_img(x) = W_img · ViT(x)[class token]        f_txt(y) = W_txt · Transformer(y)[end token]
 
-Both are divided by their norm, so that an inner product is a cosine. Some of the published models
-have a ResNet in place of the ViT. Modules and parameters have the names of OpenAI's release.
+Both are divided by their norm, so that an inner product is a cosine. Some published models have
+a ResNet in place of the ViT. Modules and parameters have OpenAI's names.
 `load` reads the checkpoints of OpenAI, OpenCLIP and Hugging Face, and our sticker CLIP.
 
 Shapes: B batch, C channels, H W picture, L tokens (M keys), D width (d per head), E CLIP dimension.
-Left out: other projects' towers (timm's, Hugging Face's text models), CoCa's and SigLIP's heads.
-"""
+Left out: other projects' towers (timm's, Hugging Face's text models), CoCa's and SigLIP's heads."""
 from __future__ import annotations
 
 import argparse
@@ -52,9 +51,9 @@ class QuickGELU(nn.Module):
 
 AnyPath = str | os.PathLike
 Tensors = dict[str, Tensor]                       # by name
-Conv = functools.partial(nn.Conv2d, bias=False)   # a ResNet's: the norm behind it has a bias
+Conv = functools.partial(nn.Conv2d, bias=False)   # a ResNet's: its norm has a bias
 ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's own statistics, RGB in [0, 1]
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of RGB in [0, 1]
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -75,7 +74,7 @@ class ClipConfig:
     activation: str = "quick_gelu"  # OpenAI's weights; "gelu" for most of OpenCLIP's
     vision_hidden: int = 0          # hidden width of an MLP; 0 is 4 D
     text_hidden: int = 0
-    pixel_mean: tuple[float, ...] = PIXEL_MEAN  # per channel; a few models have their own
+    pixel_mean: tuple[float, ...] = PIXEL_MEAN  # per channel; a few differ
     pixel_std: tuple[float, ...] = PIXEL_STD
 
 
@@ -83,8 +82,8 @@ class ClipConfig:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     """softmax(q kᵀ / √d) v for q (B, heads, L, d) and k, v (B, heads, M, d); softmax in float32.
-    Causal: token i sees tokens 0 … i. torch's fused kernel, except for gradients on the CPU, where
-    it is four times slower in bfloat16."""
+    Causal: token i sees tokens 0 … i. torch's fused kernel, but for gradients on the CPU:
+    there it is four times slower in bfloat16."""
     if not (q.requires_grad and q.device.type == "cpu"):
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, L, M)
@@ -130,7 +129,7 @@ class Block(nn.Module):
 def transformer(width: int, layers: int, heads: int, hidden: int, activation: str,
                 is_causal: bool) -> nn.Sequential:
     """A stack of blocks, named "resblocks"; `is_causal` hides later tokens (text). CLIP's initial
-    scales: branches shrink with depth, so that their sum does not grow."""
+    scales: branches shrink with depth, so their sum does not grow."""
     blocks = nn.Sequential()
     for _ in range(layers):
         block = Block(width, heads, hidden or 4 * width, activation, is_causal)
@@ -165,8 +164,8 @@ class VisionTransformer(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ResNet-50's block, 1x1 → 3x3 → 1x1, in CLIP's anti-aliased form: a stride is an average pool
-    in front of a convolution, on both branches."""
+    """ResNet-50's block, 1x1 → 3x3 → 1x1, in CLIP's anti-aliased form: a stride is an average
+    pool before a convolution, on both branches."""
     def __init__(self, c_in: int, width: int, stride: int) -> None:
         super().__init__()
         c_out = 4 * width
@@ -193,13 +192,14 @@ class AttentionPool(nn.Module):
         self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
         self.v_proj, self.c_proj = nn.Linear(width, width), nn.Linear(width, embed_dim)
 
-    def forward(self, x: Tensor) -> Tensor:                              # (B, D, h, w)
-        x = x.flatten(2).transpose(1, 2)                                 # (B, M-1, D)
+    def forward(self, x: Tensor) -> Tensor:  # (B, D, h, w)
+        x = x.flatten(2).transpose(1, 2)     # (B, M-1, D)
         x = torch.cat([x.mean(1, keepdim=True), x], dim=1) + self.positional_embedding
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, 1 or M, d)
+        # q (B, heads, 1, d); k, v (B, heads, M, d)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for part in (self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)))
-        x = attention(q, k, v)                                           # (B, heads, 1, d)
-        return self.c_proj(x.flatten(1))                                 # (B, E)
+        x = attention(q, k, v)               # (B, heads, 1, d)
+        return self.c_proj(x.flatten(1))     # (B, E)
 
 
 class ModifiedResNet(nn.Module):
@@ -231,8 +231,8 @@ class ModifiedResNet(nn.Module):
 # ---------------- CLIP
 
 class CLIP(nn.Module):
-    """Both towers and the learned temperature. The text tower's modules sit at the top level, as in
-    OpenAI's release. `tokenizer` belongs to the weights."""
+    """Both towers and the learned temperature. The text tower's modules are at the top level, as
+    OpenAI's. `tokenizer` belongs to the weights."""
     def __init__(self, config: ClipConfig) -> None:
         super().__init__()
         self.config, D = config, config.text_width
@@ -254,7 +254,7 @@ class CLIP(nn.Module):
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """int64 (B, L) from the tokenizer -> unit-norm float32 (B, E)."""
-        # The end token has the largest id. Attention is causal: nothing behind it can change it.
+        # The end token has the largest id. Nothing behind it can change it (causal).
         end = tokens.argmax(-1)                                         # (B,)
         tokens = tokens[:, : int(end.max()) + 1]
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]  # (B, L, D)
@@ -265,20 +265,21 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Texts -> unit-norm float32 (B, E), on the model's device. A long one is cut, and said.
-        Raises ValueError where weights came without their vocabulary and none was found."""
+        Raises ValueError where no vocabulary was found for the weights."""
         require(self.tokenizer, f"texts need CLIP's {VOCABULARY} or merges.txt beside the weights")
         return self.embed_tokens(self.tokenizer(texts).to(self.logit_scale.device))
 
     @torch.no_grad()
     def embed_pictures(self, pictures: list[Image.Image]) -> Tensor:
         """Pictures of any size and mode -> unit-norm float32 (B, E), on its device."""
-        squares = [fit_square(to_rgb(picture), self.config.image_size) for picture in pictures]
+        squares = [fit_square(to_rgb(picture), self.config.image_size)
+                   for picture in pictures]
         pixels = to_pixels(squares, self.config.pixel_mean, self.config.pixel_std)
         return self.embed_images(pixels.to(self.logit_scale.device))
 
     def logits(self, images: Tensor, texts: Tensor) -> Tensor:
         """Cosines of all pictures with all texts, unit-norm (B, E), times the temperature: (B, B).
-        float32 even under autocast: bfloat16 logits would move in steps of a quarter."""
+        float32 even under autocast: bfloat16 logits move in steps of a quarter."""
         with torch.autocast(images.device.type, enabled=False):
             return self.logit_scale.clamp(max=math.log(100)).exp() * (images @ texts.T)
 
@@ -291,17 +292,17 @@ class CLIP(nn.Module):
 
     def fingerprint(self) -> str:
         """16 hex digits of the image tower: which f_img this is. Indexes and generators hold its
-        embeddings; a text tower that is tuned to it may take the place of another."""
+        embeddings; the text tower may be another."""
         c = self.config
         return weights_digest(self.visual, repr((c.vision_heads, c.activation, c.pixel_mean)))
 
 
 # ---------------- tokenizer
 #
-# Byte-pair encoding (Sennrich et al., 1508.07909) over UTF-8 bytes, as GPT-2 and CLIP do it. Every
-# byte has a printable stand-in, so that any text can be written down. A word starts as its bytes,
-# the last one marked "</w>". Then the pair that was learned first among those present is merged,
-# everywhere in the word, until no learned pair is left. What remains are the tokens.
+# Byte-pair encoding (Sennrich et al., 1508.07909) over UTF-8 bytes, as GPT-2 and CLIP do it.
+# Every byte has a printable stand-in, so that any text can be written down. A word starts as its
+# bytes, the last one marked "</w>". Then the pair that was learned first is merged, everywhere in
+# the word, until no learned pair is left. What remains are the tokens.
 
 WORD = regex.compile(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
                      r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
@@ -313,8 +314,8 @@ BYTE_SYMBOLS = dict(zip(PRINTABLE + OTHERS, map(chr, [*PRINTABLE, *range(256, 32
 
 
 def split_words(text: str) -> list[str]:
-    """Any text -> its words in byte symbols, without the "</w>". CLIP's cleaning: mend mojibake,
-    unescape HTML twice, lower case."""
+    """Any text -> its words in byte symbols, without the "</w>". CLIP's cleaning: mend
+    mojibake, unescape HTML twice, lower case."""
     text = html.unescape(html.unescape(ftfy.fix_text(text))).lower()
     return ["".join(map(BYTE_SYMBOLS.get, word.encode())) for word in WORD.findall(text)]
 
@@ -331,8 +332,8 @@ def merge_pair(parts: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]
 
 
 class Tokenizer:
-    """Texts -> token ids. Vocabulary: 256 bytes, the same with "</w>", merges, start, end. The end
-    token has the largest id, since the text tower finds it by arg-max."""
+    """Texts -> token ids. Vocabulary: 256 bytes, the same with "</w>", merges, start, end.
+    The end token is the largest id: the text tower finds it by arg-max."""
     def __init__(self, merges: list[tuple[str, str]], context_length: int = 77) -> None:
         symbols = list(BYTE_SYMBOLS.values())
         self.words = [*symbols, *(s + "</w>" for s in symbols), *map("".join, merges), *SPECIAL]
@@ -357,9 +358,9 @@ class Tokenizer:
         return [i for word in split_words(text) for i in self.encode_word(word)]
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """int64 (B, L): start, tokens, end, zeros. A longer text is cut with a warning and keeps
-        its end token, since CLIP pools there."""
-        require(not isinstance(texts, str), "wanted a list of texts, one text came")
+        """int64 (B, L): start, tokens, end, zeros. A longer text is cut with a warning, but keeps
+        its end token: CLIP pools there."""
+        require(not isinstance(texts, str), "wanted a list of texts, not one")
         tokens = torch.zeros(len(texts), self.context_length, dtype=torch.int64)
         for row, text in zip(tokens, texts):
             ids = [self.start, *self.encode(text), self.end]
@@ -373,26 +374,26 @@ class Tokenizer:
 
 # ---------------- pictures
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # PostScript would run programs
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # PostScript runs programs
 IMAGE_SUFFIXES = set(".png .jpg .jpeg .jfif .webp .bmp .gif .tif .tiff .avif".split())
 
 
 def read_image(path: AnyPath, least: int = 0) -> Image.Image:
-    """Open a picture file's first frame, `to_rgb`. least: pixels per side that are enough: a JPEG
-    is then decoded at 1/2, 1/4 or 1/8, faster. Raises ValueError where Pillow can't read it."""
+    """Open a picture file's first frame, `to_rgb`. least: pixels per side that are enough: a
+    JPEG is then decoded at 1/2, 1/4 or 1/8, faster. Raises ValueError for unreadable files."""
     try:
         with Image.open(path, formats=FORMATS) as picture:
             if least:
                 picture.draft(None, (least, least))
             return to_rgb(picture)
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+    except Exception as error:  # Pillow raises many kinds on damaged files
         raise ValueError(f"{path} is no readable picture: {reason(error)}") from None
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """Turned as EXIF says, 16-bit grey scaled to 8 bits, transparency on white, then RGB."""
     picture = picture.copy()
-    with suppress(Exception):  # EXIF's other tags, if broken, have no say over pixels
+    with suppress(Exception):  # EXIF's other tags may be broken
         ImageOps.exif_transpose(picture, in_place=True)
     if picture.mode.startswith("I;16"):
         grey, transparent = np.asarray(picture), picture.info.get("transparency")
@@ -408,8 +409,8 @@ def to_rgb(picture: Image.Image) -> Image.Image:
 
 
 def fit_square(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side resized to `size` with Pillow's antialiased bicubic, then a centre crop. The
-    long side is truncated, not rounded, the offset rounded: as torchvision does."""
+    """Shorter side resized to `size` with Pillow's antialiased bicubic, then a centre crop.
+    As torchvision, the long side is truncated, the offset rounded."""
     width, height = (size * side // min(picture.size) for side in picture.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
     picture = picture.resize((width, height), Image.Resampling.BICUBIC)
@@ -425,9 +426,9 @@ def to_pixels(pictures: np.ndarray | list[Image.Image], mean: tuple = PIXEL_MEAN
 
 # ---------------- published checkpoints
 #
-# Three projects publish CLIPs under three sets of names. All are turned into OpenAI's, then the
-# sizes are read off the shapes. What shapes can't say is read from the files beside the weights,
-# or known, or guessed with a warning.
+# Three projects publish CLIPs under three sets of names. All are turned into OpenAI's, then
+# sizes are read off the shapes. The rest is read from files beside the weights, known, or
+# guessed with a warning.
 
 TEXT_TOWER = re.compile(r"(.*?)(text_model\.embeddings\.|text\.|)token_embedding.weight")
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids")
@@ -438,12 +439,12 @@ HUGGING_FACE = (  # their names and OpenAI's, piece by piece
     ("post_layernorm", "ln_post"), ("final_layer_norm", "ln_final"), ("self_attn", "attn"),
     ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("fc1", "c_fc"), ("fc2", "c_proj"),
     ("visual_projection.weight", "visual.proj"), ("text_projection.weight", "text_projection"))
-ONLY = {  # other settings that change the numbers, and the values built here
+ONLY = {  # other settings that matter, and their values here
     "layer_norm_eps": (1e-5,), "pool_type": ("tok", "argmax"), "no_causal_mask": (False,),
     "norm_kwargs": ({},), "act_kwargs": ({},), "resize_mode": ("shortest",), "resample": (3,),
     "interpolation": ("bicubic",), "do_resize": (True,), "do_center_crop": (True,),
     "do_normalize": (True,), "do_rescale": (True,)}
-HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # OpenCLIP's H, g, bigG image towers; else 64
+HEAD_WIDTHS = {1280: 80, 1408: 88, 1664: 104}  # OpenCLIP's H, g, bigG; else 64
 VOCABULARY, PUBLISHED_SIZE, N_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49408, 48894
 
 
@@ -451,7 +452,7 @@ def to_openai_names(tensors: Tensors) -> Tensors:
     """Any of the three layouts -> OpenAI's names, wrappers' prefixes stripped."""
     # "module.", "model." and the like: whatever stands in front of the text tower.
     found = next(filter(None, map(TEXT_TOWER.fullmatch, tensors)), None)
-    require(found, "it has no token_embedding: it is no CLIP of the three kinds")
+    require(found, "no token_embedding: no CLIP of the three kinds")
     wrapper, place = found.groups()
     renamed = {}
     for name, tensor in tensors.items():
@@ -496,7 +497,7 @@ def sizes_from_shapes(tensors: Tensors) -> dict[str, object]:
 
 
 def settings_beside(folder: Path) -> dict[str, object]:
-    """ClipConfig's fields that the files of OpenCLIP or Hugging Face in a folder tell. Raises
+    """ClipConfig's fields that OpenCLIP's or Hugging Face's files in a folder tell. Raises
     ValueError for what is not built here."""
     def table(name: str) -> dict:
         return json.loads((folder / name).read_text("utf-8")) if (folder / name).is_file() else {}
@@ -510,7 +511,7 @@ def settings_beside(folder: Path) -> dict[str, object]:
     pixels = openclip.get("preprocess_cfg") or table("preprocessor_config.json")
     for name, value in [*vision.items(), *text.items(), *pixels.items()]:
         require(value is None or value in ONLY.get(name, (value,)),
-                f"its {name} is {value}, which is not built here")
+                f"its {name} is {value}: not built here")
     said = {"vision_heads": vision.get("num_attention_heads"),
             "text_heads": text.get("heads", text.get("num_attention_heads")),
             "pixel_mean": tuple(pixels.get("mean") or pixels.get("image_mean") or PIXEL_MEAN),
@@ -532,14 +533,15 @@ def weights_in(folder: Path) -> Tensors:
             tensors |= read_weights(file)[0]
         if tensors:
             return tensors
-    raise FileNotFoundError(f"no model.safetensors, nor shards of it, in {folder}")
+    raise FileNotFoundError(f"no model.safetensors, or shards, in {folder}")
 
 
 def published_tokenizer(place: Path, context_length: int = 77) -> Tokenizer | None:
-    """CLIP's tokenizer. Its list of merges is `place`, or lies in that folder, or in an installed
-    CLIP package's; None where there is none. Raises ValueError for another list."""
+    """CLIP's tokenizer. Its merges are `place`, or lie in that folder, or in an installed CLIP
+    package's; None where there are none. Raises ValueError for others."""
     specs = map(importlib.util.find_spec, ("clip", "open_clip"))
-    folders = [place, *(Path(spec.origin).parent for spec in specs if spec and spec.origin)]
+    folders = [place, *(Path(spec.origin).parent
+                        for spec in specs if spec and spec.origin)]
     files = [folder / name for folder in folders for name in (VOCABULARY, "merges.txt")]
     path = next(filter(Path.is_file, [place, *files]), None)
     if path is None:
@@ -582,8 +584,8 @@ def write_weights(path: AnyPath, tensors: Tensors, metadata: dict[str, str]) -> 
 
 
 def read_weights(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
-    """Tensors and metadata of a .safetensors file, or of a zip archive of torch's. Raises
-    FileNotFoundError, or ValueError with one sentence where the file is damaged."""
+    """Tensors and metadata of a .safetensors file, or of torch's zip archive. Raises
+    FileNotFoundError, or ValueError for a damaged file."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no weights file at {path}")
     with open(path, "rb") as file:
@@ -600,7 +602,7 @@ def read_weights(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
             blob = raw[begin:end].clone()  # aligned
             tensors[name] = blob.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
         total = start + sum(tensor.nbytes for tensor in tensors.values())
-        require(total == size, f"its header promises {total} bytes, it has {size}")
+        require(total == size, f"its header says {total} bytes, it has {size}")
     except MISFITS as error:
         raise ValueError(f"{path} is not a whole .safetensors file: {reason(error)}") from None
     return tensors, metadata
@@ -608,13 +610,13 @@ def read_weights(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
 
 # ---------------- foreign weights (zip archives)
 #
-# torch.save and torch.jit.save write a zip: TOP/data.pkl, a pickle, and each tensor's raw bytes in
-# TOP/data/KEY. A pickle is a program that may call any Python object by its name. Here `find_class`
-# answers with what builds tensors, or with a class that does nothing: no foreign code runs.
+# torch.save and torch.jit.save write a zip: TOP/data.pkl, a pickle, and tensors' raw bytes in
+# TOP/data/KEY. A pickle is a program that may call any Python object by name. Here `find_class`
+# answers with what builds tensors, or a class that does nothing: no foreign code runs.
 
 class Inert(dict):
     """Any other object that a pickle names: it takes what comes and runs nothing. What it holds
-    stays readable, since TorchScript's modules are such objects."""
+    stays readable: TorchScript's modules are such objects."""
     __hash__ = object.__hash__  # classes and objects are keys of tables
     __init__ = __call__ = append = extend = lambda self, *_, **__: None
 
@@ -635,7 +637,7 @@ class ArchiveReader(pickle.Unpickler):
     def __init__(self, archive: zipfile.ZipFile) -> None:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         self.archive, self.folder, self.storages = archive, name.removesuffix(".pkl"), {}
-        super().__init__(io.BytesIO(archive.read(name)))  # read() checks the checksum, too
+        super().__init__(io.BytesIO(archive.read(name)))  # checksum checked
 
     def find_class(self, module: str, name: str) -> object:
         return KNOWN.get(f"{module}.{name}", Inert)
@@ -649,7 +651,7 @@ class ArchiveReader(pickle.Unpickler):
 
 
 def named_tensors(found: dict, prefix: str = "") -> Tensors:
-    """Dotted name -> tensor, out of a TorchScript module, a state dict, or what is around one."""
+    """Dotted name -> tensor, of a TorchScript module, a state dict, or what holds one."""
     found, tensors = found.get("state_dict", found), {}
     for name, value in found.items():
         if isinstance(value, Tensor):
@@ -660,8 +662,8 @@ def named_tensors(found: dict, prefix: str = "") -> Tensors:
 
 
 def read_archive(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
-    """Named tensors out of a zip archive of torch.save or torch.jit.save, and which of the two it
-    is: metadata {} or {"format": "TorchScript"}. Raises ValueError with one sentence."""
+    """Named tensors of a zip archive of torch.save or torch.jit.save, and which it is:
+    metadata {} or {"format": "TorchScript"}. Raises ValueError."""
     try:
         with zipfile.ZipFile(path) as archive:
             found = ArchiveReader(archive).load()
@@ -673,7 +675,7 @@ def read_archive(path: AnyPath) -> tuple[Tensors, dict[str, str]]:
 # ---------------- load, save
 
 def save_model(path: AnyPath, model: nn.Module, metadata: dict[str, str]) -> None:
-    """Write a model's weights in float16, its class name and config: enough to load it again."""
+    """Write a model's float16 weights, class name and config: enough to load it."""
     tensors = {name: tensor.half() if tensor.is_floating_point() else tensor
                for name, tensor in model.state_dict().items()}
     write_weights(path, tensors, {"format": FORMAT, "class": type(model).__name__,
@@ -689,8 +691,8 @@ def weights_digest(module: nn.Module, also: str = "") -> str:
 
 
 def load_model(path: AnyPath, classes: dict[str, tuple]) -> tuple[nn.Module, dict[str, str]]:
-    """Build the model that a file of `save_model` names, in float32 on the CPU, in eval mode.
-    classes: class name -> (model class, config class) that the caller can use. Raises as `load`."""
+    """Build the model that a file of `save_model` names, float32, on the CPU, in eval mode.
+    classes: class name -> (model class, config class) that fit the caller. Raises as `load`."""
     tensors, metadata = read_weights(path)
     name = metadata.get("class", "foreign model")
     require(metadata.get("format") == FORMAT and name in classes,
@@ -719,9 +721,9 @@ def load(path: AnyPath, tokenizer: AnyPath | None = None, activation: str | None
     path: our .safetensors; OpenAI's TorchScript .pt; a state dict as .pt, .bin or .safetensors in
         OpenAI's, OpenCLIP's or Hugging Face's names; a folder as Hugging Face lays it out.
     tokenizer: the published vocabulary's file or folder. Else it is looked for beside the weights
-        and in installed CLIP packages. Without any, pictures can be embedded, texts can't.
+        and in installed CLIP packages. Without any, no text can be embedded.
     activation: "quick_gelu" or "gelu", where no file tells it; else guessed, with a warning.
-    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit."""
+    Raises FileNotFoundError, or ValueError for a file that does not fit."""
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     tensors, metadata = (weights_in(path), {}) if path.is_dir() else read_weights(path)
@@ -738,8 +740,8 @@ def load(path: AnyPath, tokenizer: AnyPath | None = None, activation: str | None
         if "activation" not in settings:
             is_half = tensors["token_embedding.weight"].dtype == torch.float16
             settings["activation"] = "quick_gelu" if is_half else "gelu"
-            warnings.warn(f"nothing beside {path} names its activation: {settings['activation']} "
-                          "is guessed from its dtype; say activation=...", stacklevel=2)
+            warnings.warn(f"{path} does not name its activation: {settings['activation']} "
+                          "is guessed; say activation=...", stacklevel=2)
         model = CLIP(ClipConfig(**settings))
         model.load_state_dict(tensors)
     except MISFITS as error:
@@ -769,8 +771,8 @@ def reason(error: Exception) -> str:
 
 @contextmanager
 def replacing(path: AnyPath) -> Iterator[io.BufferedIOBase]:
-    """A fresh file beside `path`, open for writing. It takes path's place when all went well, and
-    is gone when not: a reader sees the old file or the new one, whole."""
+    """A fresh file beside `path`, open for writing. It takes path's place if all goes well, else
+    is gone: a reader sees the old file or the new one, whole."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -783,9 +785,9 @@ def replacing(path: AnyPath) -> Iterator[io.BufferedIOBase]:
 
 
 def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list | None = None) -> int:
-    """Parse arguments and run. Exit status: 0 done, 2 bad input, 1 else, said in a sentence."""
+    """Parse arguments and run. Exit status: 0 done, 2 bad input, 1 else, with a sentence."""
     warnings.formatwarning = lambda message, *_: f"{message}\n"  # without its source line
-    if hasattr(sys.stdout, "reconfigure"):  # no text is lost for a terminal's narrow alphabet
+    if hasattr(sys.stdout, "reconfigure"):  # for a terminal's narrow alphabet
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         run(parser.parse_args(argv))
@@ -804,16 +806,16 @@ def run_command(parser: argparse.ArgumentParser, run: Callable, argv: list | Non
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is CUDA where there is one, else the CPU. Raises ValueError for what is not there."""
+    """"auto" is CUDA where there is one, else the CPU. Raises ValueError for others."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return torch.zeros(1, device=auto if name == "auto" else name).device
-    except Exception:  # torch raises many kinds: one per missing backend
+    except Exception:  # one kind per missing backend
         raise ValueError(f"no device {name!r} here") from None
 
 
 def to_x(pictures: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]. Bytes go to the device, not floats."""
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1], made on the device."""
     return torch.as_tensor(pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -1,4 +1,4 @@
-"""Editing without a mask (kNN-Diffusion Sec. 3.3): the region swap that training needs, then the
+"""Editing without a mask (kNN-Diffusion Sec. 3.3): the region swap that training needs, and the
 command that edits a picture from a text.
 
 A picture I, a region M of it, and its nearest neighbour, aligned with it:
@@ -6,24 +6,23 @@ A picture I, a region M of it, and its nearest neighbour, aligned with it:
     I_manip = I · (1 − M) + warp(neighbour) · M
 
 A model learns to give I back from I_manip and the CLIP embedding of the *original* region. So it
-learns to change a picture where an embedding asks for it, and to leave the rest alone. At inference
-the user's picture takes I_manip's place, and a text's embedding the region's. In both cases the
-condition's neighbours are the K nearest of that embedding in the ordinary index; the neighbour that
-is swapped in comes from an index of the pictures themselves. Departs: the paper's M is random, ours
-lies where picture and neighbour differ (`most_different_regions`).
+learns to change a picture where an embedding asks for it, and only there. At inference the
+user's picture takes I_manip's place, and a text's embedding the region's. The condition's
+neighbours are the K nearest of that embedding; the neighbour swapped in is from an index of the
+pictures themselves. Departs: the paper's M is random, ours lies where picture and neighbour
+differ (`most_different_regions`).
 
-The alignment is ECC, the enhanced correlation coefficient (Evangelidis & Psarakis, PAMI 2008): the
-affine warp that maximises the correlation
+ECC aligns, the enhanced correlation coefficient (Evangelidis & Psarakis, PAMI 2008): it finds
+the affine warp that maximises the correlation
 
     ρ(warp) = i_rᵀ i_w / (‖i_r‖ ‖i_w‖)
 
-of the template I (i_r) and the warped neighbour (i_w), both less their means, over the pixels that
+of the template I (i_r) and the warped neighbour (i_w), less their means, over the pixels that
 both have. Brightness and contrast do not change it.
 
-Shapes: B pictures, C channels, H W picture, P = H·W its pixels; E CLIP dimension, K neighbours.
-Warps are (B, 2, 3), torch's: pixel (x, y) shows the picture at warp · (x, y, 1). x runs to the
-right and y down, from −1 to 1 over the picture, so a warp is the same on each level of a pyramid.
-"""
+Shapes: B pictures, C channels, H W picture, P = H·W pixels; E CLIP dimension, K neighbours.
+Warps are (B, 2, 3), torch's: pixel (x, y) shows the picture at warp · (x, y, 1). x runs right
+and y down, from −1 to 1 over the picture: a warp fits every level of a pyramid."""
 from __future__ import annotations
 
 import argparse
@@ -46,14 +45,14 @@ from clip_model import require
 # ---------------- ECC
 
 def warped(pictures: Tensor, warp: Tensor, outside: str = "border") -> Tensor:
-    """Pictures (B, C, H, W) seen through warps (B, 2, 3), bilinear. outside: "border", the nearest
-    pixel of the border, or "zeros"."""
+    """Pictures (B, C, H, W) seen through warps (B, 2, 3), bilinear. outside: "border", its nearest
+    pixel, or "zeros"."""
     points = F.affine_grid(warp, list(pictures.shape), align_corners=False)  # (B, H, W, 2)
     return F.grid_sample(pictures, points, padding_mode=outside, align_corners=False)
 
 
 def smoothed(pictures: Tensor) -> Tensor:
-    """Grey pictures (B, 1, H, W) through a 5x5 Gaussian of OpenCV's width for it, σ = 1.1."""
+    """Grey pictures (B, 1, H, W) through a 5x5 Gaussian of OpenCV's width, σ = 1.1."""
     weights = torch.exp(-torch.arange(-2.0, 3.0) ** 2 / (2 * 1.1 ** 2)).to(pictures)
     weights = weights / weights.sum()
     padded = F.pad(pictures, (2, 2, 2, 2), mode="replicate")
@@ -61,14 +60,14 @@ def smoothed(pictures: Tensor) -> Tensor:
 
 
 def centred(values: Tensor, weight: Tensor) -> Tensor:
-    """values (B, P) less their mean over weight (B, P), and 0 where the weight is 0."""
+    """values (B, P) less their mean over weight (B, P); 0 where the weight is 0."""
     mean = (values * weight).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
     return (values - mean) * weight
 
 
 def view(template: Tensor, layers: Tensor, warp: Tensor) -> tuple[Tensor, ...]:
-    """i_r, i_w and the slopes of i_w to the right and down, (B, P) each: templates (B, 1, H, W)
-    beside warped layers (B, 4, H, W), which are image, slopes, ones. 0 in pixels not seen whole."""
+    """i_r, i_w and the slopes of i_w to the right and down, (B, P) each; 0 where not seen whole.
+    template: (B, 1, H, W); layers (B, 4, H, W): image, slopes, ones."""
     i_w, gx, gy, inside = warped(layers, warp, "zeros").flatten(2).unbind(1)  # (B, P) each
     weight = (inside > 0.99).to(i_w)
     return centred(template.flatten(1), weight), centred(i_w, weight), gx * weight, gy * weight
@@ -83,7 +82,7 @@ def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Ten
         λ = (‖i_w‖² − aᵀH⁻¹a) / (i_rᵀi_w − bᵀH⁻¹a)          where the denominator is positive, else
         λ = max(√(aᵀH⁻¹a / bᵀH⁻¹b), (bᵀH⁻¹a − i_rᵀi_w) / bᵀH⁻¹b)."""
     Gt = torch.stack([gx * x, gx * y, gx, gy * x, gy * y, gy], 1)         # (B, 6, P)
-    # In float64, with a little on the diagonal: a picture without edges gives no step, no error.
+    # A little on the diagonal: a picture without edges gives no step, no error.
     H = (Gt @ Gt.transpose(1, 2)).double()                                # (B, 6, 6)
     size = H.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
     H = H + 1e-9 * size[:, None, None] * torch.eye(6).to(H)
@@ -101,9 +100,8 @@ def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Ten
 def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, eps: float
               ) -> tuple[Tensor, Tensor]:
     """Steps from a start on one level of the pyramid: warps, and which of them settled (B,).
-
-    Ours: a warp that sees less than half of the picture, or changes areas by more than a factor
-    of 2, is given up for its start: over a few pixels anything correlates."""
+    Ours: a warp that sees less than half of the picture, or changes areas by more than a factor of
+    2, gives way to its start: over a few pixels anything correlates."""
     B, _, height, width = image.shape
     down, right = torch.gradient(image, dim=(2, 3))  # per pixel
     layers = torch.cat([image, right * width / 2, down * height / 2, torch.ones_like(image)], 1)
@@ -134,12 +132,11 @@ def ecc(template: Tensor, image: Tensor, levels: int = 3, iterations: int = 50, 
         ) -> tuple[Tensor, Tensor]:
     """Warps (B, 2, 3) under which images look most like their templates; which converged (B,).
 
-    template, image: grey, (B, 1, H, W), any range. Coarse to fine over at most `levels` levels,
-    each half as large, none below 16 pixels. On each a pair takes up to `iterations` steps, until ρ
-    changes by less than eps. A pair without edges keeps the identity and does not converge."""
+    template, image: grey, (B, 1, H, W), any range. Coarse to fine: at most `levels` levels, each
+    half as large, none below 16 pixels; up to `iterations` steps on each, until ρ changes by less
+    than eps. A pair without edges keeps the identity and does not converge."""
     require(template.shape == image.shape and template.ndim == 4 and template.shape[1] == 1,
-            f"template and image have shapes {tuple(template.shape)} and {tuple(image.shape)}, "
-            "wanted (B, 1, H, W) twice")
+            f"template {tuple(template.shape)}, image {tuple(image.shape)}: not (B, 1, H, W)")
     template, image = smoothed(template.float()), smoothed(image.float())
     warp = torch.eye(2, 3, device=image.device).repeat(len(image), 1, 1)
     n_levels = max(1, min(levels, min(image.shape[-2:]).bit_length() - 4))
@@ -158,22 +155,20 @@ def grey(x: Tensor) -> Tensor:
 
 def aligned(pictures: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
     """Neighbours (B, 3, H, W) warped onto such pictures, and which of them moved, bool (B,).
-
-    Ours: a neighbour stays as it is where ECC does not converge, or leaves it no nearer to its
-    picture (mean absolute difference). A seam at the region's border would tell a model where to
-    look, and a user's picture has none."""
+    Ours: one stays where ECC does not converge, or leaves it no nearer to its picture. A seam at
+    the region's border would tell a model where to look; a user's picture has none."""
     warp, converged = ecc(grey(pictures), grey(neighbors))
     moved = warped(neighbors, warp)
-    before, after = ((pictures - each).abs().mean((1, 2, 3)) for each in (neighbors, moved))
+    before, after = ((pictures - each).abs().mean((1, 2, 3))
+                     for each in (neighbors, moved))
     has_moved = converged & (after < before)  # (B,)
     return torch.where(has_moved[:, None, None, None], moved, neighbors), has_moved
 
 
 def random_regions(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
     """Boxes int64 (n, 4): left, top, right, bottom, the last two exclusive.
-
-    Ours: the area is uniform in 5–50 % of the picture, the ratio of the sides log-uniform in
-    1/2 … 2, the place uniform among those inside."""
+    Ours: the area is uniform in 5–50 % of the picture, the ratio of sides log-uniform in
+    1/2 … 2, the place uniform."""
     area, ratio, across, down = torch.rand(4, n, generator=generator, dtype=torch.float64)
     area = (0.05 + 0.45 * area) * height * width
     ratio = 2 ** (2 * ratio - 1)
@@ -195,18 +190,19 @@ def region_mask(boxes: Tensor, height: int, width: int) -> Tensor:
 
 def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: int,
                            generator: torch.Generator) -> Tensor:
-    """Boxes (B, 4) where pictures (B, 3, H, W) and aligned neighbours differ: the best of
-    n_candidates random regions, each edge then moved to where that is best, twice around.
-    n_candidates = 1 is the paper's random region.
+    """Boxes (B, 4) where pictures (B, 3, H, W) and aligned neighbours differ.
 
-    Departs: from most random regions nothing can be learned, they show the same in both pictures.
-    One that holds a whole thing, and little else, shows what its embedding stands for. Best is
-    where mask and difference correlate most: up to a factor that is the picture's own, that is
-    (D − a·S) / √(a·(1 − a)), with D the difference inside, S everywhere, a the region's share of
-    the area. A pixel differs by at most 0.25, an eighth of [-1, 1]: shapes count, not contrasts."""
+    The best of n_candidates random regions, each edge then moved to where that is best, twice
+    around. n_candidates = 1 is the paper's random region.
+
+    Departs: most random regions show the same in both pictures and teach nothing. One that holds
+    a whole thing, and little else, shows what its embedding means. Best is where mask and
+    difference correlate most: up to a factor (D − a·S) / √(a·(1 − a)), with D the difference
+    inside, S everywhere, a the region's share of the area. A pixel differs by at most 0.25, an
+    eighth of [-1, 1]: shapes count, not contrasts."""
     B, (height, width) = len(pictures), pictures.shape[-2:]
-    difference = (pictures - neighbors).abs().mean(1).clamp(max=0.25).double().cpu()     # (B, H, W)
-    total = F.pad(difference.cumsum(1).cumsum(2), (1, 0, 1, 0))                  # (B, H+1, W+1)
+    difference = (pictures - neighbors).abs().mean(1).clamp(max=0.25).double().cpu()  # (B, H, W)
+    total = F.pad(difference.cumsum(1).cumsum(2), (1, 0, 1, 0))  # (B, H+1, W+1)
     row = torch.arange(B)
 
     def best(boxes: Tensor) -> Tensor:                                 # (n, B, 4)
@@ -239,7 +235,7 @@ def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator,
 
 def region_crop(box: tuple[int, int, int, int], height: int, width: int
                 ) -> tuple[int, int, int, int]:
-    """What CLIP embeds of a region: the tight square around its box, moved inside where it fits."""
+    """What CLIP embeds of a region: the tight square around it, moved inside where it fits."""
     left, top, right, bottom = box
     side = max(right - left, bottom - top)
     left = max(0, min((left + right - side) // 2, width - side))
@@ -255,10 +251,10 @@ def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbo
                  ) -> Tensor:
     """One edited picture per seed, float32 (B, 3, H, W), about in [-1, 1].
 
-    x: the picture (1, 3, H, W) in [-1, 1], of the model's size; query (1, E), neighbors (1, K, E),
-    unit-norm: the condition; or (B, ...), one per seed. guidance: towards the text. start: the
-    share of the T steps to begin at, from the picture noised so far; U-Nets only."""
-    require(start == 1 or codec is None, "a start from the picture goes with continuous weights")
+    x: the picture (1, 3, H, W) in [-1, 1], of the model's size; query (1 or B, E), neighbors
+    (1 or B, K, E), unit-norm. guidance: towards the text. start: the share of the T steps to
+    begin at, from the noised picture; U-Nets only."""
+    require(start == 1 or codec is None, "--start is for continuous weights")
     options = {} if start == 1 else {"start": x, "start_at": start}
     return sample.draw(model, query, neighbors, seeds, codec, steps=steps, guidance=guidance,
                        guidance_picture=guidance_picture, picture=codec.encode(x) if codec else x,
@@ -267,9 +263,8 @@ def edit_picture(model: sample.Network, x: Tensor, query: Tensor | None, neighbo
 
 def change_mask(before: Tensor, after: Tensor) -> Tensor:
     """Where two pictures (B, 3, H, W) in [-1, 1] differ, softly: (B, 1, H, W), 0 … 1.
-
-    Ours: the largest channel's difference, averaged over 3x3, counts from 0.15 on and fully from
-    0.4. What counts reaches two pixels further, so that outlines are not cut, and is blurred."""
+    Ours: the largest channel's difference, averaged over 3x3, counts from 0.15 on, fully from
+    0.4. It reaches two pixels further, not to cut outlines, and is blurred."""
     difference = (after - before).abs().amax(1, keepdim=True)  # (B, 1, H, W)
     difference = F.avg_pool2d(difference, 3, 1, 1, count_include_pad=False)
     soft = ((difference - 0.15) / 0.25).clamp(0, 1)
@@ -277,7 +272,7 @@ def change_mask(before: Tensor, after: Tensor) -> Tensor:
 
 
 def kept_box(size_before: tuple[int, int], size: int) -> tuple[int, int, int, int]:
-    """What `clip_model.fit_square` keeps, in the picture's own pixels: left, top, right, bottom."""
+    """What `clip_model.fit_square` keeps, in the picture's pixels: left, top, right, bottom."""
     sides = []
     for side in size_before:
         resized = int(size * side / min(size_before))
@@ -289,8 +284,8 @@ def kept_box(size_before: tuple[int, int], size: int) -> tuple[int, int, int, in
 
 
 def paste(picture: Image.Image, result: Image.Image, mask: np.ndarray) -> Image.Image:
-    """A result of the model's size put back where `fit_square` took it from, at the picture's own
-    resolution. Where the mask, float (H, W) in 0 … 1, is 0 the picture stays to the last bit."""
+    """Put a result back where `fit_square` took it from, at the picture's own resolution.
+    Where the mask, float (H, W) in 0 … 1, is 0 the picture stays to the last bit."""
     ramp = np.minimum(np.arange(result.width) / 4, 1)
     ramp = np.minimum(ramp, ramp[::-1])  # 0 where the picture goes on beside the crop
     if picture.width != picture.height:
@@ -312,11 +307,11 @@ def run(args: argparse.Namespace) -> None:
     picture = clip_model.read_image(args.image)
     require(all(map(str.strip, args.text)), "a text is empty")
     require(max(n, len(args.text)) <= sample.GRID_ROWS, "too many pictures for one grid")
-    require(0 < args.start <= 1, f"--start is {args.start}, wanted more than 0, at most 1")
+    require(0 < args.start <= 1, f"--start is {args.start}, wanted above 0, to 1")
     require(args.image != args.out and args.image.parent != args.singles,
-            f"{args.image} would be lost: another --out or --singles, please")
+            f"{args.image} would be lost: give another --out or --singles")
 
-    # Open what belongs together, and settle what was left open.
+    # Open what belongs together, settle what was left open.
     default = "edit-discrete" if args.backbone == "discrete" else "edit"
     weights = args.weights or sample.SHIPPED / f"{default}.safetensors"
     model, condition, clip, index, codec = sample.open_models(args, weights, edits=True)
@@ -329,13 +324,13 @@ def run(args: argparse.Namespace) -> None:
     settings |= {"vqvae": args.vqvae} if codec else {}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
     if picture.width != picture.height:
-        print(f"{args.image} is {picture.width}x{picture.height}: its central square is edited")
+        print(f"{args.image} is {picture.width}x{picture.height}: the central square is edited")
 
     # Embed and search, then a row of the grid per text.
     size = model.config.image_size
     square = clip_model.fit_square(picture, size)
-    x = clip_model.to_x(np.array(square)[None], clip.logit_scale.device)        # (1, 3, H, W)
-    before = codec.decode(codec.encode(x)) if codec else x     # what the tokens can say of it
+    x = clip_model.to_x(np.array(square)[None], clip.logit_scale.device)  # (1, 3, H, W)
+    before = codec.decode(codec.encode(x)) if codec else x  # what tokens can say
     query, neighbors, _, _ = sample.condition_on(
         clip.embed_texts(args.text), index, args.k, condition, args.query)
     rows, seeds = [], [args.seed + j for j in range(n)]
@@ -363,22 +358,22 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        description="Edit a picture from a text, with no mask. The grid shows the picture, then "
-                    "each result and where it changed.",
-        epilog="guidance: e(0,0) + S_I·[e(I,0) − e(0,0)] + S_T·[e(I,T) − e(I,0)] at every step, "
-               "with I the picture, T the text and its neighbours, 0 for none.")
+        description="Edit a picture from a text, with no mask. The grid: the picture, each "
+                    "result, where it changed.",
+        epilog="guidance: e(0,0) + S_I·[e(I,0) − e(0,0)] + S_T·[e(I,T) − e(I,0)], with I the "
+               "picture, T the text and its neighbours, 0 for none.")
     flag = sample.add_flags(parser, "edited.png")
     flag("image", type=Path, metavar="IMAGE")
     flag("text", nargs="+", metavar="TEXT", help='a thing that is to be there, "a red heart"; '
-         'instructions ("make it red") are not understood')
+         'no instructions ("make it red")')
     flag("--guidance-text", type=float, default=2.0, metavar="S_T",
          help="how far towards the text (default 2; 1: off)")
     flag("--guidance-image", type=float, default=1.0, metavar="S_I",
          help="how far towards the picture (default 1: off)")
     flag("--start", type=float, default=1.0, metavar="SHARE", help="continuous: begin at this "
-         "share of the T steps, from the picture noised so far (default 1: from noise alone)")
-    flag("--paste", action=argparse.BooleanOptionalAction, default=False, help="also put results "
-         "back at the picture's own resolution, where it changed: OUT-000-00.png, ... beside OUT")
+         "share of the T steps, from the noised picture (default 1: noise alone)")
+    flag("--paste", action=argparse.BooleanOptionalAction, default=False, help="also put "
+         "changes back at the picture's own resolution: OUT-000-00.png, ... beside OUT")
     return clip_model.run_command(parser, run, argv)
 
 

@@ -1,5 +1,5 @@
 """The retrieval database of kNN-Diffusion Sec. 3.1: an index of picture embeddings, and its rows
-that lie nearest to a query.
+nearest to a query.
 
     H = { f_img(i) : i in I },      kNN(q) = the k rows r of H with the largest score q·r
 
@@ -17,8 +17,7 @@ An index is a folder of plain files that numpy opens:
     offsets.npy       int64 (C+1,), where each list begins
     neighbors-K.npy   int32 (N, min(K, N−1)), the table for training; optional
 
-Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows, C lists.
-"""
+Shapes: N rows, E CLIP dimension, Q queries, K neighbours (k in calls), P rows, C lists."""
 from __future__ import annotations
 
 import argparse
@@ -58,26 +57,26 @@ TABLE_NPROBE = 64  # inverted lists per row, for the neighbour table
 # ---------------- kNN(·), the definition
 
 def unit(vectors: Tensor, what: str) -> Tensor:
-    """Vectors (n, E) of any float dtype and norm → float64 of unit norm. Raises ValueError, with
-    `what` they are, for one that is zero or not finite."""
+    """Vectors (n, E) of any float dtype and norm → float64 of unit norm. Raises ValueError, naming
+    `what` they are, where one is zero or not finite."""
     norms = vectors.double().norm(dim=1, keepdim=True)
     require((norms.isfinite() & (norms > 0)).all(), f"{what} is zero or not finite")
     return vectors / norms
 
 
 def stored(rows: Rows, key: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Some rows, float32 (n, E). Raises ValueError for one without unit norm, to float16's
-    precision: a single flipped bit can make a row the nearest one to every query."""
+    """Some rows, float32 (n, E). Raises ValueError for one without unit norm: a single flipped bit
+    can make a row the nearest one to every query."""
     found = torch.from_numpy(rows[key]).to(device).float()
     is_unit = (found.norm(dim=1) - 1).abs() < 2e-3
-    require(is_unit.all(), f"a row in {rows.files[0].parent} has not norm 1, or is damaged")
+    require(is_unit.all(), f"a row in {rows.files[0].parent} has not norm 1: damaged")
     return found
 
 
 def best(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """Of rows `ids`, int64 (Q, n) in all, and their scores, float64 (Q, n): the k best, best first,
-    of equal scores the lower id. Both (Q, min(k, n)). Ours: a score and its id make one integer,
-    score·2³⁰·2³² − id, so that topk settles ties, too."""
+    """The k best of rows `ids`, int64 (Q, n) in all, by scores, float64 (Q, n): (Q, min(k, n)).
+    Of equal scores the lower id is first. Ours: a score and its id make one integer,
+    score·2³⁰·2³² − id: topk settles ties, too."""
     keys = (torch.cat(scores, dim=1) * 2**30).round().long() * 2**32 - torch.cat(ids, dim=1)
     keys = keys.topk(min(k, keys.shape[1])).values
     ids = -keys % 2**32
@@ -85,8 +84,7 @@ def best(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tenso
 
 
 def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """kNN(·) as defined, of unit-norm float64 queries (Q, E): float64 scores and int64 ids, both
-    (Q, min(k, N))."""
+    """kNN(·) of unit-norm float64 queries (Q, E): float64 scores, int64 ids, (Q, min(k, N))."""
     scores, ids = queries[:, :0], queries[:, :0].long()
     for start in range(0, rows.shape[0], BLOCK):
         block = stored(rows, slice(start, start + BLOCK), queries.device).double()  # (P, E)
@@ -98,10 +96,10 @@ def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 # ---------------- the same rows, faster
 #
-# Low precision multiplies two to five times as fast. Its scores are wrong in the third digit, but
-# by a bounded error, so they tell which rows are *not* the best: keep the best score of each group
-# of 16 rows, list the best groups, and score their rows again as defined. No other group holds a
-# row above its best score + the bound. Where that is below the k-th score found, all are found.
+# Low precision multiplies two to five times as fast. Its scores err in the third digit, but the
+# error is bounded, so they tell which rows are *not* the best: keep the best score of each group
+# of 16 rows, list the best groups, score their rows again as defined. No other group holds a row
+# above its best score + the bound. Where that is below the k-th score found, all are found.
 
 def scan_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a CPU that multiplies it natively, else float32."""
@@ -119,9 +117,9 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """`exact_search` in the best groups alone, and which answers are proved to be its, bool (Q,).
 
     The bound: with q̂ and r̂ the rounded vectors, Cauchy and Schwarz give
-        |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   and all norms are below 1.01 (see `stored`).
-    Rounding takes at most eps/2 of a row's norm, and as much of the score. Sums of E products err
-    by less than E·2⁻²². A GPU's float32 may be TF32, whose eps is 2⁻¹⁰."""
+        |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   with norms below 1.01 (see `stored`).
+    Rounding takes at most eps/2 of a row's norm, and as much of the score. Sums of E products
+    err by less than E·2⁻²². A GPU's float32 may be TF32, whose eps is 2⁻¹⁰."""
     (N, E), Q, device, maxima, found = rows.shape, len(queries), queries.device, [], []
     columns = queries.to(scan_dtype(device)).T.contiguous()             # (E, Q)
     for start in range(0, N, BLOCK):
@@ -142,15 +140,15 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 # ---------------- inverted lists (IVF)
 #
-# k-means parts the rows into C lists, each with a centroid. A query looks into the nprobe lists of
-# the nearest centroids only. A neighbour in another list is missed; `recall` says how often.
+# k-means parts the rows into C lists, each with a centroid. A query looks only into the lists of
+# its nprobe nearest centroids. A neighbour in another is missed; `recall` says how often.
 
 def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10) -> list[Tensor]:
     """The tensors of centroids.npy, lists.npy and offsets.npy.
 
-    Spherical k-means on `sample` rows per list, from random ones on: assign each to the centroid
-    of the largest inner product, average, normalise. The centroid of an empty list becomes zero.
-    Then all rows are assigned, block by block."""
+    Spherical k-means on `sample` rows per list, from random ones on: assign each to the centroid of
+    the largest inner product, average, normalise. An empty list's centroid becomes zero. Then all
+    rows are assigned."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
     chosen = stored(rows, order[: sample * n_lists])  # (n, E)
     centroids = chosen[:n_lists]                      # (C, E)
@@ -165,16 +163,16 @@ def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10)
 
 
 def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best rows of each query's nprobe lists, and for which queries these hold k rows, bool
-    (Q,). A list is read once, for all queries that look into it."""
+    """The k best rows of each query's nprobe lists, and which queries got k rows, bool (Q,).
+    A list is read once, for all queries that look into it."""
     (centroids, order, offsets), device = index.lists, queries.device
-    near = (queries.float() @ centroids.to(device).T).topk(nprobe).indices    # (Q, nprobe)
-    scores = queries.new_full((len(queries), k), -2)    # below any cosine
+    near = (queries.float() @ centroids.to(device).T).topk(nprobe).indices  # (Q, nprobe)
+    scores = queries.new_full((len(queries), k), -2)  # below any cosine
     ids = torch.zeros_like(scores, dtype=torch.int64)
     for c in near.unique().tolist():
-        wants = (near == c).any(1)    # (Q,), q of them true
-        members = order[offsets[c]:offsets[c + 1]]    # (P,)
-        its_scores = queries[wants] @ stored(index.rows, members, device).double().T    # (q, P)
+        wants = (near == c).any(1)  # (Q,), q of them true
+        members = order[offsets[c]:offsets[c + 1]]  # (P,)
+        its_scores = queries[wants] @ stored(index.rows, members, device).double().T  # (q, P)
         its_ids = members.to(device).expand_as(its_scores)
         scores[wants], ids[wants] = best([scores[wants], its_scores], [ids[wants], its_ids], k)
     return scores, ids, scores[:, -1] > -2
@@ -184,7 +182,7 @@ def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, T
 
 @dataclass(repr=False)
 class Index:
-    """An open index. Its pictures may be missing; its rows are read when they are wanted."""
+    """An open index. Its pictures may be missing; its rows are read when wanted."""
     folder: Path
     rows: Rows                         # float16 (N, E), unit norm
     paths: Sequence                    # N names of files in `root`, or row numbers
@@ -201,11 +199,11 @@ class Index:
         """The min(k, N) nearest rows of each query: scores float32 and ids int64 (Q, k), best
         first, of equal scores the lower id.
 
-        queries: (Q, E) of any float dtype and norm. nprobe: look into so many inverted lists;
-        None: exact. exclude: int64 (Q,), a row id per query that must not come back. Raises
-        ValueError for another shape, a query that is zero or not finite, or damaged rows."""
+        queries: (Q, E), any float dtype and norm. nprobe: look into so many inverted lists; None:
+        exact. exclude: int64 (Q,), a row id per query that must not come back. Raises ValueError
+        for another shape, a query that is zero or not finite, or damaged rows."""
         N, E = self.rows.shape
-        require(queries.shape[1:] == (E,), f"queries are {tuple(queries.shape)}, not (Q, {E})")
+        require(queries.shape[1:] == (E,), f"queries: {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")
         queries, wide = unit(queries, "a query embedding"), min(k + (exclude is not None), N)
         at_once = min(1024, 1 + 2**30 // N)  # `scan` holds Q·N / GROUP scores
@@ -222,31 +220,32 @@ class Index:
             found.append((scores, ids))
         scores, ids = (torch.cat(part) for part in zip(*found))
         if exclude is not None:
-            # The own row is dropped by its id, never by its rank: a duplicate may rank before it.
+            # By its id, never by its rank: a duplicate may rank before it.
             is_own = ids == exclude.to(ids.device)[:, None]  # (Q, k + 1)
-            is_own[~is_own.any(1), -1] = True                # not found: the last one is too many
-            scores, ids = (part[~is_own].view(len(ids), wide - 1) for part in (scores, ids))
+            is_own[~is_own.any(1), -1] = True                # not found: drop the last
+            scores, ids = (part[~is_own].view(len(ids), wide - 1)
+                           for part in (scores, ids))
         return scores.float(), ids
 
 
 def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
-    """Raise ValueError, naming both, where another encoder than this one made the index. One
-    that is not known passes with a warning if E fits."""
+    """Raise ValueError, naming both, where another encoder made the index. An unknown one passes
+    with a warning if E fits."""
     E, its_hash = index.rows.shape[1], index.manifest.get("encoder_hash")
     made_by = f"{index.manifest.get('encoder')} ({its_hash or 'no fingerprint'}, {E} dimensions)"
     require(E == dim and its_hash in (fingerprint, None, ""),
-            f"{index.folder} was made by encoder {made_by}, not by {name} ({fingerprint}, {dim})")
+            f"{index.folder} was made by encoder {made_by}, not {name} ({fingerprint}, {dim})")
     if not its_hash:
         warnings.warn(f"{index.folder} does not say which encoder made it", stacklevel=2)
 
 
 def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> np.ndarray:
     """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by its id.
-
     Read from neighbors-<k>.npy, or computed on `device` and kept there: N²·E multiplications, or,
     with inverted lists, a search of TABLE_NPROBE lists per row."""
     blocks = (index.search(torch.from_numpy(index.rows[own]).to(device), k, TABLE_NPROBE, own)[1]
-              .int().cpu().numpy() for own in torch.arange(len(index)).split(1024))
+              .int().cpu().numpy()
+              for own in torch.arange(len(index)).split(1024))
     return np.array(cached(index.folder / f"neighbors-{k}.npy", rows_digest(index.rows), blocks))
 
 
@@ -254,7 +253,7 @@ def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> 
 
 class Rows:
     """A matrix (N, E) of floats in one .npy file or several. Each read maps its file anew, so that
-    what was read leaves memory again. Raises ValueError for files of anything else."""
+    it leaves memory again. Raises ValueError for anything else."""
     def __init__(self, files: Sequence[Path]) -> None:
         arrays = [open_memmap(path, mode="r") for path in files]
         self.files, self.starts = files, np.cumsum([0] + [len(array) for array in arrays])
@@ -293,7 +292,7 @@ def open_index(folder: str | Path) -> Index:
     """Open an index folder. Raises FileNotFoundError, or ValueError where its files disagree."""
     folder, lists = Path(folder), None
     if not os.path.isfile(folder / "manifest.json"):
-        raise FileNotFoundError(f"no index at {folder}; `python index.py build` makes one")
+        raise FileNotFoundError(f"no index at {folder}: see python index.py build")
     try:
         manifest = json.loads((folder / "manifest.json").read_text("utf-8-sig"))
         N, E, root = manifest["rows"], manifest["dim"], folder / manifest.get("root", ".")
@@ -303,24 +302,25 @@ def open_index(folder: str | Path) -> Index:
         require(rows.shape == (N, E) and rows.dtype == np.float16 and len(paths) == N,
                 f"{N} x {E} in its manifest, {rows.shape} in its files, {len(paths)} paths")
         if manifest.get("lists"):
-            lists = [torch.from_numpy(np.load(folder / f"{name}.npy")) for name in LISTS]
+            lists = [torch.from_numpy(np.load(folder / f"{name}.npy"))
+                     for name in LISTS]
             require(torch.equal(lists[1].sort().values, torch.arange(N)), "a list lacks rows")
-    except Exception as error:  # a damaged file makes its reader raise any kind
+    except Exception as error:  # a damaged file raises any kind
         raise ValueError(f"the index at {folder} is damaged ({reason(error)})") from None
     return Index(folder, rows, paths, root, manifest, lists)
 
 
 def write_index(out: str | Path, rows: Tensor | Rows, paths: Sequence, encoder: str,
                 encoder_hash: str, root: str | Path, n_lists: int | None = 0) -> Index:
-    """Write an index of embeddings (N, E), one name per row, and open it. It takes the place of
-    an older index at `out` when it is whole.
+    """Write an index of embeddings (N, E), one name per row, and open it. Once whole, it replaces
+    an older index at `out`.
 
-    Float16 files stay where they are, and the manifest names them; all other rows are copied,
-    normalised. n_lists: so many inverted lists; None: 4·√N, or none below 50,000 rows. Raises
-    ValueError for rows that are zero or not finite, or an `out` that holds anything else."""
+    Float16 files stay where they are, named in the manifest; other rows are copied, normalised.
+    n_lists: so many inverted lists; None: 4·√N, or none below 50,000 rows. Raises ValueError for
+    rows that are zero or not finite, or an `out` that holds anything else."""
     (N, E), out = rows.shape, refuse_foreign(out)
     require(N == len(paths) > 0, f"{len(paths)} names for {N} rows")
-    if n_lists is None:  # 4·√N, faiss's rule of thumb; of few rows exact search is as quick
+    if n_lists is None:  # 4·√N: faiss's rule; few rows need none
         n_lists = round(4 * N**0.5) if N >= 50_000 else 0
     manifest = {"format": 1, "rows": N, "dim": E, "dtype": "float16", "normalised": True,
                 "encoder": encoder, "encoder_hash": encoder_hash, "lists": n_lists,
@@ -352,14 +352,14 @@ def write_index(out: str | Path, rows: Tensor | Rows, paths: Sequence, encoder: 
 def index_files(out: str | Path, source: str | Path, encoder: str = "unknown",
                 encoder_hash: str = "", n_lists: int | None = None) -> Index:
     """`write_index` for embeddings that are there already: one .npy file, or a folder of them in
-    the order of the numbers in their names, as clip-retrieval writes them (img_emb_0.npy, …). A
-    paths.txt in the folder, or beside it, names the rows."""
+    the order of their numbers, as clip-retrieval writes them (img_emb_0.npy, …). A paths.txt in the
+    folder, or beside it, names the rows."""
     source = Path(source)
     files = [source] if source.is_file() else sorted(source.glob("*.npy"), key=lambda path: [
         int(number) for number in re.findall(r"\d+", path.stem)])
     require(files, f"no .npy file of embeddings at {source}")
     require(Path(out).resolve() not in {path.resolve().parent for path in files},
-            f"{source} would make way for its index: give another --out")
+            f"{source} would make way for its index: another --out")
     rows = Rows(files)
     paths = read_names(source) or read_names(source.parent) or range(len(rows))
     return write_index(out, rows, paths, encoder, encoder_hash, out, n_lists)
@@ -384,17 +384,17 @@ def write_array(path: Path, blocks: Iterable[np.ndarray]) -> None:
             n += len(block)
             if sys.stderr.isatty():
                 print(f"\r{path.name}: {n:,} rows ", end="", file=sys.stderr)
-        require(n > 0, f"nothing to put into {path}: no picture can be read")
+        require(n > 0, f"no picture can be read for {path}")
         file.seek(0)
         write_array_header_1_0(file, {"descr": block.dtype.str, "fortran_order": False,
                                       "shape": (n, *block.shape[1:])})
 
 
 def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
-    """An array in a .npy file, memory-mapped. Where it is missing or damaged, or the .key beside it
-    tells of another key or shape, `blocks` makes its rows."""
+    """An array in a .npy file, memory-mapped. Where it is missing or damaged, or its .key tells of
+    another key or shape, `blocks` makes its rows."""
     key_path = path.with_suffix(".key")
-    with suppress(Exception):  # numpy's reader raises many kinds on a damaged file
+    with suppress(Exception):  # a damaged file raises many kinds
         array = open_memmap(path, mode="c")
         if key_path.read_text("utf-8") == f"{key} {array.shape} {array.dtype}\n":
             return array
@@ -405,8 +405,8 @@ def cached(path: Path, key: str, blocks: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def list_images(folder: str | Path, others: bool = False) -> list[str]:
-    """All picture files below a folder, or all others: relative names, sorted. Links are
-    followed, and no folder is read twice, so a circle of links ends."""
+    """All picture files below a folder, or all others: relative names, sorted. Links are followed;
+    no folder is read twice, so a circle ends."""
     names, seen = [], set()
     for here, folders, files in os.walk(folder, followlinks=True):
         folders.sort()
@@ -415,13 +415,14 @@ def list_images(folder: str | Path, others: bool = False) -> list[str]:
             continue
         seen.add(os.path.realpath(here))
         names += [Path(here, name).relative_to(folder).as_posix() for name in files]
-    return sorted(name for name in names if (Path(name).suffix.lower() in IMAGE_SUFFIXES) != others)
+    return sorted(name for name in names
+                  if (Path(name).suffix.lower() in IMAGE_SUFFIXES) != others)
 
 
 def embed_folder(clip: clip_model.CLIP, folder: str | Path, batch_size: int = 256
                  ) -> tuple[Tensor, list[str], list[str]]:
     """All pictures below a folder: embeddings, unit-norm float32 (N, E), their names, and one
-    sentence per picture that could not be read. Raises ValueError where none could."""
+    sentence per unreadable picture. Raises ValueError where all are."""
     def read(name: str) -> Image.Image | str:
         try:
             require(name.isprintable(), f"{name!r} is no name for a list of lines")
@@ -485,7 +486,7 @@ def search(args: argparse.Namespace) -> None:
     is_picture = os.path.isfile(args.query)
     is_name = Path(args.query).suffix.lower() in IMAGE_SUFFIXES
     require(is_picture or args.query.strip() and not is_name,
-            f"{args.query!r} is neither a text nor a picture that is there")
+            f"{args.query!r} is neither a text nor a picture here")
     index, clip = open_index(args.index), clip_model.load(args.clip)
     check_encoder(index, clip.describe(), clip.fingerprint(), clip.config.embed_dim)
     query = (clip.embed_pictures([clip_model.read_image(args.query)]) if is_picture
@@ -502,8 +503,8 @@ def search(args: argparse.Namespace) -> None:
 def recall(args: argparse.Namespace) -> None:
     """Print what inverted lists lose: recall@k against exact search."""
     index = open_index(args.index)
-    require(index.lists, f"{args.index} has no inverted lists: build it with --ivf")
-    # Some of its own rows are the queries. Each is excluded from its neighbours.
+    require(index.lists, f"{args.index} has no inverted lists: see build --ivf")
+    # Some of its own rows are the queries, each excluded from its neighbours.
     own = torch.randperm(len(index), generator=torch.Generator().manual_seed(0))[:1000]
     rows = torch.from_numpy(index.rows[own])
     exact = index.search(rows, args.k, exclude=own)[1]               # (Q, K)
@@ -536,7 +537,7 @@ def main(argv: list[str] | None = None) -> int:
     option("query", metavar="TEXT_OR_IMAGE", help="an existing file is a picture")
     option("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     option("--nprobe", type=int, help="inverted lists to look into (default: exact)")
-    option("--out", type=Path, help="also draw the first 100 neighbours into this file")
+    option("--out", type=Path, help="also draw the first 100 neighbours")
     subs[recall].add_argument("--nprobe", type=int, nargs="+", default=[1, 4, 16, 64])
     return clip_model.run_command(parser, lambda args: args.run(args), argv)
 

@@ -1,13 +1,12 @@
 """kNN-Diffusion (Sheynin et al., 2204.02849, ICLR 2023): condition, diffusion, samplers.
 
-The model never sees a text in training. With f_img, f_txt CLIP's encoders and H an index of image
-embeddings (kNN-Diffusion Sec. 3):
+No text is seen in training. f_img, f_txt: CLIP's encoders; H: image embeddings (Sec. 3).
 
     training     condition on f_img(x_0) and the k rows of H nearest to it
     inference    condition on f_txt(text) and the k rows of H nearest to that
 
 A text's embedding lies far from every picture's. Its neighbours do not: they are pictures'
-embeddings in training and at inference. So they carry the condition across the gap.
+embeddings both times. So they carry the condition across the gap.
 
     continuous   x_t = √ᾱ_t x_0 + √(1−ᾱ_t) ε,  t = 1 … T, ᾱ_0 = 1; the U-Net predicts ε, v or x_0
     discrete     tokens are masked and replaced; a transformer predicts p(x_0 | x_t)
@@ -18,9 +17,8 @@ embeddings in training and at inference. So they carry the condition across the 
     f_img(x_0), f_txt(…)   query                     kNN(·)       neighbors
 
 Shapes: B batch, C channels, H W picture, L image tokens (h·w), D width of the condition, E CLIP
-dimension, K neighbours, T steps. Pictures are in [-1, 1]; x_0 is one. t is the step, 1 … T; s < t
-the one that a sampler goes to. Left out: ADM's learned variance, DALL-E 2's upsamplers.
-"""
+dimension, K neighbours, T steps. Pictures are in [-1, 1]. t is the step, 1 … T; s < t the one
+that a sampler goes to. Left out: ADM's learned variance, DALL-E 2's upsamplers."""
 from __future__ import annotations
 
 import functools
@@ -39,37 +37,37 @@ from clip_model import QuickGELU, attention, load_model, require, save_model
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The continuous backbone. Defaults: the paper's size, laid out as ADM's (2105.05233) at 64."""
-    image_size: int = 64                      # pixels per side
-    embed_dim: int = 512                      # E, CLIP's dimension
-    n_neighbors: int = 10                     # K in training; this many null tokens stand for none
-    widths: tuple[int, ...] = (192, 384, 576, 768)   # channels per level, full size first
-    blocks: int = 4                           # residual blocks per level (ADM: 3)
-    norm_groups: int = 32                     # of every GroupNorm
-    head_channels: int = 64                   # channels per attention head
-    condition_width: int = 1024               # D
-    time_width: int = 1024                    # of the time embedding
-    attention: tuple[int, ...] = (32, 16, 8)  # feature sizes at which pixels see the condition
-    self_attention: tuple[int, ...] = (32, 16, 8)    # ... and also each other
+    """The continuous backbone. Defaults: the paper's size, laid out as ADM's (2105.05233)."""
+    image_size: int = 64         # pixels per side
+    embed_dim: int = 512         # E, CLIP's dimension
+    n_neighbors: int = 10        # K in training, and null tokens for none
+    widths: tuple[int, ...] = (192, 384, 576, 768)  # channels per level, full size first
+    blocks: int = 4              # residual blocks per level (ADM: 3)
+    norm_groups: int = 32        # of every GroupNorm
+    head_channels: int = 64      # channels per attention head
+    condition_width: int = 1024  # D
+    time_width: int = 1024       # of the time embedding
+    attention: tuple[int, ...] = (32, 16, 8)  # sizes at which pixels see the condition
+    self_attention: tuple[int, ...] = (32, 16, 8)  # ... and also each other
     dropout: float = 0.1
-    T: int = 1000                             # steps of the diffusion
-    target: str = "eps"                       # what is predicted: "eps", "v" or "x0"
-    noise_shift: float = 1.0                  # √SNR is multiplied by it; below 1: noisier
-    unshuffle: int = 1                        # Ours, see "small networks", as the next three
+    T: int = 1000                # steps of the diffusion
+    target: str = "eps"          # what is predicted: "eps", "v" or "x0"
+    noise_shift: float = 1.0     # times √SNR; below 1: noisier
+    unshuffle: int = 1           # Ours: "small networks", with the next 3
     position_map: bool = False
-    query_map: int = 0                        # channels; 0: none
+    query_map: int = 0           # channels; 0: none
     query_hidden: int = 1024
-    edit: bool = False                        # Sec. 3.3: a picture to edit is a second input
+    edit: bool = False           # Sec. 3.3: a picture is a second input
 
     def __post_init__(self) -> None:
-        require(self.target in ("eps", "v", "x0"), f"target {self.target!r}: wanted eps, v or x0")
+        require(self.target in ("eps", "v", "x0"), f"target {self.target!r}: not eps, v or x0")
 
 
 PRESETS = {
     "paper": UNetConfig(),   # about 400M parameters, as the paper says of its own
     "gpu": UNetConfig(widths=(128, 256, 384, 512), blocks=2, condition_width=512, time_width=512,
                       self_attention=(16, 8), attention=(16, 8), target="v"),
-    "stickers": UNetConfig(  # two CPU cores: all happens on 16x16 and 8x8 features
+    "stickers": UNetConfig(  # two CPU cores: 16x16 and 8x8 features
         embed_dim=256, widths=(96, 160), blocks=1, norm_groups=8, head_channels=32,
         condition_width=256, time_width=192, attention=(16, 8), self_attention=(8,), dropout=0.0,
         target="x0", noise_shift=0.5, unshuffle=4, position_map=True, query_map=24),
@@ -82,8 +80,8 @@ class Schedule:
     """The squared-cosine schedule (Nichol & Dhariwal, 2102.09672 Eq. 17), float64, index 0 … T.
 
     ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + 0.008)/1.008 · π/2), β_t = 1 − ᾱ_t/ᾱ_{t−1} ≤ 0.999.
-    noise_shift c multiplies the signal-to-noise ratio ᾱ/(1−ᾱ) by c² (Hoogeboom et al., 2301.11093
-    Sec. 3.1): a picture of twice the side hides half the noise, c = 1/2 gives it back."""
+    noise_shift c multiplies the signal-to-noise ratio (SNR) ᾱ/(1−ᾱ) by c² (2301.11093 Sec. 3.1):
+    a picture of twice the side hides half the noise, c = 1/2 gives it back."""
     def __init__(self, T: int, noise_shift: float = 1.0, device: torch.device | str = "cpu"
                  ) -> None:
         t = torch.arange(T + 1, dtype=torch.float64)
@@ -109,8 +107,7 @@ def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
 
 def to_v(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """v = √ᾱ ε − √(1−ᾱ) x_0 (Salimans & Ho, 2202.00512 App. D).
-
-    With √ᾱ = cos φ, √(1−ᾱ) = sin φ, the pair (x_t, v) is the pair (x_0, ε) rotated by φ:
+    With √ᾱ = cos φ, √(1−ᾱ) = sin φ, (x_t, v) is (x_0, ε) rotated by φ:
     x_t = cos φ x_0 + sin φ ε and v = −sin φ x_0 + cos φ ε. Rotating back gives `x0_from`."""
     return alpha_bar.sqrt() * eps - (1 - alpha_bar).sqrt() * x0
 
@@ -145,32 +142,31 @@ def posterior(x0: Tensor, xt: Tensor, alpha_bar_t: Tensor, alpha_bar_s: Tensor
 
 # ---------------- the condition (Sec. 3.2)
 
-SHARPNESS = 250.0  # κ of `summarize`: a cosine that is higher by 0.01 weighs 12 times more
+SHARPNESS = 250.0  # κ of `summarize`: a cosine higher by 0.01 weighs 12 times more
 
 
 class Condition(nn.Module):
     """Ours: query and neighbours as tokens [q; n_1 … n_K], and as one vector, their summary.
 
-    Attention reads the tokens. The summary joins the time embedding, which scales and shifts every
-    block: attention would first have to find what all of the picture depends on. One linear map
-    serves all tokens, and a type embedding tells the query from the neighbours. Nothing tells the
-    neighbours' ranks: they are a set, and any K works at inference. A null is a learned CLIP vector
-    put in *before* every path that reads the condition, so that no path can miss it."""
+    Attention reads the tokens. The summary joins the time embedding, which scales and shifts
+    every block: attention would first have to find what the whole picture depends on. One
+    linear map serves all tokens, a type embedding tells query from neighbours. Ranks are not
+    told: neighbours are a set, and any K works at inference. A null is a learned CLIP vector,
+    put in *before* every path that reads the condition: no path can miss it."""
     def __init__(self, config: UNetConfig | TransformerConfig) -> None:
         super().__init__()
         E, D = config.embed_dim, config.condition_width
         self.n_neighbors = config.n_neighbors
-        self.null_query = nn.Parameter(torch.randn(E) * E ** -0.5)         # norm about 1, as CLIP's
+        self.null_query = nn.Parameter(torch.randn(E) * E ** -0.5)    # norm about 1
         self.null_neighbor = nn.Parameter(torch.randn(E) * E ** -0.5)
         self.to_width = nn.Linear(E, D)
-        self.type_embedding = nn.Parameter(torch.randn(2, D) * 0.02)       # query, neighbour
-        self.scale = math.sqrt(E)          # unit-norm vectors have entries of 1/√E: make them 1
+        self.type_embedding = nn.Parameter(torch.randn(2, D) * 0.02)  # query, neighbour
+        self.scale = math.sqrt(E)  # entries of unit-norm vectors become 1
 
     def forward(self, query: Tensor | None, neighbors: Tensor | None, batch: int,
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None
                 ) -> tuple[Tensor, Tensor]:
         """Tokens (B, 1+K, D) and their summary (B, E), nulls put in, entries of order 1.
-
         query: unit-norm (B, E); neighbors: unit-norm (B, K, E); None, or K = 0, is the null.
         drop_query, drop_neighbors: bool (B,), the samples to blind."""
         kept = torch.zeros(batch, dtype=torch.bool, device=self.null_query.device)
@@ -192,14 +188,14 @@ class Condition(nn.Module):
 def summarize(query: Tensor, neighbors: Tensor, no_query: Tensor, no_neighbors: Tensor) -> Tensor:
     """One vector (B, E) that a picture could have, from a query (B, E) and neighbours (B, K, E).
 
-    Ours: the query counts as far as it is at home among its neighbours. In training it is a
-    picture's embedding, at their centre: trust is near 1. A text's is far from all pictures: trust
-    is near 0, and the neighbours that the text is nearest to speak for it. With sharpness κ:
+    Ours: the query counts as far as it is at home among its neighbours. A picture's (training)
+    is at their centre: trust is near 1. A text's is far from all pictures: trust is near 0, and
+    the neighbours nearest to it speak for it. With sharpness κ:
         answer = Σ_i softmax_i(κ q·n_i) n_i          the query asks, the neighbours answer
         trust = σ(κ (q·answer − mean_i n_i·answer))  is q as close to the answer as they are?
         summary = trust·q + (1 − trust)·answer
-    no_query, no_neighbors: bool (B, 1). Without a query the mean of the neighbours asks, and their
-    answer is all. Without neighbours the query is all."""
+    no_query, no_neighbors: bool (B, 1). Without a query the neighbours' mean asks, and trust
+    is 0. Without neighbours it is 1."""
     asks = torch.where(no_query, neighbors.mean(1), query)                   # (B, E)
     scores = (neighbors * asks[:, None]).sum(-1, keepdim=True)               # (B, K, 1)
     answer = ((SHARPNESS * scores).softmax(1) * neighbors).sum(1)
@@ -215,10 +211,9 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
                ) -> tuple[Tensor, Tensor]:
     """Which samples lose their query and which their neighbours: two bool (B,), on the CPU.
 
-    Ours: 10 % lose both, 10 % the neighbours only, 10 % the query only. So one set of weights
-    serves `both`, `query`, `neighbors` and the unconditional half of the guidance. The cases are
-    exclusive, so that each has the share that it needs: two independent drops of 10 % would leave
-    1 % of the samples to train the unconditional model, which guidance calls at every step.
+    Ours: 10 % lose both, 10 % the neighbours only, 10 % the query only: one set of weights
+    serves `both`, `query`, `neighbors` and guidance's unconditional half. Independent drops of
+    10 % would leave 1 % to the unconditional model, which guidance calls at every step.
     condition "query" is the paper's no-kNN baseline: neighbours never, the query in 90 %;
     "neighbors" the other way round."""
     u = torch.rand(batch, generator=generator)
@@ -229,9 +224,9 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
 
 
 def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -> Tensor:
-    """Half of the queries (B, E) get Gaussian noise of a norm of about σ, σ uniform in 0 …
-    `largest`, and are unit-norm again: LAFITE's pseudo texts (2111.13792 Sec. 3.1), for the
-    baseline that has them in place of neighbours. Draws on the CPU."""
+    """Half of the queries (B, E) get Gaussian noise of norm about σ, uniform in 0 … `largest`.
+    Unit-norm again, they are LAFITE's pseudo texts (2111.13792 Sec. 3.1), for a baseline without
+    neighbours. Draws on the CPU."""
     B, E = query.shape
     chosen, sigma = torch.rand(2, B, 1, generator=generator)
     noise = torch.randn(B, E, generator=generator) * E ** -0.5
@@ -243,15 +238,15 @@ def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -
 
 def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
                     ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `draw_drops`, and which samples lose the picture to edit: half of those that lose the
-    whole condition. So e(∅,∅), e(I,∅) and e(I,T) of `guided` are all trained."""
+    """As `draw_drops`, and which lose the picture to edit: half of those that lose both.
+    So e(∅,∅), e(I,∅) and e(I,T) of `guided` are all trained."""
     drop_query, drop_neighbors = draw_drops(batch, generator, condition)
     drop_picture = torch.rand(batch, generator=generator) < 0.5
     return drop_query, drop_neighbors, drop_picture & drop_query & drop_neighbors
 
 
 def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
-    """The same model with a second input, the picture to edit, whose weights are zero so far."""
+    """The same model with a second input, the picture to edit, of zero weights so far."""
     wide, state = type(model)(replace(model.config, edit=True)), model.state_dict()
     for name, weight in wide.state_dict().items():
         weight.zero_()
@@ -262,14 +257,14 @@ def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
 
 # ---------------- small networks
 #
-# Ours: what lets 7 million parameters on two CPU cores draw at all. The `paper` and `gpu` presets
-# have none of it: skip this part to read the paper's networks.
+# Ours: what lets 7 million parameters on two CPU cores draw at all. `paper` and `gpu` have none
+# of it: skip this part to read the paper's networks.
 #
-#     unshuffle     r x r pixels become channels, so that all work happens on small feature maps
+#     unshuffle     r x r pixels become channels: all work is on small feature maps
 #     patch         the same for the transformer: r x r tokens share one place
 #     position_map  a learned map added to the first features
-#     query_map     an MLP that draws a small feature map from the summary. Which picture an
-#                   embedding means has to be learned by heart; an MLP does that at little cost
+#     query_map     a small feature map that an MLP draws from the summary: it learns by
+#                   heart, at little cost, which picture an embedding means
 
 def query_mlp(config: UNetConfig | TransformerConfig, places: int) -> nn.Module | None:
     """(B, E) → (B, query_map·places)."""
@@ -301,7 +296,7 @@ def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """Start a layer at zero: a residual block is the identity at first, a model predicts 0."""
+    """Start a layer at zero: a residual block is the identity, a model predicts 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -310,15 +305,15 @@ def zeroed(layer: nn.Module) -> nn.Module:
 # ---------------- the U-Net (Sec. 3.2, continuous)
 
 def time_embedding(t: Tensor, width: int) -> Tensor:
-    """Cosines, then sines of t at geometric frequencies from 1 down to 1/10000: (B, width)."""
+    """Cosines, then sines of t at geometric frequencies, 1 to 1/10000: (B, width)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(width // 2, device=t.device) / (width // 2))
     angles = t[:, None].float() * freqs  # (B, width/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class ResBlock(nn.Module):
-    """ADM's residual block: norm → SiLU → (resize) → conv → norm·(1 + scale) + shift → SiLU → conv.
-    scale and shift come from the time embedding, which carries the condition's summary, too."""
+    """ADM's: norm → SiLU → (resize) → conv → norm·(1 + scale) + shift → SiLU → conv.
+    scale and shift come from the time embedding and the condition's summary."""
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, resize: str = "") -> None:
         super().__init__()
         self.resize = {"": nn.Identity(), "down": nn.AvgPool2d(2),
@@ -340,8 +335,8 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """GLIDE's joint attention: queries from the pixels, keys and values from the condition's tokens
-    and the pixels together; from the tokens alone, at large feature maps, without with_self."""
+    """GLIDE's joint attention: queries from the pixels, keys and values from the condition's
+    tokens and, with_self, the pixels."""
     def __init__(self, config: UNetConfig, channels: int, with_self: bool) -> None:
         super().__init__()
         self.heads, self.with_self = channels // config.head_channels, with_self
@@ -411,7 +406,7 @@ class UNet(nn.Module):
                 self.up.append(Level(config, c + skips.pop(), width, size))
                 c = width
             if i > 0:
-                # Ours: it narrows while it grows; ADM keeps the width, at a seventh more time.
+                # Ours: it narrows as it grows; ADM keeps the width: a seventh more time.
                 size *= 2
                 self.up.append(Level(config, c, widths[i - 1], size, "up", attend=False))
                 c = widths[i - 1]
@@ -421,9 +416,8 @@ class UNet(nn.Module):
     def forward(self, xt: Tensor, t: Tensor, query: Tensor | None, neighbors: Tensor | None,
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None,
                 picture: Tensor | None = None) -> Tensor:
-        """xt float32 (B, 3, H, W), t (B,) in 1 … T, condition as in `Condition.forward`. picture:
-        what to edit, as xt; None is zeros (with `config.edit` only). Returns float32 (B, 3, H, W).
-        """
+        """The target, float32 (B, 3, H, W), of xt float32 (B, 3, H, W), t (B,) in 1 … T.
+        Condition as in `Condition.forward`. picture: what to edit, as xt; None is zeros."""
         config = self.config
         require(picture is None or config.edit, "only weights of `train.py edit` take a picture")
         if config.edit:
@@ -459,17 +453,18 @@ def diffusion_loss(model: UNet, schedule: Schedule, x0: Tensor, query: Tensor, n
                    picture: Tensor | None = None) -> Tensor:
     """Mean squared error of the target over the batch.
 
-    Ours, for the target x_0: weighted with 1/(1−ᾱ) = SNR + 1, at most 5. That is v's loss, since
-    x_0's error is √(1−ᾱ) times v's; the cap is as in Min-SNR (2303.09556 Sec. 3.4). A v or ε holds
+    Ours, for the target x_0: weighted with 1/(1−ᾱ) = SNR + 1, at most 5. That is v's loss, as
+    x_0's error is √(1−ᾱ) times v's; capped as in Min-SNR (2303.09556 Sec. 3.4). A v or ε holds
     all of the noise, which a narrow network must carry through; x_0 does not.
 
-    x0, and the picture to edit into it, float32 (B, 3, H, W) in [-1, 1]; t int64 (B,) in 1 … T."""
+    x0, and the picture to edit into it: float32 (B, 3, H, W) in [-1, 1]; t: int64 (B,), 1 … T."""
     alpha_bar = schedule.at(t, x0)  # (B, 1, 1, 1)
     xt = add_noise(x0, eps, alpha_bar)
     output = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture).float()
     if model.config.target == "x0":
         return ((1 / (1 - alpha_bar)).clamp(max=5) * (output - x0) ** 2).mean()
-    return F.mse_loss(output, eps if model.config.target == "eps" else to_v(x0, eps, alpha_bar))
+    return F.mse_loss(
+        output, eps if model.config.target == "eps" else to_v(x0, eps, alpha_bar))
 
 
 # ---------------- guidance
@@ -484,17 +479,17 @@ class Guide:
     picture_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        require(math.isfinite(self.scale + self.picture_scale), "guidance: wanted finite numbers")
+        require(math.isfinite(self.scale + self.picture_scale), "guidance is not finite")
 
 
 @torch.no_grad()
 def guided(model: UNet | TokenTransformer, xt: Tensor, t: int, guide: Guide) -> Tensor:
     """Classifier-free guidance (Ho & Salimans, 2207.12598): uncond + scale·(cond − uncond).
 
-    cond − uncond points to where the condition makes x_t likelier. A scale above 1 goes further
-    that way: what was asked for shows more clearly, at the price of variety; far too much burns the
-    colours. 1 is off. With a picture I to edit and the text's condition T, two scales s_I and s_T
-    (InstructPix2Pix, 2211.09800 Eq. 3); e(I, T) is the model's output, ∅ a null:
+    cond − uncond points to where the condition makes x_t likelier. A scale above 1 goes further:
+    what was asked for shows more clearly, at the price of variety; too much burns the colours.
+    With a picture I to edit and the text's condition T there are two scales, s_I and s_T
+    (InstructPix2Pix, 2211.09800 Eq. 3); e is the model's output, ∅ a null:
         e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,T) − e(I,∅)]"""
     steps = torch.full((len(xt),), t, device=xt.device)
     out = model(xt, steps, guide.query, guide.neighbors, picture=guide.picture)
@@ -514,8 +509,8 @@ def predict_x0(model: UNet, schedule: Schedule, guide: Guide, xt: Tensor, t: int
 
 # ---------------- samplers
 #
-# Each is a generator of x_t along `times`, a falling list that ends at 0 (x_0), so that a notebook
-# can watch. It begins with `xt` (B, ...) at times[0]. `noise()` is the next standard normal.
+# Each is a generator of x_t, so that a notebook can watch. `times` falls to 0 (x_0); `xt` (B, ...)
+# is at times[0]. `noise()` is the next standard normal.
 
 Predictor = Callable[[Tensor, int], Tensor]  # (x_t, t) → x_0
 
@@ -528,7 +523,7 @@ def falling(first: int, steps: int) -> list[int]:
 
 def ddpm(predict: Predictor, schedule: Schedule, times: list[int], xt: Tensor,
          noise: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """Ancestral sampling (2006.11239 Alg. 2), any falling times; the last step adds no noise."""
+    """Ancestral sampling (2006.11239 Alg. 2) at any times; the last step adds no noise."""
     for t, s in zip(times, times[1:]):
         mean, variance = posterior(predict(xt, t), xt, schedule.at(t, xt), schedule.at(s, xt))
         xt = mean + variance.sqrt() * noise() if s > 0 else mean
@@ -537,7 +532,7 @@ def ddpm(predict: Predictor, schedule: Schedule, times: list[int], xt: Tensor,
 
 def ddim(predict: Predictor, schedule: Schedule, times: list[int], xt: Tensor,
          noise: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """DDIM (Song et al., 2010.02502 Eq. 12 with σ = 0): no noise, the same ε at the next step."""
+    """DDIM (Song et al., 2010.02502 Eq. 12, σ = 0): no noise, the same ε at the next step."""
     for t, s in zip(times, times[1:]):
         x0 = predict(xt, t)
         eps = eps_from(x0, xt, schedule.at(t, xt))
@@ -547,12 +542,12 @@ def ddim(predict: Predictor, schedule: Schedule, times: list[int], xt: Tensor,
 
 def dpm_solver(predict: Predictor, schedule: Schedule, times: list[int], xt: Tensor,
                noise: Callable[[], Tensor]) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) (Lu et al., 2211.01095 Alg. 2): DDIM's step, but with x_0 on the straight
-    line through the last two predictions instead of the last one alone.
+    """DPM-Solver++(2M) (Lu et al., 2211.01095 Alg. 2): DDIM's step, with x_0 on the straight
+    line through the last two predictions.
 
     λ = log(√ᾱ/√(1−ᾱ)), h = λ_s − λ_t, x̂ = x_0(t) + [x_0(t) − x_0(before)] h / 2h_before,
     x_s = √(1−ᾱ_s)/√(1−ᾱ_t) x_t − √ᾱ_s (e^{−h} − 1) x̂.
-    The first step, and the last one to s = 0 (where h is infinite), take x̂ = x_0(t)."""
+    The first step, and the last one to s = 0 (h is infinite), take x̂ = x_0(t)."""
     before, h_before = None, 0.0
     alpha_bar = schedule.alpha_bar.tolist()
     for t, s in zip(times, times[1:]):
@@ -560,7 +555,8 @@ def dpm_solver(predict: Predictor, schedule: Schedule, times: list[int], xt: Ten
         if s == 0:
             yield x0
             return
-        log_snr_t, log_snr_s = (math.log(alpha_bar[i] / (1 - alpha_bar[i])) for i in (t, s))
+        log_snr_t, log_snr_s = (math.log(alpha_bar[i] / (1 - alpha_bar[i]))
+                                for i in (t, s))
         h = (log_snr_s - log_snr_t) / 2
         on_line = x0 if before is None else x0 + (x0 - before) * h / (2 * h_before)
         ratio = math.sqrt((1 - alpha_bar[s]) / (1 - alpha_bar[t]))
@@ -574,8 +570,8 @@ SAMPLERS = {"dpm": dpm_solver, "ddim": ddim, "ddpm": ddpm}  # the first is the d
 
 def noise_source(seeds: list[int], device: torch.device | str = "cpu",
                  draw: Callable[..., Tensor] = torch.randn) -> Callable[..., Tensor]:
-    """A function (*shape) → the next standard normal (B, *shape), or uniform with torch.rand. Every
-    sample has a generator of its own, on the CPU: only its seed decides, no batch and no device."""
+    """A function (*shape) → the next standard normal (B, *shape), or uniform with torch.rand.
+    Each sample has its own generator on the CPU: only its seed decides."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     return lambda *shape: torch.stack([draw(shape, generator=g) for g in generators]).to(device)
 
@@ -584,18 +580,17 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
            steps: int = 20, guidance: float = 2.0, sampler: str = "dpm",
            picture: Tensor | None = None, guidance_picture: float = 1.0,
            start: Tensor | None = None, start_at: float = 1.0) -> Iterator[Tensor]:
-    """Yield x_t after every step, float32 (B, 3, H, W); the last one is the picture in [-1, 1].
+    """Yield x_t after every step, float32 (B, 3, H, W); the last is the picture in [-1, 1].
 
-    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture: what
-    to edit (B, 3, H, W), for a model with `config.edit`. start: begin at t = start_at·T from this
-    picture, noised, instead of at T from noise (SDEdit, 2108.01073); `steps` from there. Raises
-    ValueError for another sampler, or where fewer steps are left than asked for."""
+    query: unit-norm (B, E) or None; neighbors: unit-norm (B, K, E) or None; B seeds. picture:
+    what to edit (B, 3, H, W). start: begin at t = start_at·T from this picture, noised (SDEdit,
+    2108.01073). Raises ValueError for another sampler, or more steps than are left."""
     require(sampler in SAMPLERS, f"sampler is {sampler!r}, wanted {', '.join(SAMPLERS)}")
     size, device = model.config.image_size, model.conv_in.weight.device
     schedule = Schedule(model.config.T, model.config.noise_shift, device)
     first = round(start_at * schedule.T)
     if model.config.target == "eps" and steps < schedule.T:
-        # Ours: x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0. Begin at the last t with ᾱ_t ≥ 1e-4.
+        # Ours: x_0 = (x_t − √(1−ᾱ) ε)/√ᾱ blows up as ᾱ → 0. Begin where ᾱ_t ≥ 1e-4.
         first = min(first, max(steps, int((schedule.alpha_bar >= 1e-4).sum()) - 1))
     times = falling(first, steps)
     noise = functools.partial(noise_source(seeds, device), 3, size, size)
@@ -609,24 +604,24 @@ def sample(model: UNet, query: Tensor | None, neighbors: Tensor | None, seeds: l
 
 # ================ the discrete backbone
 #
-# VQ-Diffusion (Gu et al., 2111.14822): x_0 is L tokens of 0 … V−1 (vqvae.py), MASK = V. In a step a
-# token stays, or becomes any code, or MASK, which it remains:
+# VQ-Diffusion (Gu et al., 2111.14822): x_0 is L tokens of 0 … V−1 (vqvae.py), MASK = V. In a
+# step a token stays, or becomes any code, or MASK, which it remains:
 #
 #     q(x_t | x_{t−1}):   itself α_t + β_t,   another code β_t each,   MASK γ_t;   α + Vβ + γ = 1
 #
-# The product of many steps has the same form. ᾱ_t = ∏ α_i is the chance that no step has touched a
-# token. 1 − γ̄_t = ∏ (1 − γ_i) is the chance that no step has masked it. What is left, a token that
-# was replaced but never masked, is any code alike, with β̄_t = (1 − ᾱ_t − γ̄_t) / V each:
+# The product of many steps has the same form. ᾱ_t = ∏ α_i: no step has touched the token.
+# 1 − γ̄_t = ∏ (1 − γ_i): no step has masked it. What is left, replaced but never masked, is any
+# code alike, with β̄_t = (1 − ᾱ_t − γ̄_t) / V each:
 #
 #     q(x_t | x_0):       x_0 itself ᾱ_t + β̄_t,   another code β̄_t,   MASK γ̄_t;   ᾱ + Vβ̄ + γ̄ = 1
 #
-# From any s to any later t it is this form again, with ᾱ_t/ᾱ_s and (1 − γ̄_t)/(1 − γ̄_s) in place of
-# the products: one function serves every stride. t runs 1 … T, t = 0 is the picture.
+# From any s to a later t it is this form again, with ᾱ_t/ᾱ_s and (1 − γ̄_t)/(1 − γ̄_s) for the
+# products: one function serves every stride. t runs 1 … T, t = 0 is the picture.
 #
-# In this half: L tokens in l places of the transformer (one each where `patch` is 1), V codes, v
-# one of them, D the transformer's width, M = 1 + K condition tokens, s a step before t.
+# In this half: L tokens in l places of the transformer (l = L where `patch` is 1), V codes, v one
+# of them, D the transformer's width, M = 1 + K condition tokens.
 
-LOG_ZERO = -70.0  # the one floor of log probabilities: e^-70 is about 4e-31
+LOG_ZERO = -70.0  # the floor of log probabilities: e^-70 is about 4e-31
 
 
 @dataclass(frozen=True)
@@ -635,7 +630,7 @@ class TransformerConfig:
     image_size: int = 256       # pixels per side, of the VQ-VAE's pictures
     n_codes: int = 8192         # V
     tokens_a_side: int = 32     # h = w; L = h·w
-    patch: int = 1              # Ours, see "small networks": places are r x r tokens
+    patch: int = 1              # Ours, "small networks": places are r x r tokens
     embed_dim: int = 512        # E, CLIP's dimension
     n_neighbors: int = 10       # K in training
     width: int = 1024           # D
@@ -644,8 +639,8 @@ class TransformerConfig:
     condition_width: int = 512  # of the condition's tokens
     T: int = 100                # steps of the diffusion
     schedule: str = "released"  # "released": the code's; "paper": the text's
-    auxiliary: float = 5e-4     # λ of −log p(x_0 | x_t), the text-to-image configs'
-    query_map: int = 0          # Ours, see "small networks": channels; 0: none
+    auxiliary: float = 5e-4     # λ of −log p(x_0 | x_t), their text configs'
+    query_map: int = 0          # Ours, "small networks": channels; 0: none
     query_hidden: int = 1024
     edit: bool = False          # Sec. 3.3: the tokens of a picture to edit, too
 
@@ -662,17 +657,17 @@ DISCRETE_PRESETS = {
 # ---------------- mask and replace
 
 class MaskSchedule:
-    """ᾱ_t and γ̄_t, float64, index 0 … T, and what follows from them.
+    """ᾱ_t and γ̄_t, float64, index 0 … T.
 
-    "released" (VQ-Diffusion's code): ᾱ falls linearly from 0.99999 at t = 1 to 0.000009 at T, γ̄
-    rises from 0.000009 to 0.99999: Vβ̄ is 1e-6 throughout, almost pure masking. "paper" (its text):
-    γ̄ rises linearly to 0.9 and Vβ̄ to 0.1; ᾱ_T = 0 is raised to FLOOR, taken from Vβ̄."""
+    "released" (VQ-Diffusion's code): from t = 1 to T ᾱ falls linearly from 0.99999 to 0.000009,
+    γ̄ rises from 0.000009 to 0.99999: Vβ̄ is 1e-6, almost pure masking. "paper" (its text): γ̄
+    rises linearly to 0.9, Vβ̄ to 0.1; ᾱ_T = 0 is raised to FLOOR, taken from Vβ̄."""
     FLOOR = 1e-6
 
     def __init__(self, T: int, n_codes: int, kind: str = "released",
                  device: torch.device | str = "cpu") -> None:
         t = torch.arange(T + 1, dtype=torch.float64)
-        require(kind in ("released", "paper"), f"schedule {kind!r}: wanted released or paper")
+        require(kind in ("released", "paper"), f"schedule {kind!r}: not released or paper")
         if kind == "released":
             alpha_bar = 0.99999 + (t - 1) / (T - 1) * (0.000009 - 0.99999)
             gamma_bar = 0.000009 + (t - 1) / (T - 1) * (0.99999 - 0.000009)
@@ -706,23 +701,23 @@ def mask_and_replace(x0: Tensor, t: Tensor, schedule: MaskSchedule, u: Tensor, c
 #
 #     q(x_s | x_t, x_0 = v) = q(x_t | x_s) q(x_s | v) / q(x_t | v)
 #
-# Only the last two factors hold v, so with w_v = p(v) / q(x_t | v) and W = Σ_v w_v
+# The first factor holds no v, so with w_v = p(v) / q(x_t | v) and W = Σ_v w_v
 #
 #     p(x_s | x_t) = Σ_v q(x_s | x_t, v) p(v) = q(x_t | x_s) · Σ_v w_v q(x_s | v)
 #
-# The sum: for a code c, q(c | v) is ᾱ_s [c = v] + β̄_s, which gives ᾱ_s w_c + β̄_s W. For MASK it is
-# γ̄_s W. The factor in front: for x_t = MASK it is γ_{t|s} from a code and 1 from MASK. For a code
-# x_t it is α_{t|s} [c = x_t] + β_{t|s} from a code c and 0 from MASK. The divisor q(x_t | v) is γ̄_t
-# for MASK, whatever v is, and ᾱ_t [v = x_t] + β̄_t for a code.
+# The sum: q(c | v) of a code c is ᾱ_s [c = v] + β̄_s, which gives ᾱ_s w_c + β̄_s W. MASK: γ̄_s W.
+# The factor in front: for x_t = MASK it is γ_{t|s} from a code, 1 from MASK. For a code x_t it is
+# α_{t|s} [c = x_t] + β_{t|s} from a code c, 0 from MASK. The divisor q(x_t | v) is γ̄_t for MASK,
+# whatever v is, and ᾱ_t [v = x_t] + β̄_t for a code.
 
 def log_of(p: Tensor, like: Tensor) -> Tensor:
-    """log p of float64 (B,), in the precision of `like` (B, L, V) and shaped to add to it."""
+    """log p of float64 (B,), in the precision of `like` (B, L, V), shaped to add to it."""
     return p.clamp(min=math.exp(LOG_ZERO)).log().to(like)[:, None, None]
 
 
 def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
                 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For every code c the factor in front and the sum, (B, L, V) each, and log W (B, L, 1)."""
+    """For each code c the factor in front and the sum, (B, L, V), and log W (B, L, 1)."""
     alpha, beta, gamma = schedule.between(s, t)
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
     alpha_s, beta_s, _ = schedule.between(0, s)
@@ -742,7 +737,6 @@ def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Mask
 def log_posterior(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
                   ) -> Tensor:
     """log p(x_s | x_t) from log p(x_0): float32 (B, L, V+1), MASK last.
-
     log_x0: (B, L, V), normalised; xt: int64 (B, L); t, s: int64 (B,). With a one-hot log_x0 it is
     the true posterior q(x_s | x_t, x_0)."""
     log_front, log_sum, log_W = log_factors(log_x0, xt, t, s, schedule)
@@ -788,7 +782,7 @@ class TokenBlock(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """log p(x_0 | x_t) under a condition: VQ-Diffusion's network, one time table for all norms."""
+    """log p(x_0 | x_t) under a condition: VQ-Diffusion's network, with one time table."""
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
@@ -810,10 +804,9 @@ class TokenTransformer(nn.Module):
     def forward(self, xt: Tensor, t: Tensor, query: Tensor | None, neighbors: Tensor | None,
                 drop_query: Tensor | None = None, drop_neighbors: Tensor | None = None,
                 picture: Tensor | None = None) -> Tensor:
-        """xt int64 (B, L) in 0 … V, t (B,) in 1 … T, condition as in `Condition.forward`. picture:
-        tokens of what to edit, as xt; None is all MASK (with `config.edit` only).
-
-        Returns log probabilities float32 (B, L, V), normalised, at least LOG_ZERO."""
+        """log p(x_0 | x_t), float32 (B, L, V), normalised, at least LOG_ZERO.
+        xt: int64 (B, L) in 0 … V; t: (B,) in 1 … T; condition as in `Condition.forward`.
+        picture: tokens of what to edit, as xt; None is all MASK."""
         r = self.config.patch
         require(picture is None or self.config.edit,
                 "only weights of `train.py edit` take a picture")
@@ -838,9 +831,9 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
                  schedule: MaskSchedule) -> Tensor:
     """KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) = Σ q (log q − log p) per token, nats: (B, L).
 
-    Write q as p is written above, with all mass on x_0. The factor in front stands in both, and the
-    logarithm of their ratio is that of the sums. That of q is G_c = (ᾱ_s [c = x_0] + β̄_s) divided
-    by q(x_t | x_0). MASK adds nothing: q = p there."""
+    Write q as p is written above, with all mass on x_0. The factor in front cancels in q/p: its
+    logarithm is that of the sums. q's sum is G_c = (ᾱ_s [c = x_0] + β̄_s) / q(x_t | x_0).
+    MASK adds nothing: q = p there."""
     log_front, log_sum, _ = log_factors(log_x0, xt, t, s, schedule)  # (B, L, V) each
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
     alpha_s, beta_s, _ = schedule.between(0, s)
@@ -858,9 +851,9 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
                   drop_neighbors: Tensor, picture: Tensor | None = None) -> Tensor:
     """The variational term and the auxiliary one, nats per token, the mean over the batch.
 
-    KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 q is certain and
-    this is −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with the
-    code's adaptive weight 2 − (t−1)/T. Departs: t is uniform; their code draws it by its loss."""
+    KL(q(x_{t−1} | x_t, x_0) ‖ p(x_{t−1} | x_t)), VQ-Diffusion's L_vlb; at t = 1 this is
+    −log p(x_0 | x_1). Then λ times −log p(x_0 | x_t), which teaches x_0 at once, with their
+    adaptive weight 2 − (t−1)/T. Departs: t is uniform; their code draws it by its loss."""
     log_x0 = model(xt, t, query, neighbors, drop_query, drop_neighbors, picture)  # (B, L, V)
     kl = posterior_kl(log_x0, x0, xt, t, t - 1, schedule).mean(1)                 # (B,)
     auxiliary = -log_x0.gather(-1, x0[..., None])[..., 0].mean(1)
@@ -873,9 +866,8 @@ def discrete_loss(model: TokenTransformer, schedule: MaskSchedule, x0: Tensor, x
 def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt: Tensor, t: int
                    ) -> Tensor:
     """Guided, truncated log p(x_0 | x_t), normalised: (B, L, V).
-
-    Guidance acts on log p (Improved VQ-Diffusion, 2205.16007). truncation r is top-p sampling: the
-    codes stay that have less than r of the mass before them, so always one; 1 is off."""
+    Guidance acts on log p (Improved VQ-Diffusion, 2205.16007). truncation r is top-p sampling:
+    a code stays with less than r of the mass before it, so always one; 1 is off."""
     log_p = guided(model, xt, t, guide).log_softmax(-1).clamp(min=LOG_ZERO)
     if truncation < 1.0:
         ordered, order = log_p.sort(dim=-1, descending=True)
@@ -886,16 +878,16 @@ def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt:
 
 
 def draw_category(log_p: Tensor, u: Tensor) -> Tensor:
-    """A draw from exp(log_p) (B, L, n) with one number each of [0, 1) (B, L): the first category
-    with which the mass reaches a share of 1 − u."""
+    """A draw from exp(log_p) (B, L, n) per u in [0, 1) (B, L): the first category at which
+    the mass reaches a share of 1 − u."""
     mass = log_p.double().exp().cumsum(-1)
     return (mass < (1 - u[..., None].double()) * mass[..., -1:]).sum(-1)
 
 
 def ancestral(predict: Predictor, schedule: MaskSchedule, times: list[int], length: int,
               uniform: Callable[..., Tensor]) -> Iterator[Tensor]:
-    """x_T from the prior: MASK with γ̄_T, else any code alike (what is left of ᾱ_T among them). Then
-    x_s from p(x_s | x_t) along `times`."""
+    """x_T from the prior: MASK with γ̄_T, else any code alike (with what is left of ᾱ_T).
+    Then x_s from p(x_s | x_t) along `times`."""
     V = schedule.n_codes
     u, v = uniform(2, length).unbind(1)  # (B, L) each
     xt = torch.where(u < 1 - schedule.gamma_bar[-1].to(u), (v * V).long().clamp(max=V - 1), V)
@@ -911,9 +903,8 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
                   truncation: float = 0.6, picture: Tensor | None = None,
                   guidance_picture: float = 1.0) -> Iterator[Tensor]:
     """Yield x_t after every step, int64 (B, L) in 0 … V (MASK = V); the last has no MASK.
-
-    As `sample`; picture: tokens (B, L) of what to edit; truncation: see `predict_tokens`."""
-    require(0 < truncation <= 1, f"truncation is {truncation}, wanted more than 0, at most 1")
+    As `sample`; picture: tokens (B, L); truncation: see `predict_tokens`."""
+    require(0 < truncation <= 1, f"truncation is {truncation}, wanted above 0, to 1")
     config, device = model.config, model.token.weight.device
     schedule = MaskSchedule(config.T, config.n_codes, config.schedule, device)
     guide = Guide(query, neighbors, guidance, picture, guidance_picture)
@@ -925,11 +916,11 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
 # ---------------- load, save
 
 def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, str]]:
-    """A model of either backbone in eval mode, float32, on the CPU, and its file's metadata. Raises
-    FileNotFoundError, or ValueError for a file that does not fit."""
+    """A model of either backbone in eval mode, float32, on the CPU, and its file's metadata.
+    Raises FileNotFoundError, or ValueError for one that does not fit."""
     model, metadata = load_model(path, {"UNet": (UNet, UNetConfig),
                                         "TokenTransformer": (TokenTransformer, TransformerConfig)})
     return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata
 
 
-save = save_model  # float16 weights, class and config; metadata: CLIP and command
+save = save_model  # float16 weights, class, config; metadata: CLIP, command

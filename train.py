@@ -9,13 +9,12 @@ No training reads a word, and only the swaps of `edit` run CLIP. Pictures, token
 swaps are made once and kept in files.
 
 Each loop is flat: rows → x_0, query, neighbours → t, ε, drops → loss → step → average → log. The
-generators of a step are seeded with (seed, step), so a resumed run goes on as if it had never
-stopped. Of 100 pictures or more no backbone learns every 50th (others still have it as neighbour);
-its loss stands in log.csv at each save. Left out: more than one GPU, float16.
+generators of a step are seeded with (seed, step): a resumed run goes on as if never stopped.
+Of 100 pictures or more no backbone learns every 50th (others still have it as neighbour); its
+loss is in log.csv. Left out: more than one GPU, float16.
 
 Shapes: B pictures per step, C channels, S pixels per side, L tokens, V codes, E CLIP dimension,
-K neighbours, N pictures, R rows to learn from: R = N, or several swaps per picture.
-"""
+K neighbours, N pictures, R rows to learn from: R = N, or several swaps per picture."""
 from __future__ import annotations
 
 import argparse
@@ -53,10 +52,10 @@ PRESETS = {"vqvae": vqvae.PRESETS, "continuous": knn_diffusion.PRESETS,
            "discrete": knn_diffusion.DISCRETE_PRESETS,
            "edit": {"stickers": None}}  # an editing model keeps its sizes
 STEPS = {"vqvae": 10000, "continuous": 20000, "discrete": 20000, "edit": 5000}
-# Pictures at once, else 64. Computed, not measured, for 12 GB (gpu, f16) and 24 GB (paper).
+# Pictures at once, else 64. Computed for 12 GB (gpu, f16) and 24 GB (paper), not measured.
 BATCH_SIZES = {("continuous", "gpu"): 32, ("continuous", "paper"): 16, ("discrete", "paper"): 8,
                ("vqvae", "f16-1024"): 6, ("vqvae", "f16-16384"): 6}
-# The layers at a model's ends: see `muon_and_adam`.
+# Layers at a model's ends, see `muon_and_adam`.
 ENDS = {vqvae.VQVAE: ("encoder.conv_in", "decoder.conv_out", "quantize"),
         UNet: ("conv_in.", "conv_out."),
         TokenTransformer: ("token.", "row.", "column.", "time.", "out.")}
@@ -64,7 +63,7 @@ ENDS = {vqvae.VQVAE: ("encoder.conv_in", "decoder.conv_out", "quantize"),
 # ---------------- stages that every loop shares
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
-    """Linear from 0 to `peak` in `warmup` steps, then half a cosine to 2 % of it at `total`."""
+    """Linear from 0 to `peak` in `warmup` steps, then half a cosine to 2 % of it."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -72,11 +71,11 @@ def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon, for convolutions, too: momentum with every singular value of a matrix's update
-    made about 1 (Jordan et al., 2024). So directions that few pictures ask for move as far as those
-    that all ask for: what has to be learned by heart is learned sooner. A convolution counts as the
-    matrix (C', h·w·C), a view of weights in channels_last. "match_rms_adamw" gives updates AdamW's
-    usual size, and so its learning rates and decay (Liu et al., 2502.16982 Eq. 4)."""
+    """torch's Muon, for convolutions, too: every singular value of a matrix's update is about 1
+    (Jordan et al., 2024). Directions that few pictures ask for move as far as the others: what
+    has to be learned by heart is learned sooner. A convolution counts as the matrix
+    (C', h·w·C), a view in channels_last. "match_rms_adamw" gives updates AdamW's usual size, and
+    so its learning rates and decay (Liu et al., 2502.16982 Eq. 4)."""
     def __init__(self, weights: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         self.weights = weights
         super().__init__([nn.Parameter(self.matrix(weight.detach())) for weight in weights], lr,
@@ -92,17 +91,19 @@ class Muon(torch.optim.Muon):
 
 
 def muon_and_adam(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for matrices and convolutions inside, AdamW for vectors, maps, and what ENDS names."""
+    """Muon for matrices and convolutions inside, AdamW for the rest and what ENDS names."""
     inside = {name: p for name, p in model.named_parameters()
-              if p.ndim >= 2 and name.endswith("weight") and not name.startswith(ENDS[type(model)])}
+              if p.ndim >= 2 and name.endswith("weight")
+              and not name.startswith(ENDS[type(model)])}
     others = [p for name, p in model.named_parameters() if name not in inside]
     return [Muon(list(inside.values()), lr, weight_decay=0.01),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
 
 
 def on_device(inputs: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    """Pictures, uint8 (B, S, S, 3), as x; all others as they are. Bytes are copied, not floats."""
-    return [to_x(each, device) if each.dtype == torch.uint8 else each.to(device) for each in inputs]
+    """Pictures, uint8 (B, S, S, 3), as x (bytes are copied, not floats); others as they are."""
+    return [to_x(each, device) if each.dtype == torch.uint8 else each.to(device)
+            for each in inputs]
 
 
 def autocast(device: torch.device, bf16: bool) -> torch.autocast:
@@ -111,8 +112,8 @@ def autocast(device: torch.device, bf16: bool) -> torch.autocast:
 
 def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: Tensor, lr: float
               ) -> tuple[float, float]:
-    """One step down the gradients that backward() left, clipped to a norm of 1; none where loss or
-    norm is not finite. Returns both, in a step's one read-back: a GPU runs out of work in each."""
+    """Step down the gradients that backward() left, clipped to a norm of 1; not where loss or
+    norm is not finite. Returns both, in one read-back: a GPU runs out of work in each."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     loss, norm = torch.stack([loss.detach(), norm]).tolist()
     if math.isfinite(loss + norm):
@@ -126,8 +127,8 @@ def take_step(model: nn.Module, optimizers: list[torch.optim.Optimizer], loss: T
 
 @torch.no_grad()
 def average(ema: nn.Module, model: nn.Module, step: int, decay: float) -> None:
-    """ema ← d·ema + (1 − d)·weights with d = min(decay, (1 + step)/(10 + step)): early weights,
-    still far off, are forgotten fast."""
+    """ema ← d·ema + (1 − d)·weights, d = min(decay, (1 + step)/(10 + step)): early weights are
+    still far off, and forgotten fast."""
     d = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
@@ -140,7 +141,7 @@ def step_seed(seed: int, step: int) -> int:
 def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn.Module,
                optimizers: list) -> int:
     """Restore weights, average and optimisers in place; return the steps done. Raises ValueError
-    for a damaged file, another model or other settings, or where all steps are done."""
+    for a damaged file, another model, other settings, or no step left."""
     try:
         with zipfile.ZipFile(path) as archive:  # torch itself believes a flipped bit
             require(archive.testzip() is None, "its checksum is wrong")
@@ -150,19 +151,19 @@ def load_state(path: Path, steps: int, settings: dict, model: nn.Module, ema: nn
         ema.load_state_dict(state["ema"])
         for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(its_state)
-    except Exception as error:  # torch's reader raises many kinds on a damaged file
+    except Exception as error:  # torch raises many kinds on a damaged file
         raise ValueError(f"can't resume from {path}: {clip_model.reason(error)}") from None
     for name, value in settings.items():
         require(then.get(name) == value,
                 f"can't resume from {path}: {name} was {then.get(name)}, is {value}")
-    require(done < steps, f"nothing left to do: {path} has {done} steps, --steps is {steps}")
+    require(done < steps, f"{path} has {done} steps, --steps is {steps}")
     return done
 
 
 class Run:
-    """A training under way: what all loops begin, log, save and resume alike. The clock, Ctrl-C and
-    SIGTERM end it early: the step at work is finished and saved, unless a second signal comes.
-    settings: what may not change when it is resumed. The weights' metadata tells it."""
+    """A training under way: what all loops begin, log, save and resume alike.
+    The clock, Ctrl-C and SIGTERM end it early: the step at work is finished and saved, unless a
+    second signal comes. settings: what may not change on a resume, and the weights' metadata."""
     def __init__(self, args: argparse.Namespace, model: nn.Module, settings: dict,
                  optimizers: list[torch.optim.Optimizer] | None = None) -> None:
         self.args = args
@@ -191,10 +192,11 @@ class Run:
         signal.signal(number, signal.SIG_DFL)
 
     def steps(self, look: Callable[[int], Tensor | None]) -> Iterator[tuple[int, torch.Generator]]:
-        """The steps to do, each with its generator. Now and then, and at the end, the training is
-        saved; then `look` draws and returns the held-out loss, if any. It may run out of memory."""
+        """The steps to do, each with its generator. Now and then, and at the end, all is saved and
+        `look` draws and returns the held-out loss, if any."""
         args, self.start = self.args, time.time()
-        handlers = {n: signal.signal(n, self.stop) for n in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {n: signal.signal(n, self.stop)
+                    for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             for step in range(self.first, args.steps):
                 torch.manual_seed(step_seed(args.seed + 1, step))  # dropout in the model
@@ -216,8 +218,8 @@ class Run:
               f"stopped at step {step + 1}, saved; --resume goes on", flush=True)
 
     def loss(self, model: nn.Module, loss_of: Callable, *inputs: Tensor) -> Tensor:
-        """The mean of `loss_of(model, *inputs)` over the rows of `inputs`, in batches of
-        --batch-size. A model that learns is left with its gradients."""
+        """The mean of `loss_of(model, *inputs)` over the rows, in batches of --batch-size. A model
+        that learns is left with its gradients."""
         total = 0
         for batch in zip(*(each.split(self.args.batch_size) for each in inputs)):
             with autocast(self.args.device, self.args.bf16):
@@ -238,7 +240,7 @@ class Run:
         self.skipped += not is_finite
         self.in_a_row = 0 if is_finite else self.in_a_row + 1
         if self.in_a_row == 20:
-            raise FloatingPointError("20 steps were not finite: --resume with a lower --lr")
+            raise FloatingPointError("20 steps were not finite: lower --lr, --resume")
 
     def log(self, step: int, held_out: Tensor | None) -> None:
         """A line on stdout and in log.csv; the loss is the mean since the last one."""
@@ -276,7 +278,7 @@ class Run:
 # ---------------- pictures, made ready once
 
 def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False) -> np.ndarray:
-    """Pictures of a folder, squares of `size`: uint8 (N, S, S, 3). One that can't be read raises
+    """Pictures of a folder, squares of `size`: uint8 (N, S, S, 3). An unreadable one raises
     ValueError; with `skip` it is said and left out."""
     def read(name):
         try:
@@ -286,7 +288,7 @@ def read_pictures(folder: Path, names: list[str], size: int, skip: bool = False)
             print(f"skipped: {error}", file=sys.stderr)
             return []
 
-    with ThreadPoolExecutor(8) as pool:  # Pillow lets other threads run meanwhile
+    with ThreadPoolExecutor(8) as pool:  # Pillow lets threads run
         found = sum(pool.map(read, names), [])
     return np.array([np.asarray(each) for each in found], np.uint8).reshape(-1, size, size, 3)
 
@@ -303,9 +305,9 @@ def prepared(path: Path, key: str, folder: Path, names: list[str], size: int, sk
 
 def split_by_drawing(names: list[str], every: int, are_stickers: bool = True
                      ) -> tuple[list[str], list[str]]:
-    """File names to train on, and those kept out: each `every`-th drawing in all its renderings,
-    "fox-0.png", "fox-1.png", … (a drawing is a name up to its last hyphen). Of other pictures than
-    the stickers: each `every`-th file. 0 keeps none out."""
+    """File names to train on, and those kept out: each `every`-th drawing, in all its renderings
+    "fox-0.png", "fox-1.png", … (a drawing is a name up to its last hyphen). Of other pictures:
+    each `every`-th file. 0 keeps none out."""
     drawing = {name: are_stickers and name.rpartition("-")[0] or name for name in names}
     kept_out = set(sorted(set(drawing.values()))[every - 1::every]) if every else set()
     return ([name for name in names if drawing[name] not in kept_out],
@@ -318,7 +320,7 @@ def train_vqvae(args: argparse.Namespace) -> None:
     model = (vqvae.load(args.weights)[0] if args.weights else
              vqvae.VQVAE(vqvae.PRESETS[args.preset]))
     config, device, size = model.config, args.device, model.config.image_size
-    require(not config.gumbel, "the Gumbel codebook loads and runs here; training it is left out")
+    require(not config.gumbel, "training the Gumbel codebook is left out")
     are_stickers = (args.data.parent / "captions.jsonl").is_file()
     names, others = split_by_drawing(retrieval.list_images(args.data), args.keep_out, are_stickers)
     key = hashlib.sha256(repr(names).encode()).hexdigest()
@@ -350,7 +352,7 @@ def train_vqvae(args: argparse.Namespace) -> None:
         return run.loss(run.ema, loss_of, torch.from_numpy(tests)) if len(tests) else None
 
     for step, seeded in run.steps(look):
-        if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:  # codes settle in the end
+        if step % REVIVE_EVERY == 0 and step < 0.8 * args.steps:  # codes settle
             revive(step)
         loss = run.loss(model, loss_of, torch.from_numpy(draw(run.n, seeded)))
         run.advance(step, loss, decay=0.999)
@@ -361,11 +363,11 @@ def train_vqvae(args: argparse.Namespace) -> None:
 @dataclass
 class Data:
     """All that a diffusion training reads. Row i tells of picture i modulo N."""
-    x0: np.ndarray                 # what to learn: uint8 (N, S, S, 3), or tokens int32 (N, L)
-    queries: np.ndarray            # float16 (R, E): f_img(x_0), or of x_0's swapped region
+    x0: np.ndarray                 # uint8 (N, S, S, 3), or tokens int32 (N, L)
+    queries: np.ndarray            # float16 (R, E): f_img(x_0), or its region's
     neighbors: np.ndarray          # int32 (R, K): rows of the database
-    database: retrieval.Rows       # float16, E columns: the rows of an index
-    manipulated: list[np.ndarray]  # I_manip, as x0 but (R, ...); empty where nothing is edited
+    database: retrieval.Rows       # float16, the rows of an index
+    manipulated: list[np.ndarray]  # I_manip, as x0 but (R, ...); may be empty
 
     def __post_init__(self) -> None:
         picture = np.arange(len(self.queries)) % len(self.x0)
@@ -378,7 +380,7 @@ class Data:
         return self.batch(self.rows[torch.randint(len(self.rows), (n,), generator=seeded).numpy()])
 
     def batch(self, rows: np.ndarray) -> list[Tensor]:
-        """Of rows (B,): x_0, the query float32 (B, E), kNN(query) (B, K, E), I_manip if edited."""
+        """Of rows (B,): x_0, the query (B, E), kNN(query) (B, K, E), I_manip if edited."""
         found = [self.x0[rows % len(self.x0)], *(each[rows] for each in self.manipulated)]
         x0, *picture = [torch.from_numpy(each if each.ndim == 4 else each.astype(np.int64))
                         for each in found]
@@ -388,9 +390,8 @@ class Data:
 
 def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
           ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of which a region was swapped for the aligned nearest neighbour's (Sec. 3.3):
-    I_manip uint8 (R, S, S, 3) and the *original* regions' embeddings float16 (R, E). R is
-    SWAPS times N, all pictures in turn. A resumed run reads them from out/swaps.npz."""
+    """I_manip uint8 (R, S, S, 3), and the *original* regions' embeddings float16 (R, E) (Sec. 3.3).
+    R is SWAPS times N, all pictures in turn. A resumed run reads out/swaps.npz."""
     path, device = args.out / "swaps.npz", args.device
     if args.resume:
         with np.load(path) as made:
@@ -428,12 +429,13 @@ def samples(args: argparse.Namespace, model: nn.Module, data: Data, sample: Call
 
 
 def held_out_loss(run: Run, data: Data, draw_noise: Callable, loss_of: Callable) -> Tensor | None:
-    """The averaged model's, on rows kept out: always the same noise, no drops but --condition's."""
+    """The averaged model's, on rows kept out: always the same noise, only --condition's drops."""
     if len(data.held_out) == 0:
         return None
     x0, query, neighbors, *picture = data.batch(data.held_out)
     noise = draw_noise(x0, torch.Generator().manual_seed(run.args.seed))
-    drops = [torch.full((len(x0),), run.args.condition == only) for only in ("neighbors", "query")]
+    drops = [torch.full((len(x0),), run.args.condition == only)
+             for only in ("neighbors", "query")]
     return run.loss(run.ema, loss_of, x0, query, neighbors, *noise, *drops, *picture)
 
 
@@ -465,7 +467,7 @@ def train_continuous(args: argparse.Namespace, model: UNet, data: Data, settings
         x0, query, neighbors, *picture = data.draw(run.n, seeded)
         t, eps = draw_noise(x0, seeded)
         drop_query, drop_neighbors, *drop_picture = draw_drops(run.n, seeded, args.condition)
-        if args.flip:  # the embeddings stay those of the unflipped picture
+        if args.flip:  # the embeddings stay unflipped
             is_flipped = torch.rand(run.n, generator=seeded) < 0.5
             for x in (x0, *picture):
                 x[is_flipped] = x[is_flipped].flip(2)
@@ -521,29 +523,29 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("what", choices=list(PRESETS))
     add("--data", type=Path, required=True, help="a folder of pictures")
-    add("--out", type=Path, required=True, help="folder to write: WHAT.safetensors, state.pt, ...")
+    add("--out", type=Path, required=True, help="folder: WHAT.safetensors, state.pt, ...")
     add("--preset", default="stickers", help="or gpu, paper; vqvae: f16-1024, f16-16384")
-    add("--steps", type=int, help=f"total, resumed ones included; the rate falls to it ({STEPS})")
-    add("--batch-size", type=int, help="pictures at once (default 64, less for large presets)")
-    add("--accumulate", type=int, default=1, metavar="A", help="batches per step: one of A·B")
+    add("--steps", type=int, help=f"total, with resumed ones (default {STEPS})")
+    add("--batch-size", type=int, help="pictures at once (default 64; large presets: less)")
+    add("--accumulate", type=int, default=1, metavar="A", help="A batches per step")
     add("--lr", type=float, help="peak learning rate (default 2e-3; edit: 1e-3)")
     add("--seed", type=int, default=0)
-    add("--resume", action="store_true", help="go on; --steps, --lr, --batch-size may differ")
-    add("--init", type=Path, help="start from these weights (edit: by default the shipped U-Net)")
+    add("--resume", action="store_true", help="go on; --steps, --lr, --batch-size may change")
+    add("--init", type=Path, help="start weights (edit: default the shipped U-Net)")
     add("--minutes", type=float, default=math.inf, help="save and stop after this long")
     add("--save-every", type=int, default=500, metavar="N", help="steps (default 500)")
     add("--keep", action="store_true", help="keep the weights of every save")
-    add("--index", type=Path, default=SHIPPED / "index", help="of --data; edit: of the neighbours")
-    add("--neighbors-from", type=Path, metavar="DIR", help="another index, of the neighbours")
-    add("--swap-index", type=Path, help="edit: the index of the pictures in --data")
-    add("--vqvae", type=Path, help="what makes tokens (default: the stickers', for their preset)")
+    add("--index", type=Path, default=SHIPPED / "index", help="of --data; edit: the neighbours'")
+    add("--neighbors-from", type=Path, metavar="DIR", help="the neighbours' index")
+    add("--swap-index", type=Path, help="edit: the index of --data")
+    add("--vqvae", type=Path, help="of tokens (default: the stickers')")
     add("--clip", type=Path, help="edit: embeds regions (default: the stickers')")
-    add("--k", type=int, help="neighbours of a new model (default 10, at most all others)")
+    add("--k", type=int, help="a new model's neighbours (default 10)")
     add("--condition", choices=["both", "query", "neighbors"], default="both",
         help="query trains the paper's no-kNN baseline")
-    add("--query-noise", type=float, default=0.0, help="largest norm, for half of the queries")
-    add("--flip", action="store_true", help="U-Net: mirror half of the pictures, no embedding")
-    add("--keep-out", type=int, default=10, help="vqvae: N-th files are only measured (default 10)")
+    add("--query-noise", type=float, default=0.0, help="largest norm, on half the queries")
+    add("--flip", action="store_true", help="U-Net: mirror half of the pictures")
+    add("--keep-out", type=int, default=10, help="vqvae: N-th files are tests (default 10)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--no-bf16", action="store_true", help="train in float32")
     argv = sys.argv[1:] if argv is None else argv
@@ -553,9 +555,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Complete and check what was asked for, then train. Raises ValueError or FileNotFoundError
-    before the first step; by then only caches are written."""
-    require(args.preset in PRESETS[args.what], f"no preset {args.preset!r} for {args.what}; there "
-            f"is {', '.join(PRESETS[args.what])}")
+    before the first step, with only caches written."""
+    require(args.preset in PRESETS[args.what],
+            f"{args.what} has no preset {args.preset!r}, but {', '.join(PRESETS[args.what])}")
     for name in ("steps", "batch_size", "accumulate", "k", "save_every", "lr", "minutes"):
         value = getattr(args, name)
         require(value is None or value > 0,
@@ -564,14 +566,14 @@ def run(args: argparse.Namespace) -> None:
     args.steps = args.steps or STEPS[args.what]
     args.lr = args.lr or (1e-3 if args.what == "edit" else 2e-3)
     require((args.what == "edit") == bool(args.swap_index), "edit, and nothing else, needs "
-            "--swap-index: an index of the pictures in --data (python index.py build makes one)")
+            "--swap-index: an index of --data (python index.py build)")
     require(args.resume or not (args.out / "state.pt").exists(), f"{args.out} holds a run: "
-            "--resume goes on with it, another --out begins a new one")
+            "--resume goes on, another --out begins anew")
     args.device = clip_model.pick_device(args.device)
     args.bf16 = not args.no_bf16
-    if args.device.type == "cuda":                  # before Ampere bfloat16 is only imitated
+    if args.device.type == "cuda":                  # imitated before Ampere
         args.bf16 &= torch.cuda.is_bf16_supported(including_emulation=False)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is left in float32
+        torch.set_float32_matmul_precision("high")  # TF32 for float32
         torch.backends.cudnn.benchmark = True
     default = SHIPPED / "continuous.safetensors" if args.what == "edit" else None
     args.weights = args.out / f"{args.what}.safetensors" if args.resume else args.init or default
@@ -579,8 +581,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def train_backbone(args: argparse.Namespace) -> None:
-    """Open or make all that a backbone learns from, see that it belongs together, and train."""
-    # own: the index of the pictures in --data; database: the one that neighbours come from.
+    """Open or make all that a backbone learns from, check that it fits, and train."""
+    # own: the index of the pictures in --data; database: that of the neighbours.
     own = database = retrieval.open_index(args.swap_index or args.index)
     made_by = own.manifest.get("encoder", "unknown"), own.manifest.get("encoder_hash", "")
     if args.neighbors_from or args.swap_index:
@@ -588,7 +590,7 @@ def train_backbone(args: argparse.Namespace) -> None:
         retrieval.check_encoder(database, *made_by, own.rows.shape[1])
     for name in own.paths:
         require((args.data / name).is_file(), f"{args.data} has no {name}: give the --index (edit: "
-                "--swap-index) of this folder, `python index.py build` makes it")
+                "--swap-index) of this folder (python index.py build)")
     model, codec = start_model(args, database, made_by[1])
     size, k, queries, manipulated = model.config.image_size, model.config.n_neighbors, own.rows, []
     digest = retrieval.rows_digest(own.rows)
@@ -605,8 +607,9 @@ def train_backbone(args: argparse.Namespace) -> None:
     if database is own:
         neighbors = retrieval.neighbor_table(own, k, device=args.device)
     else:
-        near = (database.search(torch.from_numpy(queries[ids]).to(args.device), k)[1].int().cpu()
-                .numpy() for ids in torch.arange(len(queries)).split(1024))
+        near = (database.search(torch.from_numpy(queries[ids]).to(args.device), k)[1]
+                .int().cpu().numpy()
+                for ids in torch.arange(len(queries)).split(1024))
         path = own.folder / f"neighbors-{k}-from-{settings['index']}.npy"
         neighbors = retrieval.cached(path, retrieval.rows_digest(queries), near)
     print(f"{len(own)} pictures, {len(queries)} queries, K {k} of {database.folder}")
@@ -625,7 +628,7 @@ def train_backbone(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def token_blocks(codec: vqvae.VQVAE, pictures: Callable[[], np.ndarray], device: torch.device
                  ) -> Iterator[np.ndarray]:
-    """Tokens int32 (n, L). `pictures` is called, and opens files, only where tokens are made."""
+    """Tokens int32 (n, L). `pictures`, which opens files, is called only if they are wanted."""
     found = pictures()
     step = PIXELS // found.shape[1]**2
     for i in range(0, len(found), step):
@@ -635,7 +638,7 @@ def token_blocks(codec: vqvae.VQVAE, pictures: Callable[[], np.ndarray], device:
 def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: str
                 ) -> tuple[UNet | TokenTransformer, vqvae.VQVAE | None]:
     """The model to train, and for tokens the VQ-VAE. A new model has the preset's sizes, one from
-    weights its own. Raises ValueError where CLIP, VQ-VAE and kind do not go together."""
+    weights its own. Raises ValueError where CLIP, VQ-VAE and kind do not fit."""
     E, k = database.rows.shape[1], min(args.k or 10, len(database) - 1)
     kind, codec = {"continuous": UNet, "discrete": TokenTransformer}.get(args.what), None
     if args.weights is None:
@@ -648,7 +651,7 @@ def start_model(args: argparse.Namespace, database: retrieval.Index, made_by: st
         require(kind is None or type(model) is kind and not config.edit, f"{args.weights} holds a "
                 f"{type(model).__name__}{' that edits' * config.edit}, no start for {args.what}")
         require(made_with == made_by and config.embed_dim == E, f"{args.weights} was trained with "
-                f"another CLIP ({made_with}) than that of the index at {database.folder}")
+                f"another CLIP ({made_with}) than the index at {database.folder}")
     if isinstance(config, TransformerConfig):
         require(not args.flip, "--flip is the U-Net's: tokens can't be mirrored")
         codec = vqvae.load(args.vqvae or SHIPPED / "vqvae.safetensors")[0].to(args.device)

@@ -6,11 +6,11 @@ The discrete backbone of kNN-Diffusion Sec. 3.2 draws tokens, not pixels:
     decode   x̂ = decoder(e_token)
     loss     |x − x̂| + (x − x̂)² + ‖sg[z] − e‖² + β ‖z − sg[e]‖²,   sg: no gradient
 
-Every term is a mean over its entries, as in taming: ‖·‖² in the loss is the squared length over Z.
+Every term is a mean over its entries, as in taming: ‖·‖² is the squared length over Z.
 The arg-min has no gradient. The *straight-through estimator* goes around it: the decoder gets e,
-and on the way back its gradient goes to z as if z had been given. Near each other both want the
-same. The third term moves the code towards what the encoder says. The fourth (commitment, β) moves
-the encoder towards its code. They have the same value and teach different sides.
+and its gradient goes to z as if z had been given. Near each other both want the same. The third
+term moves the code towards what the encoder says. The fourth (commitment, β) moves the encoder
+towards its code. They have the same value and teach different sides.
 
 Shapes: B batch, C channels, H W picture, h w its tokens (L = h·w), V codes, Z width of a code,
 Y channels of the encoder's output. x is in [-1, 1]; a token is 0 … V−1.
@@ -38,22 +38,21 @@ from clip_model import load_model, read_weights, require, save_model, weights_di
 
 # ---------------- configuration
 
-
 @dataclass(frozen=True)
 class VQVAEConfig:
     """The defaults are VQGAN's f16 with 1,024 codes."""
-    image_size: int = 256                     # pixels per side in training; other multiples work
-    channels: int = 128                       # at full size
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)   # of channels, per level; a level halves h, w
-    res_blocks: int = 2                       # per level, one more in the decoder
-    attention: tuple[int, ...] = (4,)         # levels with self-attention; 0 is full size
-    latent_channels: int = 256                # Y
-    embed_dim: int = 256                      # Z
-    n_codes: int = 1024                       # V
-    unshuffle: int = 1                        # Ours: r x r pixels become channels at both ends
+    image_size: int = 256              # pixels per side in training
+    channels: int = 128                # at full size
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # of channels, per level
+    res_blocks: int = 2                # per level, one more in the decoder
+    attention: tuple[int, ...] = (4,)  # levels with self-attention; 0 is full size
+    latent_channels: int = 256         # Y
+    embed_dim: int = 256               # Z
+    n_codes: int = 1024                # V
+    unshuffle: int = 1                 # Ours: r x r pixels become channels
     norm_groups: int = 32
-    gumbel: bool = False                      # tokens by a linear layer's arg-max (DALL-E's way)
-    commitment: float = 0.25                  # β, on the commitment term (1711.00937 Eq. 3)
+    gumbel: bool = False               # tokens by a linear arg-max (DALL-E)
+    commitment: float = 0.25           # β, on the commitment term (1711.00937 Eq. 3)
 
     @property
     def factor(self) -> int:
@@ -224,7 +223,6 @@ class GumbelCodebook(nn.Module):
 def restart_dead_codes(codebook: Codebook, counts: Tensor, z: Tensor, generator: torch.Generator
                        ) -> None:
     """Put codes that nothing used at random encoder outputs z (B, Z, h, w); counts: (V,) uses.
-
     A code that is nobody's nearest gets no gradient and would stay dead.
     Ours; Jukebox (2005.00341 Sec. 3) does alike."""
     places = z.flatten(2).transpose(1, 2).reshape(-1, z.shape[1]).float()  # (B·L, Z)
@@ -256,16 +254,14 @@ class VQVAE(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """x (B, 3, H, W) in [-1, 1] → tokens int64 (B, L), row by row.
-
         Raises ValueError where H or W is no multiple of `config.factor`."""
         height, width, factor = *x.shape[2:], self.config.factor
         require(height % factor == width % factor == 0,
-                f"pictures of {height} x {width} pixels, but sides must be multiples of {factor}")
+                f"{height} x {width} pixels: sides must be multiples of {factor}")
         return self.quantize.nearest(self.latents(x))
 
     def decode(self, tokens: Tensor, height: int | None = None) -> Tensor:
         """Tokens int64 (B, L) → x float32 (B, 3, H, W), about in [-1, 1].
-
         height: rows of tokens, by default √L. Raises ValueError for MASK = V, which is no code."""
         last = self.config.n_codes - 1
         require(int(tokens.max()) <= last, f"tokens must be codes, 0 to {last}; MASK is none")
@@ -298,7 +294,7 @@ def psnr(found: Tensor, x: Tensor) -> Tensor:
 
 # ---------------- load, save, taming's layout
 
-save = save_model             # float16 weights, class and config; metadata: the command
+save = save_model             # float16 weights, class, config
 fingerprint = weights_digest  # which codes stand for what
 
 # A transformer's checkpoint holds a VQ-VAE within; loss network and discriminator lie beside it.
@@ -307,8 +303,7 @@ TAMING = r"(?:first_stage_model\.)?((?:encoder|decoder|quantize|quant_conv|post_
 
 def load(path: str | os.PathLike) -> tuple[VQVAE, dict[str, str]]:
     """A VQ-VAE in eval mode, float32, on the CPU, and its file's metadata (none for taming's).
-
-    Raises FileNotFoundError, or ValueError with one sentence for a file that does not fit."""
+    Raises FileNotFoundError, or ValueError for a file that does not fit."""
     tensors, metadata = read_weights(path)
     if metadata.get("format") == clip_model.FORMAT:
         model, metadata = load_model(path, {"VQVAE": (VQVAE, VQVAEConfig)})
