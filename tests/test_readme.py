@@ -129,3 +129,11 @@ def test_the_package_has_all_seven_modules_and_our_requirements():
     assert all((ROOT / f"{module}.py").is_file() for module in MODULES)
     wanted = settings["tool"]["setuptools"]["dynamic"]["dependencies"]["file"]
     assert wanted == ["requirements.txt"] and (ROOT / wanted[0]).is_file()
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_tables_have_no_empty_column(name):
+    for table in re.findall(r"(?:^\|.*\|\n)+", DOCS[name], re.M):
+        rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+        assert len({len(row) for row in rows}) == 1, rows[0]
+        assert all(any(column) for column in list(zip(*rows[2:]))[1:]), rows[0]
