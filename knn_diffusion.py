@@ -146,11 +146,12 @@ SHARPNESS = 250.0  # κ of `summarize`: a cosine higher by 0.01 weighs 12 times 
 
 
 class Condition(nn.Module):
-    """Ours: query and neighbours as tokens [q; n_1 … n_K], and as one vector, their summary.
+    """Ours: one vector for query and neighbours, their summary, and tokens [summary; n_1 … n_K].
 
-    Attention reads the tokens. The summary joins the time embedding, which scales and shifts
-    every block: attention would first have to find what the whole picture depends on. One
-    linear map serves all tokens, a type embedding tells query from neighbours. Ranks are not
+    Attention reads the tokens. The summary also joins the time embedding, which scales and
+    shifts every block: attention would first have to find what the whole picture depends on.
+    No path sees the query itself: a text's is a vector unlike all that was trained. One linear
+    map serves all tokens, a type embedding tells the summary from neighbours. Ranks are not
     told: neighbours are a set, and any K works at inference. A null is a learned CLIP vector,
     put in *before* every path that reads the condition: no path can miss it."""
     def __init__(self, config: UNetConfig | TransformerConfig) -> None:
@@ -160,7 +161,7 @@ class Condition(nn.Module):
         self.null_query = nn.Parameter(torch.randn(E) * E ** -0.5)    # norm about 1
         self.null_neighbor = nn.Parameter(torch.randn(E) * E ** -0.5)
         self.to_width = nn.Linear(E, D)
-        self.type_embedding = nn.Parameter(torch.randn(2, D) * 0.02)  # query, neighbour
+        self.type_embedding = nn.Parameter(torch.randn(2, D) * 0.02)  # summary, neighbour
         self.scale = math.sqrt(E)  # entries of unit-norm vectors become 1
 
     def forward(self, query: Tensor | None, neighbors: Tensor | None, batch: int,
@@ -180,8 +181,8 @@ class Condition(nn.Module):
         query = torch.where(no_query, self.null_query, query)
         neighbors = torch.where(no_neighbors[..., None], self.null_neighbor, neighbors)
         summary = self.scale * summarize(query, neighbors, no_query, no_neighbors)
-        tokens = self.scale * torch.cat([query[:, None], neighbors], dim=1)  # (B, 1+K, E)
-        types = self.type_embedding[[0] + [1] * neighbors.shape[1]]          # (1+K, D)
+        tokens = torch.cat([summary[:, None], self.scale * neighbors], dim=1)  # (B, 1+K, E)
+        types = self.type_embedding[[0] + [1] * neighbors.shape[1]]            # (1+K, D)
         return self.to_width(tokens) + types, summary
 
 
