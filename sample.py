@@ -30,7 +30,7 @@ import knn_diffusion
 import vqvae
 from clip_model import SHIPPED, require
 
-DEFAULT_BACKBONE = "discrete"
+DEFAULT_BACKBONE = "continuous"
 # What the samplers take from the command.
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
