@@ -832,9 +832,9 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
                  schedule: MaskSchedule) -> Tensor:
     """KL(q(x_s | x_t, x_0) ‖ p(x_s | x_t)) = Σ q (log q − log p) per token, nats: (B, L).
 
-    Write q as p is written above, with all mass on x_0. The factor in front cancels in q/p: its
-    logarithm is that of the sums. q's sum is G_c = (ᾱ_s [c = x_0] + β̄_s) / q(x_t | x_0).
-    MASK adds nothing: q = p there."""
+    q has p's form (see `log_factors`) with all mass on x_0. The factor in front cancels in q/p,
+    and the sums are left. q's sum is G_c = (ᾱ_s [c = x_0] + β̄_s) / q(x_t | x_0). MASK adds
+    nothing: q = p there."""
     log_front, log_sum, _ = log_factors(log_x0, xt, t, s, schedule)  # (B, L, V) each
     alpha_t, beta_t, gamma_t = schedule.between(0, t)
     alpha_s, beta_s, _ = schedule.between(0, s)
