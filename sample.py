@@ -250,8 +250,8 @@ def add_flags(parser: argparse.ArgumentParser, out: str) -> Callable[..., argpar
     flag("--vqvae", type=Path, default=VQVAE, help="of discrete weights")
     flag("--index", type=Path, default=SHIPPED / "index", help="another domain's")
     flag("--k", type=int, default=10, help="neighbours (default 10); 0: none")
-    flag("--query", choices=["text", "nearest"], default="text", help="shown: the "
-         "text's embedding (default, as the paper), or the best neighbour's")
+    flag("--query", choices=["text", "nearest"], default="text", help="beside the neighbours: "
+         "the text's embedding (default, as the paper), or the best neighbour's")
     flag("--n", type=int, default=4, help="pictures per text (default 4)")
     flag("--steps", type=int, help="default: continuous 20, discrete 25")
     flag("--seed", type=int, default=0, help="picture j of a text uses seed + j")
