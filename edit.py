@@ -8,8 +8,8 @@ A picture I, a region M of it, and its nearest neighbour, aligned with it:
 A model learns to give I back from I_manip and the CLIP embedding of the *original* region. So it
 learns to change a picture where an embedding asks for it, and only there. At inference the
 user's picture takes I_manip's place, and a text's embedding the region's. The condition's
-neighbours are the K nearest of that embedding; the neighbour swapped in is from an index of the
-pictures themselves. Departs: the paper's M is random, ours lies where picture and neighbour
+neighbours are the K nearest of that embedding; the neighbour swapped in comes from an index of
+the training pictures. Departs: the paper's M is random, ours lies where picture and neighbour
 differ (`most_different_regions`).
 
 ECC aligns, the enhanced correlation coefficient (Evangelidis & Psarakis, PAMI 2008): it finds
@@ -76,25 +76,25 @@ def view(template: Tensor, layers: Tensor, warp: Tensor) -> tuple[Tensor, ...]:
 def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """One Gauss-Newton step of warps, (B, 2, 3) (Evangelidis & Psarakis, forward additive).
 
-    G (P, 6) holds the slopes of i_w along the warp's six numbers; H = GᵀG, a = Gᵀi_w, b = Gᵀi_r.
-    Linearised, ρ is largest at H⁻¹Gᵀ(λ i_r − i_w) with
+    G (P, 6) holds the slopes of i_w along the warp's six numbers; N = GᵀG, a = Gᵀi_w, b = Gᵀi_r.
+    With i_w + GΔ in i_w's place, not centred anew, ρ is largest at Δ = N⁻¹Gᵀ(λ i_r − i_w) with
 
-        λ = (‖i_w‖² − aᵀH⁻¹a) / (i_rᵀi_w − bᵀH⁻¹a)          where the denominator is positive, else
-        λ = max(√(aᵀH⁻¹a / bᵀH⁻¹b), (bᵀH⁻¹a − i_rᵀi_w) / bᵀH⁻¹b)."""
+        λ = (‖i_w‖² − aᵀN⁻¹a) / (i_rᵀi_w − bᵀN⁻¹a)          where the denominator is positive, else
+        λ = max(√(aᵀN⁻¹a / bᵀN⁻¹b), (bᵀN⁻¹a − i_rᵀi_w) / bᵀN⁻¹b)."""
     Gt = torch.stack([gx * x, gx * y, gx, gy * x, gy * y, gy], 1)         # (B, 6, P)
     # A little on the diagonal: a picture without edges gives no step, no error.
-    H = (Gt @ Gt.transpose(1, 2)).double()                                # (B, 6, 6)
-    size = H.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
-    H = H + 1e-9 * size[:, None, None] * torch.eye(6).to(H)
+    N = (Gt @ Gt.transpose(1, 2)).double()                                # (B, 6, 6)
+    size = N.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-12)
+    N = N + 1e-9 * size[:, None, None] * torch.eye(6).to(N)
     a, b = ((Gt @ i[:, :, None]).double() for i in (i_w, i_r))            # (B, 6, 1)
-    Ha, Hb = torch.linalg.solve(H, torch.cat([a, b], 2)).split(1, dim=2)  # H⁻¹a, H⁻¹b
-    aHa, bHa, bHb = ((p * q).sum((1, 2)) for p, q in ((a, Ha), (b, Ha), (b, Hb)))
-    denominator = (i_r * i_w).sum(1).double() - bHa                       # (B,)
-    usual = (i_w.square().sum(1).double() - aHa) / denominator
-    bHb = bHb.clamp(min=1e-12)
-    other = torch.maximum((aHa / bHb).clamp(min=0).sqrt(), -denominator / bHb)
+    Na, Nb = torch.linalg.solve(N, torch.cat([a, b], 2)).split(1, dim=2)  # N⁻¹a, N⁻¹b
+    aNa, bNa, bNb = ((p * q).sum((1, 2)) for p, q in ((a, Na), (b, Na), (b, Nb)))
+    denominator = (i_r * i_w).sum(1).double() - bNa                       # (B,)
+    usual = (i_w.square().sum(1).double() - aNa) / denominator
+    bNb = bNb.clamp(min=1e-12)
+    other = torch.maximum((aNa / bNb).clamp(min=0).sqrt(), -denominator / bNb)
     lam = torch.where(denominator > 0, usual, other)[:, None, None]
-    return (lam * Hb - Ha).view(-1, 2, 3).to(i_r)
+    return (lam * Nb - Na).view(-1, 2, 3).to(i_r)
 
 
 def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, eps: float
@@ -198,7 +198,7 @@ def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: in
     Departs: most random regions show the same in both pictures and teach nothing. One that holds
     a whole thing, and little else, shows what its embedding means. Best is where mask and
     difference correlate most: up to a factor (D − a·S) / √(a·(1 − a)), with D the difference
-    inside, S everywhere, a the region's share of the area. A pixel differs by at most 0.25, an
+    inside, S everywhere, a the region's share of the area. Differences are capped at 0.25, an
     eighth of [-1, 1]: shapes count, not contrasts."""
     B, (height, width) = len(pictures), pictures.shape[-2:]
     difference = (pictures - neighbors).abs().mean(1).clamp(max=0.25).double().cpu()  # (B, H, W)

@@ -51,6 +51,7 @@ LISTS = "centroids", "lists", "offsets"
 BLOCK = 16384      # rows that are read and multiplied at once
 GROUP = 16         # rows of which the scan keeps the best score
 LISTED = 12        # groups per neighbour that are scored again
+CACHED = 64        # blocks that stay in memory: a million rows
 TABLE_NPROBE = 64  # inverted lists per row, for the neighbour table
 
 
@@ -65,9 +66,9 @@ def unit(vectors: Tensor, what: str) -> Tensor:
 
 
 def stored(rows: Rows, key: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Some rows, float32 (n, E). Raises ValueError for one without unit norm: a single flipped bit
+    """Some rows, float64 (n, E). Raises ValueError for one without unit norm: a single flipped bit
     can make a row the nearest one to every query."""
-    found = torch.from_numpy(rows[key]).to(device).float()
+    found = torch.from_numpy(rows[key]).to(device).double()
     is_unit = (found.norm(dim=1) - 1).abs() < 2e-3
     require(is_unit.all(), f"a row in {rows.files[0].parent} has not norm 1: damaged")
     return found
@@ -87,8 +88,8 @@ def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """kNN(·) of unit-norm float64 queries (Q, E): float64 scores, int64 ids, (Q, min(k, N))."""
     scores, ids = queries[:, :0], queries[:, :0].long()
     for start in range(0, rows.shape[0], BLOCK):
-        block = stored(rows, slice(start, start + BLOCK), queries.device).double()  # (P, E)
-        its_scores = queries @ block.T                                              # (Q, P)
+        block = stored(rows, slice(start, start + BLOCK), queries.device)  # (P, E)
+        its_scores = queries @ block.T                                     # (Q, P)
         its_ids = torch.arange(start, start + len(block), device=queries.device)
         scores, ids = best([scores, its_scores], [ids, its_ids.expand_as(its_scores)], k)
     return scores, ids
@@ -107,7 +108,7 @@ def scan_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-@functools.lru_cache(64)  # a million rows stay in memory
+@functools.lru_cache(CACHED)
 def low_block(rows: Rows, start: int, device: torch.device) -> Tensor:
     """Rows from `start` on in low precision, (P, E)."""
     return stored(rows, slice(start, start + BLOCK), device).to(scan_dtype(device))
@@ -118,23 +119,24 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The bound: with q̂ and r̂ the rounded vectors, Cauchy and Schwarz give
         |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   with norms below 1.01 (see `stored`).
-    Rounding takes at most eps/2 of a row's norm, and as much of the score. Sums of E products
-    err by less than E·2⁻²². A GPU's float32 may be TF32, whose eps is 2⁻¹⁰."""
+    Rounding costs a row at most eps/2, and the score eps/2 again. Sums of E products err by less
+    than E·2⁻²². A GPU's float32 may be TF32: 2⁻¹⁰ each for row and query."""
     (N, E), Q, device, maxima, found = rows.shape, len(queries), queries.device, [], []
     columns = queries.to(scan_dtype(device)).T.contiguous()             # (E, Q)
     for start in range(0, N, BLOCK):
-        low = low_block(rows, start, device)                            # (P, E)
+        read = low_block if start < CACHED * BLOCK else low_block.__wrapped__
+        low = read(rows, start, device)                                 # (P, E)
         scores = low[: len(low) // GROUP * GROUP] @ columns             # (P, Q)
         maxima.append(scores.view(-1, GROUP, Q).amax(1))                # (P / GROUP, Q)
     top, groups = torch.cat(maxima).float().T.topk(LISTED * k + 1)      # (Q, LISTED·k + 1)
     members = groups[:, :-1, None] * GROUP + torch.arange(GROUP, device=device)
     tail = torch.arange(N - N % GROUP, N, device=device).expand(Q, -1)  # rows of no group
     for query, ids in zip(queries, torch.cat([members.flatten(1), tail], dim=1)):
-        its_rows = stored(rows, ids.cpu(), device).double()             # (n, E)
+        its_rows = stored(rows, ids.cpu(), device)                      # (n, E)
         found.append(best([(its_rows @ query)[None]], [ids[None]], k))
     best_scores, ids = (torch.cat(part) for part in zip(*found))        # (Q, k)
     lost = (queries - columns.T.double()).norm(dim=1) + E * 2**-22
-    others = top[:, -1].double() + 1.01 * (lost + max(torch.finfo(low.dtype).eps, 2**-10))
+    others = top[:, -1].double() + 1.01 * (lost + max(torch.finfo(low.dtype).eps, 2**-9))
     return best_scores, ids, others < best_scores[:, -1]
 
 
@@ -143,20 +145,20 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 # k-means parts the rows into C lists, each with a centroid. A query looks only into the lists of
 # its nprobe nearest centroids. A neighbour in another is missed; `recall` says how often.
 
-def make_lists(rows: Rows, n_lists: int, sample: int = 64, iterations: int = 10) -> list[Tensor]:
+def make_lists(rows: Rows, n_lists: int, iterations: int = 10) -> list[Tensor]:
     """The tensors of centroids.npy, lists.npy and offsets.npy.
 
-    Spherical k-means on `sample` rows per list, from random ones on: assign each to the centroid of
+    Spherical k-means on 64·C random rows, the first C as centroids: assign each to the centroid of
     the largest inner product, average, normalise. An empty list's centroid becomes zero. Then all
     rows are assigned."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    chosen = stored(rows, order[: sample * n_lists])  # (n, E)
-    centroids = chosen[:n_lists]                      # (C, E)
+    chosen = stored(rows, order[: 64 * n_lists]).float()  # (n, E)
+    centroids = chosen[:n_lists]                              # (C, E)
     for _ in range(iterations):
         lists = [(part @ centroids.T).argmax(1) for part in chosen.split(1024)]
         sums = torch.zeros_like(centroids).index_add_(0, torch.cat(lists), chosen)
         centroids = F.normalize(sums, dim=1)
-    blocks = (stored(rows, slice(i, i + 1024)) for i in range(0, len(rows), 1024))
+    blocks = (stored(rows, slice(i, i + 1024)).float() for i in range(0, len(rows), 1024))
     lists = torch.cat([(block @ centroids.T).argmax(1) for block in blocks])  # (N,)
     ends = lists.bincount(minlength=len(centroids)).cumsum(0)
     return [centroids, lists.argsort(stable=True), F.pad(ends, (1, 0))]
@@ -172,7 +174,7 @@ def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, T
     for c in near.unique().tolist():
         wants = (near == c).any(1)  # (Q,), q of them true
         members = order[offsets[c]:offsets[c + 1]]  # (P,)
-        its_scores = queries[wants] @ stored(index.rows, members, device).double().T  # (q, P)
+        its_scores = queries[wants] @ stored(index.rows, members, device).T  # (q, P)
         its_ids = members.to(device).expand_as(its_scores)
         scores[wants], ids[wants] = best([scores[wants], its_scores], [ids[wants], its_ids], k)
     return scores, ids, scores[:, -1] > -2
@@ -200,8 +202,9 @@ class Index:
         first, of equal scores the lower id.
 
         queries: (Q, E), any float dtype and norm. nprobe: look into so many inverted lists; None:
-        exact. exclude: int64 (Q,), a row id per query that must not come back. Raises ValueError
-        for another shape, a query that is zero or not finite, or damaged rows."""
+        exact. exclude: int64 (Q,), a row id per query that must not come back; K is min(k, N − 1)
+        then. Raises ValueError for another shape, a query that is zero or not finite, or damaged
+        rows."""
         N, E = self.rows.shape
         require(queries.shape[1:] == (E,), f"queries: {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")

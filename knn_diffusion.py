@@ -81,7 +81,7 @@ class Schedule:
 
     ᾱ_t = f(t)/f(0), f(t) = cos²((t/T + 0.008)/1.008 · π/2), β_t = 1 − ᾱ_t/ᾱ_{t−1} ≤ 0.999.
     noise_shift c multiplies the signal-to-noise ratio (SNR) ᾱ/(1−ᾱ) by c² (2301.11093 Sec. 3.1):
-    a picture of twice the side hides half the noise, c = 1/2 gives it back."""
+    at twice the side pixels average out half of the noise, c = 1/2 gives it back."""
     def __init__(self, T: int, noise_shift: float = 1.0, device: torch.device | str = "cpu"
                  ) -> None:
         t = torch.arange(T + 1, dtype=torch.float64)
@@ -93,7 +93,7 @@ class Schedule:
         beta = torch.cat([beta.new_zeros(1), beta])           # (T+1,), beta[0] = 0
         alpha_bar = torch.cumprod(1 - beta, 0)                # (T+1,), 1 at 0
         assert (alpha_bar.diff() < 0).all() and alpha_bar[-1] > 0
-        self.T, self.beta, self.alpha_bar = T, beta.to(device), alpha_bar.to(device)
+        self.T, self.alpha_bar = T, alpha_bar.to(device)
 
     def at(self, t: int | Tensor, x: Tensor) -> Tensor:
         """ᾱ_t in x's precision, shaped to multiply x (B, ...)."""
@@ -146,14 +146,14 @@ SHARPNESS = 250.0  # κ of `summarize`: a cosine higher by 0.01 weighs 12 times 
 
 
 class Condition(nn.Module):
-    """Ours: one vector for query and neighbours, their summary, and tokens [summary; n_1 … n_K].
+    """Departs: one vector for query and neighbours, their summary; tokens [summary; n_1 … n_K].
 
-    Attention reads the tokens. The summary also joins the time embedding, which scales and
-    shifts every block: attention would first have to find what the whole picture depends on.
-    No path sees the query itself: a text's is a vector unlike all that was trained. One linear
-    map serves all tokens, a type embedding tells the summary from neighbours. Ranks are not
-    told: neighbours are a set, and any K works at inference. A null is a learned CLIP vector,
-    put in *before* every path that reads the condition: no path can miss it."""
+    Attention reads the tokens. The summary also joins the time embedding (in layers that are
+    named after the query), which scales and shifts every block: attention would first have to
+    find what the whole picture depends on. No path sees a text's own embedding: it is unlike all
+    that was trained. One linear map serves all tokens, a type embedding tells the summary from
+    neighbours. Ranks are not told: neighbours are a set, and any K works at inference. A null is
+    a learned CLIP vector, put in *before* every path that reads the condition: none can miss it."""
     def __init__(self, config: UNetConfig | TransformerConfig) -> None:
         super().__init__()
         E, D = config.embed_dim, config.condition_width
@@ -189,9 +189,10 @@ class Condition(nn.Module):
 def summarize(query: Tensor, neighbors: Tensor, no_query: Tensor, no_neighbors: Tensor) -> Tensor:
     """One vector (B, E) that a picture could have, from a query (B, E) and neighbours (B, K, E).
 
-    Ours: the query counts as far as it is at home among its neighbours. A picture's (training)
-    is at their centre: trust is near 1. A text's is far from all pictures: trust is near 0, and
-    the neighbours nearest to it speak for it. With sharpness κ:
+    Ours: the nearer the query is to its neighbours, the more it counts. A picture's (training)
+    is among its ten: trust is near 1 (with one or two neighbours it is not, they speak alone). A
+    text's is far from all pictures: trust is near 0, the neighbours nearest to it speak for it.
+    With sharpness κ:
         answer = Σ_i softmax_i(κ q·n_i) n_i          the query asks, the neighbours answer
         trust = σ(κ (q·answer − mean_i n_i·answer))  is q as close to the answer as they are?
         summary = trust·q + (1 − trust)·answer
@@ -720,8 +721,8 @@ def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Mask
                 ) -> tuple[Tensor, Tensor, Tensor]:
     """For each code c the factor in front and the sum, (B, L, V), and log W (B, L, 1)."""
     alpha, beta, gamma = schedule.between(s, t)
-    alpha_t, beta_t, gamma_t = schedule.between(0, t)
-    alpha_s, beta_s, _ = schedule.between(0, s)
+    abar_t, bbar_t, gbar_t = schedule.between(0, t)
+    abar_s, bbar_s, _ = schedule.between(0, s)
     is_masked = (xt == schedule.n_codes)[..., None]                            # (B, L, 1)
     is_xt = xt[..., None] == torch.arange(schedule.n_codes, device=xt.device)  # (B, L, V)
 
@@ -729,9 +730,9 @@ def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: Mask
         same, other, masked = (log_of(p, log_x0) for p in (same, other, masked))
         return torch.where(is_masked, masked, torch.where(is_xt, same, other))
 
-    log_w = log_x0 - to_xt(alpha_t + beta_t, beta_t, gamma_t)  # (B, L, V)
-    log_W = log_w.logsumexp(-1, keepdim=True)                  # (B, L, 1)
-    log_sum = torch.logaddexp(log_of(alpha_s, log_x0) + log_w, log_of(beta_s, log_x0) + log_W)
+    log_w = log_x0 - to_xt(abar_t + bbar_t, bbar_t, gbar_t)  # (B, L, V)
+    log_W = log_w.logsumexp(-1, keepdim=True)                # (B, L, 1)
+    log_sum = torch.logaddexp(log_of(abar_s, log_x0) + log_w, log_of(bbar_s, log_x0) + log_W)
     return to_xt(alpha + beta, beta, gamma), log_sum, log_W
 
 
@@ -836,10 +837,10 @@ def posterior_kl(log_x0: Tensor, x0: Tensor, xt: Tensor, t: Tensor, s: Tensor,
     and the sums are left. q's sum is G_c = (ᾱ_s [c = x_0] + β̄_s) / q(x_t | x_0). MASK adds
     nothing: q = p there."""
     log_front, log_sum, _ = log_factors(log_x0, xt, t, s, schedule)  # (B, L, V) each
-    alpha_t, beta_t, gamma_t = schedule.between(0, t)
-    alpha_s, beta_s, _ = schedule.between(0, s)
+    abar_t, bbar_t, gbar_t = schedule.between(0, t)
+    abar_s, bbar_s, _ = schedule.between(0, s)
     same, other, masked, code, no_code = (log_of(p, log_x0) for p in (
-        alpha_t + beta_t, beta_t, gamma_t, alpha_s + beta_s, beta_s))           # (B, 1, 1) each
+        abar_t + bbar_t, bbar_t, gbar_t, abar_s + bbar_s, bbar_s))              # (B, 1, 1) each
     log_divisor = torch.where((xt == schedule.n_codes)[..., None], masked,
                               torch.where((xt == x0)[..., None], same, other))  # (B, L, 1)
     is_x0 = x0[..., None] == torch.arange(schedule.n_codes, device=x0.device)   # (B, L, V)
@@ -879,8 +880,8 @@ def predict_tokens(model: TokenTransformer, guide: Guide, truncation: float, xt:
 
 
 def draw_category(log_p: Tensor, u: Tensor) -> Tensor:
-    """A draw from exp(log_p) (B, L, n) per u in [0, 1) (B, L): the first category at which
-    the mass reaches a share of 1 − u."""
+    """A draw from exp(log_p) (B, L, n) per u in [0, 1) (B, L): the first category whose
+    cumulated share is 1 − u or more."""
     mass = log_p.double().exp().cumsum(-1)
     return (mass < (1 - u[..., None].double()) * mass[..., -1:]).sum(-1)
 

@@ -107,7 +107,7 @@ def draw(model: Network, query: Tensor | None, neighbors: Tensor | None, seeds: 
 
 # ---------------- what a run writes and says
 
-def neighbor_pictures(index: retrieval.Index, ids: list[int]) -> list[Image.Image | None]:
+def neighbor_cells(index: retrieval.Index, ids: list[int]) -> list[Image.Image | None]:
     """The five nearest rows' pictures, smaller than samples; none where no file is there."""
     found = retrieval.neighbor_pictures(index, ids[:5])
     cells = [each and ImageOps.expand(clip_model.fit_square(each, 64), 16, "white")
@@ -228,7 +228,7 @@ def run(args: argparse.Namespace) -> None:
             if m % n == 0:  # a prompt begins
                 tell_neighbors(prompts[m // n], its_scores, its_ids, index, listing)
                 is_shown = has_grid and condition != "query"
-                rows.append(neighbor_pictures(index, its_ids) if is_shown else [])
+                rows.append(neighbor_cells(index, its_ids) if is_shown else [])
             if has_grid:
                 rows[-1].append(picture)
             if files and not files[m - first].exists():

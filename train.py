@@ -10,8 +10,8 @@ swaps are made once and kept in files.
 
 Each loop is flat: rows → x_0, query, neighbours → t, ε, drops → loss → step → average → log. The
 generators of a step are seeded with (seed, step): a resumed run goes on as if never stopped.
-Of 100 pictures or more no backbone learns every 50th (others still have it as neighbour); its
-loss is in log.csv. Left out: more than one GPU, float16.
+From 100 pictures on, every 50th is held out (but may be a neighbour); its loss is in log.csv.
+Left out: more than one GPU, float16.
 
 Shapes: B pictures per step, C channels, S pixels per side, L tokens, V codes, E CLIP dimension,
 K neighbours, N pictures, R rows to learn from: R = N, or several swaps per picture."""
@@ -607,8 +607,13 @@ def train_backbone(args: argparse.Namespace) -> None:
     if database is own:
         neighbors = retrieval.neighbor_table(own, k, device=args.device)
     else:
-        near = (database.search(torch.from_numpy(queries[ids]).to(args.device), k)[1]
-                .int().cpu().numpy()
+        # A picture of both indexes is no neighbour of itself.
+        names = [[index.root.resolve() / str(path) for path in index.paths]
+                 for index in (own, database)]
+        row_of = {name: row for row, name in enumerate(names[1])}
+        itself = torch.tensor([row_of.get(name, -1) for name in names[0]])  # (N,)
+        near = (database.search(torch.from_numpy(queries[ids]).to(args.device), k,
+                                exclude=itself[ids % len(own)])[1].int().cpu().numpy()
                 for ids in torch.arange(len(queries)).split(1024))
         path = own.folder / f"neighbors-{k}-from-{settings['index']}.npy"
         neighbors = retrieval.cached(path, retrieval.rows_digest(queries), near)

@@ -8,7 +8,7 @@ The discrete backbone of kNN-Diffusion Sec. 3.2 draws tokens, not pixels:
 
 Every term is a mean over its entries, as in taming: ‖·‖² is the squared length over Z.
 The arg-min has no gradient. The *straight-through estimator* goes around it: the decoder gets e,
-and its gradient goes to z as if z had been given. Near each other both want the same. The third
+and its gradient goes to z as if z had been given. Where z is near e, the two agree. The third
 term moves the code towards what the encoder says. The fourth (commitment, β) moves the encoder
 towards its code. They have the same value and teach different sides.
 

@@ -19,7 +19,6 @@ def test_schedule_is_the_squared_cosine():
     for t in (1, 250, 500, 900):
         f = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in (t, 0)]
         assert schedule.alpha_bar[t].item() == pytest.approx(f[0] / f[1], rel=1e-9)
-    assert schedule.beta.max() == 0.999 and schedule.beta[0] == 0
     assert schedule.alpha_bar[-1].item() == pytest.approx(2.4e-9, rel=0.02)
 
 

@@ -275,15 +275,18 @@ def losses_seen(monkeypatch, what="continuous"):
     return seen
 
 
-@pytest.mark.parametrize("is_own", [True, False])
-def test_a_row_is_a_picture_its_embedding_and_its_neighbours(world, tmp_path, monkeypatch, is_own):
-    """Of its own index, itself not among them, or of another."""
+@pytest.mark.parametrize("of", ["its own index", "another", "a larger one"])
+def test_a_row_is_a_picture_its_embedding_and_its_neighbours(world, tmp_path, monkeypatch, of):
+    """The picture itself is not among them."""
     index = database = retrieval.open_index(world / "index")
-    if not is_own:
-        rows = torch.nn.functional.normalize(torch.randn(30, 16), dim=1)
-        database = retrieval.write_index(tmp_path / "index", rows, [f"{i}.png" for i in range(30)],
-                                         "clip", index.manifest["encoder_hash"], tmp_path)
-    more = [] if is_own else ["--neighbors-from", tmp_path / "index"]
+    if of != "its own index":
+        rows, names = torch.nn.functional.normalize(torch.randn(30, 16), dim=1), list(range(30))
+        if of == "a larger one":
+            rows = torch.cat([rows, torch.from_numpy(index.rows[:])])
+            names += index.paths
+        database = retrieval.write_index(tmp_path / "index", rows, [str(i) for i in names], "clip",
+                                         index.manifest["encoder_hash"], index.root)
+    more = [] if database is index else ["--neighbors-from", tmp_path / "index"]
     seen = losses_seen(monkeypatch)
     trained(world, "continuous", tmp_path / "a", 1, *more)
     _, _, x0, query, neighbors, t, eps, *_ = seen[0]
@@ -292,7 +295,8 @@ def test_a_row_is_a_picture_its_embedding_and_its_neighbours(world, tmp_path, mo
         [row] = (rows == query[i]).all(1).nonzero()[:, 0].tolist()
         picture = np.asarray(clip_model.read_image(world / "images" / index.paths[row]))
         assert np.allclose((x0[i].permute(1, 2, 0).numpy() + 1) * 127.5, picture, atol=1e-3)
-        itself = torch.tensor([row]) if is_own else None
+        row += 30 * (of == "a larger one")
+        itself = None if of == "another" else torch.tensor([row])
         ids = database.search(query[i:i + 1], 3, exclude=itself)[1]
         assert np.array_equal(neighbors[i], database.rows[ids[0]])
     assert eps.std().item() == pytest.approx(1, abs=0.1) and t.min() >= 1
