@@ -301,6 +301,9 @@ def paste(picture: Image.Image, result: Image.Image, mask: np.ndarray) -> Image.
 
 # ---------------- the command
 
+S_I = {"continuous": 1.0, "discrete": 1.5}  # towards the picture, from which tokens stray
+
+
 def run(args: argparse.Namespace) -> None:
     """Open, embed, search, edit, write."""
     begin, n = time.time(), args.n
@@ -315,10 +318,11 @@ def run(args: argparse.Namespace) -> None:
     default = "edit-discrete" if args.backbone == "discrete" else "edit"
     weights = args.weights or sample.SHIPPED / f"{default}.safetensors"
     model, condition, clip, index, codec = sample.open_models(args, weights, edits=True)
-    default = sample.OPTIONS["discrete" if codec else "continuous"]["steps"]
-    steps = default if args.steps is None else args.steps
+    kind = "discrete" if codec else "continuous"
+    steps = sample.OPTIONS[kind]["steps"] if args.steps is None else args.steps
+    guidance_image = S_I[kind] if args.guidance_image is None else args.guidance_image
     settings = {"k": args.k, "query": args.query, "steps": steps, "seed": args.seed,
-                "guidance_text": args.guidance_text, "guidance_image": args.guidance_image,
+                "guidance_text": args.guidance_text, "guidance_image": guidance_image,
                 "start": args.start, "paste": args.paste, "image": args.image, "weights": weights,
                 "clip": args.clip, "index": args.index}
     settings |= {"vqvae": args.vqvae} if codec else {}
@@ -337,7 +341,7 @@ def run(args: argparse.Namespace) -> None:
     for i, text in enumerate(args.text):
         shown = (part if part is None else part[i:i + 1] for part in (query, neighbors))
         found = edit_picture(model, x, *shown, seeds, codec, steps, args.guidance_text,
-                             args.guidance_image, args.start)
+                             guidance_image, args.start)
         masks = change_mask(before.expand_as(found), found)
         row = [square]
         for j, result in enumerate(clip_model.to_pictures(found)):
@@ -368,8 +372,8 @@ def main(argv: list[str] | None = None) -> int:
          'no instructions ("make it red")')
     flag("--guidance-text", type=float, default=2.0, metavar="S_T",
          help="how far towards the text (default 2; 1: off)")
-    flag("--guidance-image", type=float, default=1.0, metavar="S_I",
-         help="how far towards the picture (default 1: off)")
+    flag("--guidance-image", type=float, metavar="S_I",
+         help=f"how far towards the picture (default {S_I}; 1: off)")
     flag("--start", type=float, default=1.0, metavar="SHARE", help="continuous: begin at this "
          "share of the T steps, from the noised picture (default 1: noise alone)")
     flag("--paste", action=argparse.BooleanOptionalAction, default=False, help="also put "

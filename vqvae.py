@@ -67,7 +67,6 @@ PRESETS = {
                             n_codes=512, norm_groups=8),
     "f16-1024": VQVAEConfig(),
     "f16-16384": VQVAEConfig(n_codes=16384),
-    "f8-8192": VQVAEConfig(multipliers=(1, 1, 2, 4), attention=(3,), n_codes=8192, gumbel=True),
 }
 
 

@@ -238,6 +238,8 @@ def table(args: argparse.Namespace) -> None:
     bench, n_scenes = open_bench(args.judge), check_kept_apart(args.data)
     pictures, texts, wanted = edit_pairs(args.n, args.seed)
     ours = open_maker(args, args.weights, args.index)
+    if args.guidance_image is None:
+        args.guidance_image = edit.S_I["discrete" if ours.codec else "continuous"]
     if not ours.model.config.edit:
         raise ValueError(f"{args.weights} draws pictures; editing wants weights of `train.py edit`")
     generator = open_maker(args, args.generator, args.index)
@@ -349,7 +351,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--k", type=int, default=10)
     parser.add_argument("--query", choices=["text", "nearest"], default="text")
     parser.add_argument("--guidance-text", type=float, default=2.0)
-    parser.add_argument("--guidance-image", type=float, default=1.0)
+    parser.add_argument("--guidance-image", type=float, help="default: as edit.py")
     parser.add_argument("--strengths", type=float, nargs="+", metavar="S",
                         default=[0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6], help="of noise-and-denoise")
     parser.add_argument("--scenes", type=int, default=20000, help="train-judge: scenes to render")

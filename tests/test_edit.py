@@ -364,6 +364,15 @@ def test_the_same_command_gives_the_same_pixels_and_seeds_are_the_samples_own(ed
         assert (singles(options[0], "--n", "1", *options)[0] != first[0]).any(), options
 
 
+@pytest.mark.parametrize("kind, scale", edit.S_I.items())
+def test_the_backbone_says_how_far_towards_the_picture(editor, world, odd, kind, scale):
+    files = {"continuous": [], "discrete": ["--weights", str(world / "edit-discrete.safetensors"),
+                                            "--vqvae", str(world / "vqvae.safetensors")]}
+    argv = [str(odd / "wide.png"), "red", *editor, *files[kind], "--n", "1"]
+    assert edit.main([*argv, "--out", str(odd / "o.png")]) == 0
+    assert json.loads(Image.open(odd / "o.png").text["parameters"])["guidance_image"] == scale
+
+
 def test_pasting_touches_nothing_outside_the_mask_and_fades_where_the_crop_ends():
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (90, 130, 3), np.uint8))
