@@ -42,6 +42,8 @@ import sample
 import vqvae
 from clip_model import require
 
+S_I = {"continuous": 1.0, "discrete": 1.5}  # towards the picture, from which tokens stray
+
 # ---------------- ECC
 
 def warped(pictures: Tensor, warp: Tensor, outside: str = "border") -> Tensor:
@@ -300,9 +302,6 @@ def paste(picture: Image.Image, result: Image.Image, mask: np.ndarray) -> Image.
 
 
 # ---------------- the command
-
-S_I = {"continuous": 1.0, "discrete": 1.5}  # towards the picture, from which tokens stray
-
 
 def run(args: argparse.Namespace) -> None:
     """Open, embed, search, edit, write."""
