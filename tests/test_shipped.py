@@ -51,7 +51,9 @@ def test_weights_clip_index_and_vqvae_belong_together(name, index):
     first, *more = metadata["command"].splitlines()
     assert first.startswith(f"python train.py {backbone}")
     what = "edit" if edits else backbone
-    assert all(command.startswith(f"python train.py {what}") for command in more)
+    assert all(command.startswith((f"python train.py {backbone}", f"python train.py {what}"))
+               for command in more)
+    assert edits == any(command.startswith("python train.py edit") for command in more)
 
 
 def test_a_prompt_is_all_that_is_needed_or_a_picture_and_a_text(tmp_path, monkeypatch):
