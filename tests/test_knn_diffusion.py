@@ -20,6 +20,8 @@ def test_schedule_is_the_squared_cosine():
         f = [math.cos((i / 1000 + 0.008) / 1.008 * math.pi / 2) ** 2 for i in (t, 0)]
         assert schedule.alpha_bar[t].item() == pytest.approx(f[0] / f[1], rel=1e-9)
     assert schedule.alpha_bar[-1].item() == pytest.approx(2.4e-9, rel=0.02)
+    beta = 1 - schedule.alpha_bar[1:] / schedule.alpha_bar[:-1]
+    assert beta.max().item() == pytest.approx(0.999, rel=1e-9)
 
 
 def test_noise_shift_multiplies_the_signal_to_noise_ratio():
