@@ -128,7 +128,7 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         low = read(rows, start, device)                                 # (P, E)
         scores = low[: len(low) // GROUP * GROUP] @ columns             # (P, Q)
         maxima.append(scores.view(-1, GROUP, Q).amax(1))                # (P / GROUP, Q)
-    top, groups = torch.cat(maxima).float().T.topk(LISTED * k + 1)      # (Q, LISTED·k + 1)
+    top, groups = torch.cat(maxima).T.topk(LISTED * k + 1)              # (Q, LISTED·k + 1)
     members = groups[:, :-1, None] * GROUP + torch.arange(GROUP, device=device)
     tail = torch.arange(N - N % GROUP, N, device=device).expand(Q, -1)  # rows of no group
     for query, ids in zip(queries, torch.cat([members.flatten(1), tail], dim=1)):
