@@ -48,10 +48,10 @@ import clip_model
 from clip_model import IMAGE_SUFFIXES, SHIPPED, reason, replacing, require
 
 LISTS = "centroids", "lists", "offsets"
-BLOCK = 16384      # rows that are read and multiplied at once
+BLOCK = 8192       # rows that are read and multiplied at once
 GROUP = 16         # rows of which the scan keeps the best score
-LISTED = 12        # groups per neighbour that are scored again
-CACHED = 64        # blocks that stay in memory: a million rows
+LISTED = 6         # groups per neighbour that are scored again
+CACHED = 128       # blocks that stay in memory: a million rows
 TABLE_NPROBE = 64  # inverted lists per row, for the neighbour table
 
 
@@ -69,7 +69,7 @@ def stored(rows: Rows, key: slice | Tensor, device: torch.device | str = "cpu") 
     """Some rows, float64 (n, E). Raises ValueError for one without unit norm: a single flipped bit
     can make a row the nearest one to every query."""
     found = torch.from_numpy(rows[key]).to(device).double()
-    is_unit = (found.norm(dim=1) - 1).abs() < 2e-3
+    is_unit = (found.norm(dim=1) - 1).abs() < 2**-9
     require(is_unit.all(), f"a row in {rows.files[0].parent} has not norm 1: damaged")
     return found
 
@@ -109,9 +109,20 @@ def scan_dtype(device: torch.device) -> torch.dtype:
 
 
 @functools.lru_cache(CACHED)
-def low_block(rows: Rows, start: int, device: torch.device) -> Tensor:
-    """Rows from `start` on in low precision, (P, E)."""
-    return stored(rows, slice(start, start + BLOCK), device).to(scan_dtype(device))
+def low_block(rows: Rows, start: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows from `start` on in low precision, (P, E), and the most that one of them lost by it."""
+    block = stored(rows, slice(start, start + BLOCK), device)
+    low = block.to(scan_dtype(device))
+    return low, (block - low).norm(dim=1).max()
+
+
+def score_again(rows: Rows, queries: Tensor, ids: Tensor, k: int) -> list[Tensor]:
+    """The k best of each query's rows `ids`, int64 (Q, n), scored as defined."""
+    found, size = [], max(1, 1024 // ids.shape[1])
+    for some, its_ids in zip(queries.split(size), ids.split(size)):
+        its_rows = torch.from_numpy(rows[its_ids.cpu()]).to(ids.device).double()  # (q, n, E)
+        found.append(best([(its_rows @ some[:, :, None])[..., 0]], [its_ids], k))
+    return [torch.cat(part) for part in zip(*found)]
 
 
 def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,25 +130,23 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The bound: with q̂ and r̂ the rounded vectors, Cauchy and Schwarz give
         |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   with norms below 1.01 (see `stored`).
-    Rounding costs a row at most eps/2, and the score eps/2 again. Sums of E products err by less
-    than E·2⁻²². A GPU's float32 may be TF32: 2⁻¹⁰ each for row and query."""
-    (N, E), Q, device, maxima, found = rows.shape, len(queries), queries.device, [], []
+    The differences are measured. bfloat16 takes at most 2⁻⁹ from a score below 1, and none is above
+    1 + 2⁻⁹. A GPU's float32 may be TF32: 2⁻¹⁰ each for row and query. Sums of E products err by
+    less than E·2⁻²²."""
+    (N, E), Q, device, maxima, loss = rows.shape, len(queries), queries.device, [], []
     columns = queries.to(scan_dtype(device)).T.contiguous()             # (E, Q)
     for start in range(0, N, BLOCK):
         read = low_block if start < CACHED * BLOCK else low_block.__wrapped__
-        low = read(rows, start, device)                                 # (P, E)
+        low, its_loss = read(rows, start, device)                       # (P, E)
         scores = low[: len(low) // GROUP * GROUP] @ columns             # (P, Q)
         maxima.append(scores.view(-1, GROUP, Q).amax(1))                # (P / GROUP, Q)
+        loss.append(its_loss)
     top, groups = torch.cat(maxima).T.topk(LISTED * k + 1)              # (Q, LISTED·k + 1)
     members = groups[:, :-1, None] * GROUP + torch.arange(GROUP, device=device)
     tail = torch.arange(N - N % GROUP, N, device=device).expand(Q, -1)  # rows of no group
-    for query, ids in zip(queries, torch.cat([members.flatten(1), tail], dim=1)):
-        its_rows = stored(rows, ids.cpu(), device)                      # (n, E)
-        found.append(best([(its_rows @ query)[None]], [ids[None]], k))
-    best_scores, ids = (torch.cat(part) for part in zip(*found))        # (Q, k)
-    lost = (queries - columns.T.double()).norm(dim=1) + E * 2**-22
-    others = top[:, -1].double() + 1.01 * (lost + max(torch.finfo(low.dtype).eps, 2**-9))
-    return best_scores, ids, others < best_scores[:, -1]
+    scores, ids = score_again(rows, queries, torch.cat([members.flatten(1), tail], dim=1), k)
+    lost = (queries - columns.T).norm(dim=1) + max(loss) + 2**-9 + E * 2**-22
+    return scores, ids, top[:, -1] + 1.01 * lost < scores[:, -1]
 
 
 # ---------------- inverted lists (IVF)
@@ -164,25 +173,38 @@ def make_lists(rows: Rows, n_lists: int, iterations: int = 10) -> list[Tensor]:
     return [centroids, lists.argsort(stable=True), F.pad(ends, (1, 0))]
 
 
+@functools.lru_cache(4096)
+def low_list(index: Index, c: int, device: torch.device) -> Tensor:
+    """The rows of list c, float16 (P, E)."""
+    _, order, offsets = index.lists
+    return stored(index.rows, order[offsets[c]:offsets[c + 1]], device).half()
+
+
 def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k best rows of each query's nprobe lists, and which queries got k rows, bool (Q,).
-    A list is read once, for all queries that look into it."""
-    (centroids, order, offsets), device = index.lists, queries.device
-    near = (queries.float() @ centroids.to(device).T).topk(nprobe).indices  # (Q, nprobe)
-    scores = queries.new_full((len(queries), k), -2)  # below any cosine
+
+    A list is read once, for all queries that look into it. Its k best rows for each are found in
+    float32, and the k best of all lists scored again."""
+    centroids, order, offsets = (part.to(queries.device) for part in index.lists)
+    read = low_list if len(index) <= CACHED * BLOCK else low_list.__wrapped__
+    low, Q = queries.float(), len(queries)
+    near = (low @ centroids.T).topk(nprobe).indices.flatten()     # (Q·nprobe,), query by query
+    scores = low.new_full((len(near), k), -2)                     # below any cosine
     ids = torch.zeros_like(scores, dtype=torch.int64)
-    for c in near.unique().tolist():
-        wants = (near == c).any(1)  # (Q,), q of them true
-        members = order[offsets[c]:offsets[c + 1]]  # (P,)
-        its_scores = queries[wants] @ stored(index.rows, members, device).T  # (q, P)
-        its_ids = members.to(device).expand_as(its_scores)
-        scores[wants], ids[wants] = best([scores[wants], its_scores], [ids[wants], its_ids], k)
-    return scores, ids, scores[:, -1] > -2
+    wanted, sizes = (part.tolist() for part in near.unique(return_counts=True))
+    for c, some in zip(wanted, near.argsort().split(sizes)):      # some: (q,) of Q·nprobe
+        rows = read(index, c, queries.device).float()             # (P, E)
+        n = min(k, len(rows))
+        scores[some, :n], places = (rows @ low[some // nprobe].T).T.topk(n)
+        ids[some, :n] = order[offsets[c] + places]
+    top, which = scores.view(Q, -1).topk(k)                       # (Q, k)
+    ids = ids.view(Q, -1).gather(1, which)
+    return *score_again(index.rows, queries, ids, k), top[:, -1] > -2
 
 
 # ---------------- the index
 
-@dataclass(repr=False)
+@dataclass(repr=False, eq=False)
 class Index:
     """An open index. Its pictures may be missing; its rows are read when wanted."""
     folder: Path
@@ -269,6 +291,8 @@ class Rows:
     def __getitem__(self, key: slice | np.ndarray | Tensor | int) -> np.ndarray:
         """A slice, or row ids 0 … N−1 of any shape → (…, E)."""
         ids = np.arange(*key.indices(self.shape[0])) if isinstance(key, slice) else np.asarray(key)
+        if len(self.files) == 1:
+            return open_memmap(self.files[0], mode="r")[ids]
         out = np.empty((*ids.shape, self.shape[1]), self.dtype)
         file = np.searchsorted(self.starts, ids, side="right") - 1  # of each row
         for i in np.unique(file):
@@ -305,8 +329,7 @@ def open_index(folder: str | Path) -> Index:
         require(rows.shape == (N, E) and rows.dtype == np.float16 and len(paths) == N,
                 f"{N} x {E} in its manifest, {rows.shape} in its files, {len(paths)} paths")
         if manifest.get("lists"):
-            lists = [torch.from_numpy(np.load(folder / f"{name}.npy"))
-                     for name in LISTS]
+            lists = [torch.from_numpy(np.load(folder / f"{name}.npy")) for name in LISTS]
             require(torch.equal(lists[1].sort().values, torch.arange(N)), "a list lacks rows")
     except Exception as error:  # a damaged file raises any kind
         raise ValueError(f"the index at {folder} is damaged ({reason(error)})") from None
@@ -428,7 +451,6 @@ def embed_folder(clip: clip_model.CLIP, folder: str | Path, batch_size: int = 25
     sentence per unreadable picture. Raises ValueError where all are."""
     def read(name: str) -> Image.Image | str:
         try:
-            require(name.isprintable(), f"{name!r} is no name for a list of lines")
             picture = clip_model.read_image(Path(folder) / name)
             return clip_model.fit_square(picture, clip.config.image_size)
         except ValueError as error:

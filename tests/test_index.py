@@ -158,13 +158,17 @@ def test_few_lists_give_nearly_the_exact_rows_and_all_of_them_just_these(tmp_pat
 
 def test_the_best_rows_of_the_probed_lists_come_back(tmp_path):
     index = make(tmp_path, clusters(), n_lists=20)
-    query = torch.from_numpy(clusters(1, seed=2)).float()
+    queries = torch.from_numpy(clusters(9, seed=2))
     centroids, order, offsets = index.lists
-    c = (query @ centroids.T).argmax()
-    members = order[offsets[c]:offsets[c + 1]].numpy()
-    ranks = np.argsort(-(index.rows[members].astype(np.float64) @ query[0].double().numpy()))
-    found = index.search(query, len(members), nprobe=1)[1][0]
-    assert found.tolist() == members[ranks].tolist()
+    lists = order.split(offsets.diff().tolist())
+    near = (queries.float() @ centroids.T).topk(3).indices
+    found = index.search(queries, 120, nprobe=3)[1]                        # some lists hold fewer
+    for query, three, ids in zip(queries, near, found):
+        members = torch.cat([lists[c] for c in three]).numpy()
+        ranks = np.argsort(-(index.rows[members].astype(np.float64) @ query.numpy()))
+        assert ids.tolist() == members[ranks][:120].tolist()
+    few = make(tmp_path, np.tile(np.eye(4), (100, 1)), "few", n_lists=10)  # six lists are empty
+    assert (few.search(torch.eye(4), 100, nprobe=9)[0] == 1).all()
 
 
 def test_kmeans_finds_separated_centres_and_lists_hold_their_own(tmp_path):
