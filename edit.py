@@ -326,10 +326,8 @@ def run(args: argparse.Namespace) -> None:
                 "clip": args.clip, "index": args.index}
     settings |= {"vqvae": args.vqvae} if codec else {}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    if picture.width != picture.height:
-        print(f"{args.image} is {picture.width}x{picture.height}: the central square is edited")
 
-    # Embed and search, then a row of the grid per text.
+    # Embed and search, then a row of the grid per text. Of a picture the central square is edited.
     size = model.config.image_size
     square = clip_model.fit_square(picture, size)
     x = clip_model.to_x(np.array(square)[None], clip.logit_scale.device)  # (1, 3, H, W)

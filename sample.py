@@ -142,12 +142,10 @@ def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
 def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
                    listing: Path | None) -> None:
     """Say on stderr where nothing is near a prompt. List its neighbours."""
-    names = [str(index.paths[row]) for row in ids]  # flat/fox_face-3.png
+    names = [str(index.paths[row]) for row in ids]
     if scores and scores[0] < NEAR:
-        things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ")
-                  for name in names]
         print(f"{prompt!r} is near nothing in the index (best score {scores[0]:.2f}); nearest: "
-              + ", ".join(list(dict.fromkeys(things))[:3]), file=sys.stderr)
+              + ", ".join(names[:3]), file=sys.stderr)
     if listing:
         with open(listing, "a") as file:
             for rank, (score, row, name) in enumerate(zip(scores, ids, names), start=1):

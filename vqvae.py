@@ -198,10 +198,6 @@ class Codebook(nn.Module):
         """int64 (B, L) → (B, L, Z)."""
         return self.embedding(tokens)
 
-    def losses(self, z: Tensor, e: Tensor) -> tuple[Tensor, Tensor]:
-        """The codebook term (teaches e alone) and the commitment term, without β (z alone)."""
-        return F.mse_loss(e, z.detach()), F.mse_loss(z, e.detach())
-
 
 class GumbelCodebook(nn.Module):
     """V vectors; a linear map Y → V makes logits, each place takes the arg-max (DALL-E's way)."""
@@ -276,19 +272,14 @@ class VQVAE(nn.Module):
         z = self.latents(x).float()  # (B, Z, h, w)
         tokens = self.quantize.nearest(z)
         e = self.quantize.vectors(tokens).transpose(1, 2).view(z.shape)
-        codebook, commitment = self.quantize.losses(z, e)
-        through = z + (e - z).detach()  # e forwards, z backwards
-        return self.from_vectors(through), codebook + self.config.commitment * commitment, tokens
+        # The codebook term teaches e alone, the commitment term z alone.
+        loss = F.mse_loss(e, z.detach()) + self.config.commitment * F.mse_loss(z, e.detach())
+        return self.from_vectors(z + (e - z).detach()), loss, tokens  # e forwards, z backwards
 
 
 def reconstruction_loss(found: Tensor, x: Tensor) -> Tensor:
     """L1 + L2, means over all pixels."""
     return F.l1_loss(found, x) + F.mse_loss(found, x)
-
-
-def psnr(found: Tensor, x: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio per picture (B,), dB; 4 is the squared range of [-1, 1]."""
-    return 10 * torch.log10(4 / (found.clamp(-1, 1) - x).square().flatten(1).mean(1))
 
 
 # ---------------- load, save, taming's layout

@@ -71,7 +71,7 @@ class KeptOut:
         if codec:
             tokens = torch.cat([codec.encode(part) for part in x.split(256)])
             found = torch.cat([codec.decode(part) for part in tokens.split(256)])
-            psnr, codes = f"{vqvae.psnr(found, x).mean():.2f} dB", tokens.unique()
+            psnr, codes = f"{evaluate.psnr(found, x).mean():.2f} dB", tokens.unique()
             self.grid.append(clip_model.to_pictures(found[self.shown]))
         else:
             found, psnr = x, ""

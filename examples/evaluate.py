@@ -378,6 +378,11 @@ def held_out_recall(data: Path, scores, hit, code: dict[str, int]) -> None:
 
 # ---------------------------------------------------------------- tokens
 
+def psnr(found: Tensor, x: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio per picture (B,), dB; 4 is the squared range of [-1, 1]."""
+    return 10 * torch.log10(4 / (found.clamp(-1, 1) - x).square().flatten(1).mean(1))
+
+
 @torch.no_grad()
 def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
     """Reconstructions (N, 3, S, S) of uint8 (N, S, S, 3), the PSNR of each in dB, and how often
@@ -386,7 +391,7 @@ def reconstruct(model: vqvae.VQVAE, pictures: np.ndarray) -> tuple[Tensor, Tenso
     for x in clip_model.to_x(pictures).split(64):
         tokens = model.encode(x)
         found.append(model.decode(tokens, x.shape[2] // model.config.factor))
-        quality.append(vqvae.psnr(found[-1], x))
+        quality.append(psnr(found[-1], x))
         counts += tokens.flatten().bincount(minlength=len(counts))
     return torch.cat(found), torch.cat(quality), counts
 

@@ -63,19 +63,23 @@ def test_products_of_steps_equal_the_closed_form(kind, V, T):
             assert [alpha + beta, beta, gamma] == pytest.approx(wanted[[0, 1, V]].tolist(),
                                                                 abs=1e-12)
             if s == 0:
-                at_t = schedule.alpha_bar[t], schedule.beta_bar[t], schedule.gamma_bar[t]
-                assert at_t == pytest.approx((alpha, beta, gamma), abs=1e-12)
+                at_t = schedule.alpha_bar[t], schedule.gamma_bar[t]
+                assert at_t == pytest.approx((alpha, gamma), abs=1e-12)
 
 
 def test_both_schedules_are_the_published_ones():
     code = MaskSchedule(100, 2887, "released")
     assert code.alpha_bar[[1, 100]].tolist() == pytest.approx([0.99999, 0.000009])
     assert code.gamma_bar[[1, 100]].tolist() == pytest.approx([0.000009, 0.99999])
-    assert (2887 * code.beta_bar[1:]).tolist() == pytest.approx([1e-6] * 100)
+    t = torch.arange(1, 101)
+    assert (2887 * code.between(0, t)[1]).tolist() == pytest.approx([1e-6] * 100)
     text = MaskSchedule(100, 2887, "paper")
     assert text.gamma_bar[[50, 100]].tolist() == pytest.approx([0.45, 0.9])
-    assert (2887 * text.beta_bar[[50, 100]]).tolist() == pytest.approx([0.05, 0.1], abs=2e-6)
-    assert text.alpha_bar[100] == MaskSchedule.FLOOR
+    assert (2887 * text.between(0, t)[1][[49, 99]]).tolist() == pytest.approx([0.05, 0.1], abs=2e-6)
+    for schedule in (code, text):                                          # β ≥ 0 in every step
+        alpha, _, gamma = schedule.between(t - 1, t)
+        assert (1 - alpha - gamma > -1e-15).all()
+    assert text.alpha_bar[100] == 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
