@@ -264,8 +264,8 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
-        """Texts -> unit-norm float32 (B, E), on the model's device. A long one is cut, and said.
-        Raises ValueError where no vocabulary was found for the weights."""
+        """Texts -> unit-norm float32 (B, E), on the model's device. One too long is cut, with a
+        warning. Raises ValueError where no vocabulary was found for the weights."""
         require(self.tokenizer, f"texts need CLIP's {VOCABULARY} or merges.txt beside the weights")
         return self.embed_tokens(self.tokenizer(texts).to(self.logit_scale.device))
 
@@ -291,8 +291,8 @@ class CLIP(nn.Module):
                 f"{c.activation}")
 
     def fingerprint(self) -> str:
-        """16 hex digits of the image tower: which f_img this is. Indexes and generators hold its
-        embeddings; the text tower may be another."""
+        """16 hex digits of the image tower: which f_img this is. Indexes hold its
+        embeddings, generators learned from them; the text tower may be another."""
         c = self.config
         return weights_digest(self.visual, repr((c.vision_heads, c.activation, c.pixel_mean)))
 

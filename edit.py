@@ -43,6 +43,7 @@ import vqvae
 from clip_model import require
 
 S_I = {"continuous": 1.0, "discrete": 1.5}  # towards the picture, from which tokens stray
+LEVELS, ITERATIONS = 3, 50  # of ECC, at most
 
 # ---------------- ECC
 
@@ -99,7 +100,7 @@ def ecc_step(i_r: Tensor, i_w: Tensor, gx: Tensor, gy: Tensor, x: Tensor, y: Ten
     return (lam * Nb - Na).view(-1, 2, 3).to(i_r)
 
 
-def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, eps: float
+def fit_level(template: Tensor, image: Tensor, start: Tensor, eps: float
               ) -> tuple[Tensor, Tensor]:
     """Steps from a start on one level of the pyramid: warps, and which of them settled (B,).
     Ours: a warp that sees less than half of the picture, or changes areas by more than a factor of
@@ -111,7 +112,7 @@ def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, e
     x, y = F.affine_grid(identity, [1, 1, height, width], align_corners=False).view(-1, 2).unbind(1)
     warp, settled = start.clone(), torch.zeros(B, dtype=torch.bool, device=image.device)
     before, rows = torch.full((B,), -2.0).to(image), torch.arange(B, device=image.device)
-    for _ in range(iterations):           # rows: the pairs that still move
+    for _ in range(ITERATIONS):           # rows: the pairs that still move
         i_r, i_w, *slopes = view(template[rows], layers[rows], warp[rows])
         norms = i_r.norm(dim=1) * i_w.norm(dim=1)
         rho = (i_r * i_w).sum(1) / norms  # (B,)
@@ -130,21 +131,20 @@ def fit_level(template: Tensor, image: Tensor, start: Tensor, iterations: int, e
 
 
 @torch.no_grad()
-def ecc(template: Tensor, image: Tensor, levels: int = 3, iterations: int = 50, eps: float = 1e-3
-        ) -> tuple[Tensor, Tensor]:
+def ecc(template: Tensor, image: Tensor, eps: float = 1e-3) -> tuple[Tensor, Tensor]:
     """Warps (B, 2, 3) under which images look most like their templates; which converged (B,).
 
-    template, image: grey, (B, 1, H, W), any range. Coarse to fine: at most `levels` levels, each
-    half as large, none below 16 pixels; up to `iterations` steps on each, until ρ changes by less
+    template, image: grey, (B, 1, H, W), any range. Coarse to fine: at most LEVELS levels, each
+    half as large, none below 16 pixels; up to ITERATIONS steps on each, until ρ changes by less
     than eps. A pair without edges keeps the identity and does not converge."""
     require(template.shape == image.shape and template.ndim == 4 and template.shape[1] == 1,
             f"template {tuple(template.shape)}, image {tuple(image.shape)}: not (B, 1, H, W)")
     template, image = smoothed(template.float()), smoothed(image.float())
     warp = torch.eye(2, 3, device=image.device).repeat(len(image), 1, 1)
-    n_levels = max(1, min(levels, min(image.shape[-2:]).bit_length() - 4))
+    n_levels = max(1, min(LEVELS, min(image.shape[-2:]).bit_length() - 4))
     for level in reversed(range(n_levels)):
         small = (F.avg_pool2d(x, 2 ** level) for x in (template, image))
-        warp, converged = fit_level(*small, warp, iterations, eps)
+        warp, converged = fit_level(*small, warp, eps)
     return warp, converged
 
 
@@ -155,16 +155,16 @@ def grey(x: Tensor) -> Tensor:
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
 
 
-def aligned(pictures: Tensor, neighbors: Tensor) -> tuple[Tensor, Tensor]:
-    """Neighbours (B, 3, H, W) warped onto such pictures, and which of them moved, bool (B,).
-    Ours: one stays where ECC does not converge, or leaves it no nearer to its picture. A seam at
+def aligned(pictures: Tensor, neighbors: Tensor) -> Tensor:
+    """Neighbours (B, 3, H, W) warped onto such pictures.
+    Ours: one stays as it is if ECC does not converge, or brings it no nearer. A seam at
     the region's border would tell a model where to look; a user's picture has none."""
     warp, converged = ecc(grey(pictures), grey(neighbors))
     moved = warped(neighbors, warp)
     before, after = ((pictures - each).abs().mean((1, 2, 3))
                      for each in (neighbors, moved))
     has_moved = converged & (after < before)  # (B,)
-    return torch.where(has_moved[:, None, None, None], moved, neighbors), has_moved
+    return torch.where(has_moved[:, None, None, None], moved, neighbors)
 
 
 def random_regions(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
@@ -226,13 +226,13 @@ def most_different_regions(pictures: Tensor, neighbors: Tensor, n_candidates: in
 
 
 def region_swap(pictures: Tensor, neighbors: Tensor, generator: torch.Generator,
-                n_candidates: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """I_manip (B, 3, H, W) of pictures and their nearest neighbours (B, 3, H, W) in [-1, 1], the
-    regions (B, 4), and which neighbours were moved, bool (B,)."""
-    neighbors, has_moved = aligned(pictures, neighbors)
+                n_candidates: int = 256) -> tuple[Tensor, Tensor]:
+    """I_manip (B, 3, H, W) of pictures and their nearest neighbours (B, 3, H, W) in [-1, 1], and
+    the regions (B, 4)."""
+    neighbors = aligned(pictures, neighbors)
     boxes = most_different_regions(pictures, neighbors, n_candidates, generator)
     mask = region_mask(boxes.to(pictures.device), *pictures.shape[-2:])  # M (B, 1, H, W)
-    return torch.where(mask, neighbors, pictures), boxes, has_moved
+    return torch.where(mask, neighbors, pictures), boxes
 
 
 def region_crop(box: tuple[int, int, int, int], height: int, width: int
@@ -287,7 +287,7 @@ def kept_box(size_before: tuple[int, int], size: int) -> tuple[int, int, int, in
 
 def paste(picture: Image.Image, result: Image.Image, mask: np.ndarray) -> Image.Image:
     """Put a result back where `fit_square` took it from, at the picture's own resolution.
-    Where the mask, float (H, W) in 0 … 1, is 0 the picture stays to the last bit."""
+    Where the mask, float (H, W) in 0 … 1, enlarged, is 0 the picture stays to the last bit."""
     ramp = np.minimum(np.arange(result.width) / 4, 1)
     ramp = np.minimum(ramp, ramp[::-1])  # 0 where the picture goes on beside the crop
     if picture.width != picture.height:
@@ -361,8 +361,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="Edit a picture from a text, with no mask. The grid: the picture, each "
                     "result, where it changed.",
-        epilog="guidance: e(0,0) + S_I·[e(I,0) − e(0,0)] + S_T·[e(I,T) − e(I,0)], with I the "
-               "picture, T the text and its neighbours, 0 for none.")
+        epilog="guidance: e(0,0) + S_I·[e(I,0) − e(0,0)] + S_T·[e(I,c) − e(I,0)], with I the "
+               "picture, c the text and its neighbours, 0 for none.")
     flag = sample.add_flags(parser, "edited.png")
     flag("image", type=Path, metavar="IMAGE")
     flag("text", nargs="+", metavar="TEXT", help='a thing that is to be there, "a red heart"; '
@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     flag("--guidance-text", type=float, default=2.0, metavar="S_T",
          help="how far towards the text (default 2; 1: off)")
     flag("--guidance-image", type=float, metavar="S_I",
-         help=f"how far towards the picture (default {S_I}; 1: off)")
+         help="how far towards the picture (default 1, discrete 1.5; 1: off)")
     flag("--start", type=float, default=1.0, metavar="SHARE", help="continuous: begin at this "
          "share of the T steps, from the noised picture (default 1: noise alone)")
     flag("--paste", action=argparse.BooleanOptionalAction, default=False, help="also put "

@@ -48,10 +48,10 @@ import clip_model
 from clip_model import IMAGE_SUFFIXES, SHIPPED, reason, replacing, require
 
 LISTS = "centroids", "lists", "offsets"
-BLOCK = 8192       # rows that are read and multiplied at once
+BLOCK = 4096       # rows that are read and multiplied at once
 GROUP = 16         # rows of which the scan keeps the best score
 LISTED = 6         # groups per neighbour that are scored again
-CACHED = 128       # blocks that stay in memory: a million rows
+CACHED = 256       # blocks that stay in memory: a million rows
 TABLE_NPROBE = 64  # inverted lists per row, for the neighbour table
 
 
@@ -66,19 +66,19 @@ def unit(vectors: Tensor, what: str) -> Tensor:
 
 
 def stored(rows: Rows, key: slice | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Some rows, float64 (n, E). Raises ValueError for one without unit norm: a single flipped bit
+    """Some rows, float32 (n, E). Raises ValueError for one without unit norm: a single flipped bit
     can make a row the nearest one to every query."""
-    found = torch.from_numpy(rows[key]).to(device).double()
+    found = torch.from_numpy(rows[key]).to(device).float()
     is_unit = (found.norm(dim=1) - 1).abs() < 2**-9
     require(is_unit.all(), f"a row in {rows.files[0].parent} has not norm 1: damaged")
     return found
 
 
-def best(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    """The k best of rows `ids`, int64 (Q, n) in all, by scores, float64 (Q, n): (Q, min(k, n)).
+def best(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of rows `ids`, int64 (Q, n), by scores, float64 (Q, n): (Q, min(k, n)) of each.
     Of equal scores the lower id is first. Ours: a score and its id make one integer,
     score·2³⁰·2³² − id: topk settles ties, too."""
-    keys = (torch.cat(scores, dim=1) * 2**30).round().long() * 2**32 - torch.cat(ids, dim=1)
+    keys = (scores * 2**30).round().long() * 2**32 - ids
     keys = keys.topk(min(k, keys.shape[1])).values
     ids = -keys % 2**32
     return (keys + ids).double() / 2**62, ids
@@ -89,18 +89,18 @@ def exact_search(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     scores, ids = queries[:, :0], queries[:, :0].long()
     for start in range(0, rows.shape[0], BLOCK):
         block = stored(rows, slice(start, start + BLOCK), queries.device)  # (P, E)
-        its_scores = queries @ block.T                                     # (Q, P)
-        its_ids = torch.arange(start, start + len(block), device=queries.device)
-        scores, ids = best([scores, its_scores], [ids, its_ids.expand_as(its_scores)], k)
+        its_scores = queries @ block.double().T                            # (Q, P)
+        its_ids = (start + torch.arange(len(block)).to(ids)).expand_as(its_scores)
+        scores, ids = best(torch.cat([scores, its_scores], 1), torch.cat([ids, its_ids], 1), k)
     return scores, ids
 
 
 # ---------------- the same rows, faster
 #
 # Low precision multiplies two to five times as fast. Its scores err in the third digit, but the
-# error is bounded, so they tell which rows are *not* the best: keep the best score of each group
-# of 16 rows, list the best groups, score their rows again as defined. No other group holds a row
-# above its best score + the bound. Where that is below the k-th score found, all are found.
+# error is bounded, so they tell which rows are *not* the best. Keep the best low score of each
+# group of 16 rows, list the best groups, score their rows again as defined. No row of another
+# group is above its low score + the bound. Where this is below the k-th score found, all are found.
 
 def scan_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a CPU that multiplies it natively, else float32."""
@@ -121,32 +121,32 @@ def score_again(rows: Rows, queries: Tensor, ids: Tensor, k: int) -> list[Tensor
     found, size = [], max(1, 1024 // ids.shape[1])
     for some, its_ids in zip(queries.split(size), ids.split(size)):
         its_rows = torch.from_numpy(rows[its_ids.cpu()]).to(ids.device).double()  # (q, n, E)
-        found.append(best([(its_rows @ some[:, :, None])[..., 0]], [its_ids], k))
+        found.append(best((its_rows @ some[:, :, None])[..., 0], its_ids, k))
     return [torch.cat(part) for part in zip(*found)]
 
 
 def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`exact_search` in the best groups alone, and which answers are proved to be its, bool (Q,).
+    """`exact_search` in the best groups alone, and which answers are proved equal, bool (Q,).
 
     The bound: with q̂ and r̂ the rounded vectors, Cauchy and Schwarz give
-        |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   with norms below 1.01 (see `stored`).
-    The differences are measured. bfloat16 takes at most 2⁻⁹ from a score below 1, and none is above
-    1 + 2⁻⁹. A GPU's float32 may be TF32: 2⁻¹⁰ each for row and query. Sums of E products err by
-    less than E·2⁻²²."""
-    (N, E), Q, device, maxima, loss = rows.shape, len(queries), queries.device, [], []
+        |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   all norms below 1.01.
+    The differences are measured. bfloat16 rounds a score between −1 and 1 by at most 2⁻⁹, and
+    q·r is no further out (`stored`). A GPU's float32 may be TF32: 2⁻¹⁰ each for row and query.
+    Sums of E products err by less than E·2⁻²²."""
+    (N, E), Q, device, maxima, loss = rows.shape, len(queries), queries.device, [], 0
     columns = queries.to(scan_dtype(device)).T.contiguous()             # (E, Q)
     for start in range(0, N, BLOCK):
         read = low_block if start < CACHED * BLOCK else low_block.__wrapped__
         low, its_loss = read(rows, start, device)                       # (P, E)
         scores = low[: len(low) // GROUP * GROUP] @ columns             # (P, Q)
         maxima.append(scores.view(-1, GROUP, Q).amax(1))                # (P / GROUP, Q)
-        loss.append(its_loss)
+        loss = max(loss, its_loss)
     top, groups = torch.cat(maxima).T.topk(LISTED * k + 1)              # (Q, LISTED·k + 1)
     members = groups[:, :-1, None] * GROUP + torch.arange(GROUP, device=device)
     tail = torch.arange(N - N % GROUP, N, device=device).expand(Q, -1)  # rows of no group
     scores, ids = score_again(rows, queries, torch.cat([members.flatten(1), tail], dim=1), k)
-    lost = (queries - columns.T).norm(dim=1) + max(loss) + 2**-9 + E * 2**-22
-    return scores, ids, top[:, -1] + 1.01 * lost < scores[:, -1]
+    lost = (queries - columns.T).norm(dim=1) + loss + 2**-9 + E * 2**-22
+    return scores, ids, top[:, -1].clamp(min=-1) + 1.01 * lost < scores[:, -1]
 
 
 # ---------------- inverted lists (IVF)
@@ -161,42 +161,42 @@ def make_lists(rows: Rows, n_lists: int, iterations: int = 10) -> list[Tensor]:
     the largest inner product, average, normalise. An empty list's centroid becomes zero. Then all
     rows are assigned."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    chosen = stored(rows, order[: 64 * n_lists]).float()  # (n, E)
-    centroids = chosen[:n_lists]                              # (C, E)
+    chosen = stored(rows, order[: 64 * n_lists])  # (n, E)
+    centroids = chosen[:n_lists]                  # (C, E)
     for _ in range(iterations):
         lists = [(part @ centroids.T).argmax(1) for part in chosen.split(1024)]
         sums = torch.zeros_like(centroids).index_add_(0, torch.cat(lists), chosen)
         centroids = F.normalize(sums, dim=1)
-    blocks = (stored(rows, slice(i, i + 1024)).float() for i in range(0, len(rows), 1024))
+    blocks = (stored(rows, slice(i, i + 1024)) for i in range(0, len(rows), 1024))
     lists = torch.cat([(block @ centroids.T).argmax(1) for block in blocks])  # (N,)
     ends = lists.bincount(minlength=len(centroids)).cumsum(0)
     return [centroids, lists.argsort(stable=True), F.pad(ends, (1, 0))]
 
 
 @functools.lru_cache(4096)
-def low_list(index: Index, c: int, device: torch.device) -> Tensor:
-    """The rows of list c, float16 (P, E)."""
+def low_list(index: Index, c: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The ids (P,) and the rows, float16 (P, E), of list c."""
     _, order, offsets = index.lists
-    return stored(index.rows, order[offsets[c]:offsets[c + 1]], device).half()
+    ids = order[offsets[c]:offsets[c + 1]]
+    return ids.to(device), stored(index.rows, ids, device).half()
 
 
 def probe(index: Index, queries: Tensor, k: int, nprobe: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k best rows of each query's nprobe lists, and which queries got k rows, bool (Q,).
 
     A list is read once, for all queries that look into it. Its k best rows for each are found in
-    float32, and the k best of all lists scored again."""
-    centroids, order, offsets = (part.to(queries.device) for part in index.lists)
+    float32, of equal ones any, and the k best of all lists scored again."""
     read = low_list if len(index) <= CACHED * BLOCK else low_list.__wrapped__
-    low, Q = queries.float(), len(queries)
+    low, Q, centroids = queries.float(), len(queries), index.lists[0].to(queries.device)
     near = (low @ centroids.T).topk(nprobe).indices.flatten()     # (Q·nprobe,), query by query
     scores = low.new_full((len(near), k), -2)                     # below any cosine
     ids = torch.zeros_like(scores, dtype=torch.int64)
     wanted, sizes = (part.tolist() for part in near.unique(return_counts=True))
     for c, some in zip(wanted, near.argsort().split(sizes)):      # some: (q,) of Q·nprobe
-        rows = read(index, c, queries.device).float()             # (P, E)
+        its_ids, rows = read(index, c, queries.device)            # (P,), (P, E)
         n = min(k, len(rows))
-        scores[some, :n], places = (rows @ low[some // nprobe].T).T.topk(n)
-        ids[some, :n] = order[offsets[c] + places]
+        scores[some, :n], which = (rows.float() @ low[some // nprobe].T).T.topk(n)
+        ids[some, :n] = its_ids[which]                            # (q, n)
     top, which = scores.view(Q, -1).topk(k)                       # (Q, k)
     ids = ids.view(Q, -1).gather(1, which)
     return *score_again(index.rows, queries, ids, k), top[:, -1] > -2
@@ -236,7 +236,7 @@ class Index:
         for some in queries.split(at_once):
             if has_lists:
                 scores, ids, is_sure = probe(self, some, wide, nprobe)
-            elif 0 < 8 * GROUP * LISTED * wide < N:  # else it is no faster
+            elif 0 < 16 * GROUP * LISTED * wide < N:  # else it is no faster
                 scores, ids, is_sure = scan(self.rows, some, wide)
             else:
                 scores, ids, is_sure = *exact_search(self.rows, some, wide), torch.tensor(True)
@@ -248,8 +248,7 @@ class Index:
             # By its id, never by its rank: a duplicate may rank before it.
             is_own = ids == exclude.to(ids.device)[:, None]  # (Q, k + 1)
             is_own[~is_own.any(1), -1] = True                # not found: drop the last
-            scores, ids = (part[~is_own].view(len(ids), wide - 1)
-                           for part in (scores, ids))
+            scores, ids = (part[~is_own].view(len(ids), wide - 1) for part in (scores, ids))
         return scores.float(), ids
 
 

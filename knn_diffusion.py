@@ -13,7 +13,7 @@ embeddings both times. So they carry the condition across the gap.
     guidance     out = uncond + scale·(cond − uncond), 1 is off; of log p for tokens
 
     paper                  code                      paper        code
-    x_t, ε, v              xt, eps, v                ᾱ_t, β_t     alpha_bar[t], beta[t]
+    x_t, ε, v              xt, eps, v                ᾱ_t          alpha_bar[t]
     f_img(x_0), f_txt(…)   query                     kNN(·)       neighbors
 
 Shapes: B batch, C channels, H W picture, L image tokens (h·w), D width of the condition, E CLIP
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_model import QuickGELU, attention, load_model, require, save_model
+from clip_model import QuickGELU, attention, load_model, require
 
 # ---------------- configuration
 
@@ -46,7 +46,7 @@ class UNetConfig:
     norm_groups: int = 32        # of every GroupNorm
     head_channels: int = 64      # channels per attention head
     condition_width: int = 1024  # D
-    time_width: int = 1024       # of the time embedding
+    time_width: int = 1024       # of the time MLP
     attention: tuple[int, ...] = (32, 16, 8)  # sizes at which pixels see the condition
     self_attention: tuple[int, ...] = (32, 16, 8)  # ... and also each other
     dropout: float = 0.1
@@ -149,10 +149,10 @@ class Condition(nn.Module):
 
     Attention reads the tokens. The summary also joins the time embedding (in layers that are
     named after the query), which scales and shifts every block: attention would first have to
-    find what the whole picture depends on. No path sees a text's own embedding: it is unlike all
-    that was trained. One linear map serves all tokens, a type embedding tells the summary from
-    neighbours. Ranks are not told: neighbours are a set, and any K works at inference. A null is
-    a learned CLIP vector, put in *before* every path that reads the condition: none can miss it."""
+    find what the whole picture depends on. A text's own embedding is unlike all that was trained:
+    beside neighbours it hardly enters. One linear map serves all tokens, a type embedding tells
+    the summary from neighbours. Ranks are not told: neighbours are a set, and any K works at
+    inference. A null is a learned CLIP vector, put in before any path reads the condition."""
     def __init__(self, config: UNetConfig | TransformerConfig) -> None:
         super().__init__()
         E, D = config.embed_dim, config.condition_width
@@ -169,14 +169,14 @@ class Condition(nn.Module):
         """Tokens (B, 1+K, D) and their summary (B, E), nulls put in, entries of order 1.
         query: unit-norm (B, E); neighbors: unit-norm (B, K, E); None, or K = 0, is the null.
         drop_query, drop_neighbors: bool (B,), the samples to blind."""
-        kept = torch.zeros(batch, dtype=torch.bool, device=self.null_query.device)
+        none = torch.zeros(batch, dtype=torch.bool, device=self.null_query.device)
         if query is None:
-            query, drop_query = self.null_query.expand(batch, -1), ~kept        # (B, E)
+            query, drop_query = self.null_query.expand(batch, -1), ~none        # (B, E)
         if neighbors is None or neighbors.shape[1] == 0:
             neighbors = self.null_neighbor.expand(batch, self.n_neighbors, -1)  # (B, K, E)
-            drop_neighbors = ~kept
-        no_query = (kept if drop_query is None else drop_query)[:, None]        # (B, 1)
-        no_neighbors = (kept if drop_neighbors is None else drop_neighbors)[:, None]
+            drop_neighbors = ~none
+        no_query = (none if drop_query is None else drop_query)[:, None]        # (B, 1)
+        no_neighbors = (none if drop_neighbors is None else drop_neighbors)[:, None]
         query = torch.where(no_query, self.null_query, query)
         neighbors = torch.where(no_neighbors[..., None], self.null_neighbor, neighbors)
         summary = self.scale * summarize(query, neighbors, no_query, no_neighbors)
@@ -188,12 +188,12 @@ class Condition(nn.Module):
 def summarize(query: Tensor, neighbors: Tensor, no_query: Tensor, no_neighbors: Tensor) -> Tensor:
     """One vector (B, E) that a picture could have, from a query (B, E) and neighbours (B, K, E).
 
-    Ours: the nearer the query is to its neighbours, the more it counts. A picture's (training)
-    is among its ten: trust is near 1 (with one or two neighbours it is not, they speak alone). A
-    text's is far from all pictures: trust is near 0, the neighbours nearest to it speak for it.
+    Ours: the nearer the query is to its neighbours, the more it counts. A picture's (training) is
+    as near to the answer as its ten are: trust is near 1. (One or two are nearer: they speak
+    alone.) A text's is far from all pictures: trust is near 0, its neighbours speak for it.
     With sharpness κ:
-        answer = Σ_i softmax_i(κ q·n_i) n_i          the query asks, the neighbours answer
-        trust = σ(κ (q·answer − mean_i n_i·answer))  is q as close to the answer as they are?
+        answer = a/‖a‖, a = Σ_i softmax_i(κ q·n_i) n_i   the query asks, the neighbours answer
+        trust = σ(κ (q·answer − mean_i n_i·answer))      is q as close to it as they are?
         summary = trust·q + (1 − trust)·answer
     no_query, no_neighbors: bool (B, 1). Without a query the neighbours' mean asks, and trust
     is 0. Without neighbours it is 1."""
@@ -226,8 +226,8 @@ def draw_drops(batch: int, generator: torch.Generator, condition: str = "both"
 
 def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -> Tensor:
     """Half of the queries (B, E) get Gaussian noise of norm about σ, uniform in 0 … `largest`.
-    Unit-norm again, they are LAFITE's pseudo texts (2111.13792 Sec. 3.1), for a baseline without
-    neighbours. Draws on the CPU."""
+    Unit-norm again, they are like LAFITE's pseudo texts (2111.13792 Sec. 3.1; one norm there), for
+    a baseline without neighbours. Draws on the CPU."""
     B, E = query.shape
     chosen, sigma = torch.rand(2, B, 1, generator=generator)
     noise = torch.randn(B, E, generator=generator) * E ** -0.5
@@ -240,7 +240,7 @@ def add_query_noise(query: Tensor, largest: float, generator: torch.Generator) -
 def draw_edit_drops(batch: int, generator: torch.Generator, condition: str = "both"
                     ) -> tuple[Tensor, Tensor, Tensor]:
     """As `draw_drops`, and which lose the picture to edit: half of those that lose both.
-    So e(∅,∅), e(I,∅) and e(I,T) of `guided` are all trained."""
+    So e(∅,∅), e(I,∅) and e(I,c) of `guided` are all trained."""
     drop_query, drop_neighbors = draw_drops(batch, generator, condition)
     drop_picture = torch.rand(batch, generator=generator) < 0.5
     return drop_query, drop_neighbors, drop_picture & drop_query & drop_neighbors
@@ -251,7 +251,7 @@ def widened(model: UNet | TokenTransformer) -> UNet | TokenTransformer:
     wide, state = type(model)(replace(model.config, edit=True)), model.state_dict()
     for name, weight in wide.state_dict().items():
         weight.zero_()
-        if name in state:  # conv_in has channels more
+        if name in state:  # conv_in has more input channels
             weight[tuple(map(slice, state[name].shape))] = state[name]
     return wide
 
@@ -297,7 +297,7 @@ def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def zeroed(layer: nn.Module) -> nn.Module:
-    """Start a layer at zero: a residual block is the identity, a model predicts 0."""
+    """Start a layer at zero: a residual block is the identity, a U-Net predicts 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
@@ -357,7 +357,7 @@ class AttentionBlock(nn.Module):
         return x + mixed.transpose(1, 2).reshape(B, C, h, w)
 
 
-class Level(nn.Module):
+class Layer(nn.Module):
     """A residual block and, where wanted, an attention block behind it."""
     def __init__(self, config: UNetConfig, c_in: int, c_out: int, size: int,
                  resize: str = "", attend: bool = True) -> None:
@@ -391,25 +391,25 @@ class UNet(nn.Module):
         c, skips = widths[0], [widths[0]]
         for i, width in enumerate(widths):
             for _ in range(config.blocks):
-                self.down.append(Level(config, c, width, size))
+                self.down.append(Layer(config, c, width, size))
                 c = width
                 skips.append(c)
             if i + 1 < len(widths):
                 size //= 2
-                self.down.append(Level(config, c, c, size, "down", attend=False))
+                self.down.append(Layer(config, c, c, size, "down", attend=False))
                 skips.append(c)
         self.query_map = query_mlp(config, size * size)
         self.map_in = nn.Conv2d(config.query_map, c, 1) if config.query_map else None
-        self.middle = nn.ModuleList([Level(config, c, c, size),
-                                     Level(config, c, c, size, attend=False)])
+        self.middle = nn.ModuleList([Layer(config, c, c, size),
+                                     Layer(config, c, c, size, attend=False)])
         for i, width in reversed(list(enumerate(widths))):
             for _ in range(config.blocks + 1):
-                self.up.append(Level(config, c + skips.pop(), width, size))
+                self.up.append(Layer(config, c + skips.pop(), width, size))
                 c = width
             if i > 0:
-                # Ours: it narrows as it grows; ADM keeps the width: a seventh more time.
+                # Ours: it also narrows. ADM's keeps the width, which takes a seventh more time.
                 size *= 2
-                self.up.append(Level(config, c, widths[i - 1], size, "up", attend=False))
+                self.up.append(Layer(config, c, widths[i - 1], size, "up", attend=False))
                 c = widths[i - 1]
         self.norm_out = nn.GroupNorm(config.norm_groups, c)
         self.conv_out = zeroed(nn.Conv2d(c, 3 * r * r, 3, padding=1))
@@ -420,7 +420,6 @@ class UNet(nn.Module):
         """The target, float32 (B, 3, H, W), of xt float32 (B, 3, H, W), t (B,) in 1 … T.
         Condition as in `Condition.forward`. picture: what to edit, as xt; None is zeros."""
         config = self.config
-        require(picture is None or config.edit, "only weights of `train.py edit` take a picture")
         if config.edit:
             xt = torch.cat([xt, torch.zeros_like(xt) if picture is None else picture], dim=1)
         tokens, summary = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
@@ -431,18 +430,18 @@ class UNet(nn.Module):
         if self.position_map is not None:
             x = x + self.position_map.to(x.dtype)
         skips = [x]
-        for level in self.down:
-            x = level(x, time, tokens)
+        for layer in self.down:
+            x = layer(x, time, tokens)
             skips.append(x)
         if self.query_map is not None:
             shape = (len(x), config.query_map, *x.shape[-2:])
             x = x + self.map_in(self.query_map(summary).view(shape))
-        for level in self.middle:
-            x = level(x, time, tokens)
-        for level in self.up:
-            if not isinstance(level.block.resize, nn.Upsample):
+        for layer in self.middle:
+            x = layer(x, time, tokens)
+        for layer in self.up:
+            if not isinstance(layer.block.resize, nn.Upsample):
                 x = torch.cat([x, skips.pop()], dim=1)
-            x = level(x, time, tokens)
+            x = layer(x, time, tokens)
         x = self.conv_out(F.silu(self.norm_out(x)))
         return F.pixel_shuffle(x.float(), config.unshuffle)  # (B, 3, H, W)
 
@@ -487,11 +486,12 @@ class Guide:
 def guided(model: UNet | TokenTransformer, xt: Tensor, t: int, guide: Guide) -> Tensor:
     """Classifier-free guidance (Ho & Salimans, 2207.12598): uncond + scale·(cond − uncond).
 
-    cond − uncond points to where the condition makes x_t likelier. A scale above 1 goes further:
-    what was asked for shows more clearly, at the price of variety; too much burns the colours.
-    With a picture I to edit and the text's condition T there are two scales, s_I and s_T
-    (InstructPix2Pix, 2211.09800 Eq. 3); e is the model's output, ∅ a null:
-        e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,T) − e(I,∅)]"""
+    cond − uncond is what the condition changes. A scale above 1 changes more: what was asked for
+    shows more clearly, at the price of variety; too much burns the colours. With a picture I to
+    edit and the text's condition c there are two scales, s_I and s_T (InstructPix2Pix, 2211.09800
+    Eq. 3); e is the model's output, ∅ a null:
+        e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,c) − e(I,∅)]"""
+    require(guide.picture is None or model.config.edit, "weights of `train.py edit` are wanted")
     steps = torch.full((len(xt),), t, device=xt.device)
     out = model(xt, steps, guide.query, guide.neighbors, picture=guide.picture)
     if guide.scale != 1 or guide.picture_scale != 1:
@@ -513,11 +513,11 @@ def predict_x0(model: UNet, schedule: Schedule, guide: Guide, xt: Tensor, t: int
 # Each is a generator of x_t, so that a notebook can watch. `times` falls to 0 (x_0); `xt` (B, ...)
 # is at times[0]. `noise()` is the next standard normal.
 
-Predictor = Callable[[Tensor, int], Tensor]  # (x_t, t) → x_0
+Predictor = Callable[[Tensor, int], Tensor]  # (x_t, t) → x_0; of tokens: log p(x_0 | x_t)
 
 
 def falling(first: int, steps: int) -> list[int]:
-    """steps + 1 times, evenly spaced from `first` to 0. Raises ValueError for other steps."""
+    """steps + 1 times, evenly spaced from `first` to 0. ValueError unless steps is 1 … first."""
     require(1 <= steps <= first, f"steps is {steps}, wanted 1 to {first}")
     return [round(first * (steps - i) / steps) for i in range(steps + 1)]
 
@@ -712,7 +712,7 @@ def log_of(p: Tensor, like: Tensor) -> Tensor:
 
 def log_factors(log_x0: Tensor, xt: Tensor, t: Tensor, s: Tensor, schedule: MaskSchedule
                 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For each code c the factor in front and the sum, (B, L, V), and log W (B, L, 1)."""
+    """For each code c the logs of the factor in front and the sum, (B, L, V); log W (B, L, 1)."""
     alpha, beta, gamma = schedule.between(s, t)
     abar_t, bbar_t, gbar_t = schedule.between(0, t)
     abar_s, bbar_s, _ = schedule.between(0, s)
@@ -803,8 +803,6 @@ class TokenTransformer(nn.Module):
         xt: int64 (B, L) in 0 … V; t: (B,) in 1 … T; condition as in `Condition.forward`.
         picture: tokens of what to edit, as xt; None is all MASK."""
         r = self.config.patch
-        require(picture is None or self.config.edit,
-                "only weights of `train.py edit` take a picture")
         tokens, summary = self.condition(query, neighbors, len(xt), drop_query, drop_neighbors)
         time = F.silu(self.time(t) + self.query_to_time(summary))               # (B, D)
         places = (self.row.weight[:, None] + self.column.weight).flatten(0, 1)  # (l, D)
@@ -908,7 +906,7 @@ def sample_tokens(model: TokenTransformer, query: Tensor | None, neighbors: Tens
                          noise_source(seeds, device, torch.rand))
 
 
-# ---------------- load, save
+# ---------------- load
 
 def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, str]]:
     """A model of either backbone in eval mode, float32, on the CPU, and its file's metadata.
@@ -917,5 +915,3 @@ def load(path: str | os.PathLike) -> tuple[UNet | TokenTransformer, dict[str, st
                                         "TokenTransformer": (TokenTransformer, TransformerConfig)})
     return model.to(memory_format=torch.channels_last).requires_grad_(False), metadata
 
-
-save = save_model  # float16 weights, class, config; metadata: CLIP, command

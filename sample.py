@@ -34,15 +34,16 @@ DEFAULT_BACKBONE = "continuous"
 # What the samplers take from the command.
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
-VQVAE = SHIPPED / "vqvae.safetensors"
-NEAR = 0.5       # cosine from which on a picture is near a text
+CODEC = SHIPPED / "vqvae.safetensors"
+# By CLIP's fingerprint, the cosine from which on a picture is near a text. Others: not known.
+NEAR = {"2ca18b72ecf0ba3f": 0.5}
 GRID_ROWS = 100  # prompts of a grid, and samples per prompt, at most
 Network = knn_diffusion.UNet | knn_diffusion.TokenTransformer
 
 
 # ---------------- the paper's inference
 
-def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path = VQVAE) -> tuple[
+def open_all(weights: Path, clip_path: Path, index_path: Path, vqvae_path: Path = CODEC) -> tuple[
         Network, dict[str, str], clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
     """A generator, its metadata, a CLIP, an index, and the VQ-VAE of a transformer's tokens.
     Raises FileNotFoundError, or ValueError where they were not made for each other."""
@@ -69,7 +70,7 @@ def condition_on(queries: Tensor, index: retrieval.Index, k: int, condition: str
     shown; then what was found, scores and row ids (B, K), K = min(k, N).
 
     condition: "both", or "query" or "neighbors" alone. query: "text", the queries as they are.
-    Departs: "nearest" puts the best neighbour in the query's place, for a network that knows
+    Ours: "nearest" puts the best neighbour in the query's place, for a network that knows
     little but pictures. Raises ValueError for other words."""
     require(condition in ("both", "query", "neighbors") and query in ("text", "nearest"),
             f"there is no condition {condition!r} with the query {query!r}")
@@ -142,10 +143,12 @@ def save_png(picture: Image.Image, path: Path, parameters: dict) -> None:
 def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retrieval.Index,
                    listing: Path | None) -> None:
     """Say on stderr where nothing is near a prompt. List its neighbours."""
-    names = [str(index.paths[row]) for row in ids]
-    if scores and scores[0] < NEAR:
+    names = [str(index.paths[row]) for row in ids]  # flat/fox_face-3.png
+    if scores and scores[0] < NEAR.get(index.manifest.get("encoder_hash"), -1):
+        things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ")
+                  for name in names]
         print(f"{prompt!r} is near nothing in the index (best score {scores[0]:.2f}); nearest: "
-              + ", ".join(names[:3]), file=sys.stderr)
+              + ", ".join(list(dict.fromkeys(things))[:3]), file=sys.stderr)
     if listing:
         with open(listing, "a") as file:
             for rank, (score, row, name) in enumerate(zip(scores, ids, names), start=1):
@@ -157,7 +160,7 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
 
 def open_models(args: argparse.Namespace, weights: Path, edits: bool
                 ) -> tuple[Network, str, clip_model.CLIP, retrieval.Index, vqvae.VQVAE | None]:
-    """What sample.py and edit.py both refuse, or open, and the condition to show."""
+    """Check the flags that sample.py and edit.py share, open all, settle the condition."""
     require(args.n >= 1 and args.k >= 0, f"--n is {args.n}, --k {args.k}: wanted 1, 0 or more")
     require(0 <= args.seed < 2**62, f"--seed is {args.seed}, wanted 0 to 2^62")
     require(args.out.suffix.lower() == ".png", f"--out is {args.out}, wanted a .png")
@@ -245,7 +248,7 @@ def add_flags(parser: argparse.ArgumentParser, out: str) -> Callable[..., argpar
     flag("--backbone", choices=list(OPTIONS), help="default: that of the weights")
     flag("--weights", type=Path, help="default: the shipped ones of the backbone")
     flag("--clip", type=Path, default=SHIPPED / "clip.safetensors")
-    flag("--vqvae", type=Path, default=VQVAE, help="of discrete weights")
+    flag("--vqvae", type=Path, default=CODEC, help="of discrete weights")
     flag("--index", type=Path, default=SHIPPED / "index", help="another domain's")
     flag("--k", type=int, default=10, help="neighbours (default 10); 0: none")
     flag("--query", choices=["text", "nearest"], default="text", help="beside the neighbours: "

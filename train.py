@@ -63,7 +63,7 @@ ENDS = {vqvae.VQVAE: ("encoder.conv_in", "decoder.conv_out", "quantize"),
 # ---------------- stages that every loop shares
 
 def learning_rate(step: int, peak: float, warmup: int, total: int) -> float:
-    """Linear from 0 to `peak` in `warmup` steps, then half a cosine to 2 % of it."""
+    """Linear up to `peak` in `warmup` steps, then half a cosine to 2 % of it."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
@@ -343,7 +343,7 @@ def train_vqvae(args: argparse.Namespace) -> None:
         vqvae.restart_dead_codes(model.quantize, counts, z, seeded)
 
     def loss_of(model, x):
-        found, codebook_loss, _ = model(x)
+        found, codebook_loss = model(x)
         return vqvae.reconstruction_loss(found, x) + codebook_loss
 
     def look(step):
@@ -404,7 +404,7 @@ def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
     manipulated, queries = [], []
     for rows in [slice(i, i + step) for i in range(0, N, step)] * SWAPS:
         shown = [to_x(pictures[each], device) for each in (rows, partner[rows])]
-        x, boxes, _ = edit.region_swap(*shown, generator)
+        x, boxes = edit.region_swap(*shown, generator)
         manipulated += clip_model.to_pictures(x)
         crops = [Image.fromarray(picture).crop(edit.region_crop(tuple(box), size, size))
                  for picture, box in zip(pictures[rows], boxes.tolist())]
@@ -418,7 +418,7 @@ def swaps(args: argparse.Namespace, own: retrieval.Index, pictures: np.ndarray
 def samples(args: argparse.Namespace, model: nn.Module, data: Data, sample: Callable
             ) -> list[Tensor]:
     """x_0, I_manip if any, and what is drawn for them, of twelve rows from all over."""
-    rows = np.arange(12) * (len(data.queries) // 13)  # of 12 some would be of one picture
+    rows = np.arange(12) * (len(data.queries) // 13)  # 12 divides R: some would be of one picture
     x0, query, neighbors, *picture = on_device(data.batch(rows), args.device)
     query = None if args.condition == "neighbors" else query
     neighbors = None if args.condition == "query" else neighbors
@@ -429,7 +429,8 @@ def samples(args: argparse.Namespace, model: nn.Module, data: Data, sample: Call
 
 
 def held_out_loss(run: Run, data: Data, draw_noise: Callable, loss_of: Callable) -> Tensor | None:
-    """The averaged model's, on rows kept out: always the same noise, only --condition's drops."""
+    """The averaged model's loss on rows kept out, with the same noise each time and no drops but
+    --condition's."""
     if len(data.held_out) == 0:
         return None
     x0, query, neighbors, *picture = data.batch(data.held_out)
@@ -525,7 +526,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--data", type=Path, required=True, help="a folder of pictures")
     add("--out", type=Path, required=True, help="folder: WHAT.safetensors, state.pt, ...")
     add("--preset", default="stickers", help="or gpu, paper; vqvae: f16-1024, f16-16384")
-    add("--steps", type=int, help=f"total, with resumed ones (default {STEPS})")
+    add("--steps", type=int, help="total, with resumed ones (20000; vqvae 10000, edit 5000)")
     add("--batch-size", type=int, help="pictures at once (default 64; large presets: less)")
     add("--accumulate", type=int, default=1, metavar="A", help="A batches per step")
     add("--lr", type=float, help="peak learning rate (default 2e-3; edit: 1e-3)")

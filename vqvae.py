@@ -10,7 +10,7 @@ Every term is a mean over its entries, as in taming: ‖·‖² is the squared l
 The arg-min has no gradient. The *straight-through estimator* goes around it: the decoder gets e,
 and its gradient goes to z as if z had been given. Where z is near e, the two agree. The third
 term moves the code towards what the encoder says. The fourth (commitment, β) moves the encoder
-towards its code. They have the same value and teach different sides.
+towards its code. But for β they have the same value; they teach different sides.
 
 Shapes: B batch, C channels, H W picture, h w its tokens (L = h·w), V codes, Z width of a code,
 Y channels of the encoder's output. x is in [-1, 1]; a token is 0 … V−1.
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clip_model
-from clip_model import load_model, read_weights, require, save_model, weights_digest
+from clip_model import load_model, read_weights, require, weights_digest
 
 # ---------------- configuration
 
@@ -135,7 +135,7 @@ def middle(c: int, groups: int) -> nn.Module:
 # ---------------- encoder, decoder
 
 class Encoder(nn.Module):
-    """x (B, 3, H, W) → (B, Y, h, w). `down` is numbered by size: 0 is the picture's."""
+    """x (B, 3, H, W) → (B, Y, h, w). `down` is numbered by size: 0 is the largest."""
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         widths, groups = [config.channels * m for m in config.multipliers], config.norm_groups
@@ -267,14 +267,13 @@ class VQVAE(nn.Module):
     def from_vectors(self, e: Tensor) -> Tensor:              # (B, Z, h, w)
         return self.decoder(self.post_quant_conv(e)).float()  # (B, 3, H, W)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruction (B, 3, H, W), the codebook's loss (a scalar, β within), tokens (B, L)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruction (B, 3, H, W) and the codebook's loss, a scalar, β within."""
         z = self.latents(x).float()  # (B, Z, h, w)
-        tokens = self.quantize.nearest(z)
-        e = self.quantize.vectors(tokens).transpose(1, 2).view(z.shape)
+        e = self.quantize.vectors(self.quantize.nearest(z)).transpose(1, 2).view(z.shape)
         # The codebook term teaches e alone, the commitment term z alone.
         loss = F.mse_loss(e, z.detach()) + self.config.commitment * F.mse_loss(z, e.detach())
-        return self.from_vectors(z + (e - z).detach()), loss, tokens  # e forwards, z backwards
+        return self.from_vectors(z + (e - z).detach()), loss  # e forwards, z backwards
 
 
 def reconstruction_loss(found: Tensor, x: Tensor) -> Tensor:
@@ -282,9 +281,8 @@ def reconstruction_loss(found: Tensor, x: Tensor) -> Tensor:
     return F.l1_loss(found, x) + F.mse_loss(found, x)
 
 
-# ---------------- load, save, taming's layout
+# ---------------- load, taming's layout
 
-save = save_model             # float16 weights, class, config
 fingerprint = weights_digest  # which codes stand for what
 
 # A transformer's checkpoint holds a VQ-VAE within; loss network and discriminator lie beside it.

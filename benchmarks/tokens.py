@@ -113,7 +113,7 @@ def trained_on(codec: vqvae.VQVAE, pictures: np.ndarray, steps: int, adversarial
         rows = torch.randint(len(pictures), (64,), generator=torch.Generator().manual_seed(step))
         x = train.to_x(pictures[rows.numpy()]).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            found, codebook_loss, _ = codec(x)
+            found, codebook_loss = codec(x)
             loss = vqvae.reconstruction_loss(found, x)
             if adversarial and step >= steps // 5:       # by then it tells originals from others
                 fooled = -judge(found).float().mean()

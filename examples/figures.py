@@ -78,8 +78,8 @@ def edit_training(clip: clip_model.CLIP, scenes: Path) -> Image.Image:
     cosines[CHOSEN] = -2                                                  # itself
     x = clip_model.to_x(np.stack([pictures[CHOSEN], pictures[cosines.argmax()]]))
     shown, neighbor = x.split(1)                                          # (1, 3, H, W)
-    warped = edit.aligned(shown, neighbor)[0]
-    manipulated, boxes, _ = edit.region_swap(shown, neighbor, torch.Generator().manual_seed(SEED))
+    warped = edit.aligned(shown, neighbor)
+    manipulated, boxes = edit.region_swap(shown, neighbor, torch.Generator().manual_seed(SEED))
     left, top, right, bottom = boxes[0].tolist()
     region = torch.full_like(shown, -1)
     region[:, :, top:bottom, left:right] = 1

@@ -99,11 +99,11 @@ def world(tmp_path_factory) -> Path:
                           folder / "images")
     codec = tiny_vqvae()
     torch.nn.init.normal_(codec.quantize.embedding.weight, std=5)    # codes that look different
-    vqvae.save(folder / "vqvae.safetensors", codec, {})
+    clip_model.save_model(folder / "vqvae.safetensors", codec, {})
     metadata = {"clip": clip.fingerprint(), "vqvae": vqvae.fingerprint(codec), "condition": "both"}
     unet, transformer = tiny_unet(), tiny_transformer(n_codes=16, tokens_a_side=8)
     for name, model in (("continuous", unet), ("discrete", transformer),
                         ("edit", randomised(knn_diffusion.widened(unet), 1)),
                         ("edit-discrete", randomised(knn_diffusion.widened(transformer), 1))):
-        knn_diffusion.save(folder / f"{name}.safetensors", model, metadata)
+        clip_model.save_model(folder / f"{name}.safetensors", model, metadata)
     return folder

@@ -59,6 +59,9 @@ def test_search_equals_a_float64_sort_on_100_problems(tmp_path, scan_dtype):
         wanted_scores, wanted = brute_force(index, queries, k)
         assert (ids.numpy() == wanted).all(), i
         assert np.allclose(scores.numpy(), wanted_scores, atol=1e-6)
+        if len(rows) > retrieval.GROUP * (retrieval.LISTED * k + 1):       # groups enough
+            _, ids, is_sure = retrieval.scan(index.rows, retrieval.unit(queries, "a query"), k)
+            assert (ids.numpy() == wanted)[is_sure].all()
 
 
 @pytest.mark.parametrize("n", [5003, 5 * 1024 + 3])                        # 3: no whole group
@@ -77,12 +80,22 @@ def test_the_scan_proves_what_the_definition_finds(tmp_path, scan_dtype, monkeyp
     assert torch.equal(index.search(queries[is_sure], 3)[1], ids[is_sure])
 
 
-def test_what_the_scan_cannot_prove_is_searched_as_defined(tmp_path, scan_dtype):
-    rng = np.random.default_rng(2)                         # rows that differ by less than the bound
-    index = make(tmp_path, rng.normal(size=(1, 64)) + 1e-3 * rng.normal(size=(3000, 64)))
-    queries = torch.from_numpy(index.rows[:5]).double()
-    assert not retrieval.scan(index.rows, queries, 1)[2].any()
-    assert (index.search(queries, 1)[1].numpy() == brute_force(index, queries, 1)[1]).all()
+@pytest.mark.parametrize("n, large, small, others, best", [
+    (254, 1, 1 - 2**-8, 254, 154),                # the query alone loses: its entries round up
+    (256, 1 + 2**-8 + 2**-10, 1, 254, 214),       # the rows alone
+    (256, 1, 1 - 2**-8, 236, 156),                # the scores alone
+    (254, 1 + 2**-7, 1, 155, 130)])               # scores below -1, where bfloat16 is coarser
+def test_each_part_of_the_bound_is_needed(tmp_path, scan_dtype, n, large, small, others, best):
+    """All low scores are alike. Row 800 is the best, by less than what rounding takes away."""
+    rows = torch.full((1600, 257), -small / 16)
+    rows[:, :others] = -large / 16
+    rows[800, best:others] = -small / 16
+    rows[:, 254 if large > 1 else n:] = 0
+    rows[:, 256] = (1 - rows.square().sum(1)).clamp(min=0).sqrt().bfloat16()
+    np.save(tmp_path / "rows.npy", rows.half().numpy())
+    index = retrieval.index_files(tmp_path / "index", tmp_path / "rows.npy")
+    query = (torch.arange(257) < n).double()[None] / n**0.5
+    assert not retrieval.scan(index.rows, query, 1)[2] and index.search(query, 1)[1] == 800
 
 
 def test_a_query_of_any_norm_and_type_finds_the_same(tmp_path):
@@ -148,7 +161,7 @@ def clusters(n=3000, dim=16, seed=0):
 
 def test_few_lists_give_nearly_the_exact_rows_and_all_of_them_just_these(tmp_path):
     index = make(tmp_path, clusters(), n_lists=40)
-    queries = torch.from_numpy(clusters(60, seed=1)).float()
+    queries = torch.from_numpy(clusters(1100, seed=1)).float()            # in two batches
     exact = index.search(queries, 5)[1]
     assert torch.equal(index.search(queries, 5, nprobe=40)[1], exact)
     near = index.search(queries, 5, nprobe=8)[1]

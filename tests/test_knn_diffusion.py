@@ -10,6 +10,7 @@ import torch
 from conftest import BACKBONES, UNET_CONFIG, tiny_unet, two_samples, unit
 
 import knn_diffusion as kd
+from clip_model import save_model
 
 # ---------------------------------------------------------------- schedule
 
@@ -191,7 +192,7 @@ def test_presets_run_and_the_papers_have_about_400m_parameters():
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_weights_come_back_with_their_config(tmp_path, backbone):
     model, xt, t, query, neighbors, _ = two_samples(backbone)
-    kd.save(tmp_path / "m", model, {"clip": "abc"})
+    save_model(tmp_path / "m", model, {"clip": "abc"})
     again, metadata = kd.load(tmp_path / "m")
     assert again.config == model.config and metadata["clip"] == "abc" and not again.training
     found, wanted = (each(xt, t, query, neighbors) for each in (again, model.half().float()))

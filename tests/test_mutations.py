@@ -35,8 +35,8 @@ WEIGHTS = {
     "clip": (lambda path: clip_model.save(path, tiny_clip(), {}), clip_model.load),
     "archive": (lambda path: torch.save({"state_dict": tiny_clip().state_dict()}, path),
                 lambda path: clip_model.load(path, activation="gelu")),
-    "unet": (lambda path: knn_diffusion.save(path, tiny_unet(), {}), knn_diffusion.load),
-    "vqvae": (lambda path: vqvae.save(path, tiny_vqvae(), {}), vqvae.load)}
+    "unet": (lambda path: clip_model.save_model(path, tiny_unet(), {}), knn_diffusion.load),
+    "vqvae": (lambda path: clip_model.save_model(path, tiny_vqvae(), {}), vqvae.load)}
 
 
 @pytest.mark.parametrize("kind", WEIGHTS)

@@ -14,7 +14,6 @@ import clip_model
 import index as retrieval
 import knn_diffusion
 import sample
-import vqvae
 
 
 def run(world, *extra):
@@ -173,18 +172,19 @@ def test_another_index_changes_the_picture_even_one_without_names(world, tmp_pat
 
 def test_a_no_knn_model_is_shown_what_it_was_trained_with(world, tmp_path, capsys):
     clip = clip_model.load(world / "clip.safetensors").fingerprint()
-    knn_diffusion.save(tmp_path / "no-knn", tiny_unet(), {"clip": clip, "condition": "query"})
+    clip_model.save_model(tmp_path / "no-knn", tiny_unet(), {"clip": clip, "condition": "query"})
     assert run(world, "fox", "--weights", tmp_path / "no-knn", "--out", tmp_path / "g.png") == 0
     assert "condition query" in capsys.readouterr().out
 
 
 def test_what_a_user_should_know_is_said(world, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sample, "NEAR", 2.0)
+    encoder = clip_model.load(world / "clip.safetensors").fingerprint()
+    monkeypatch.setattr(sample, "NEAR", {encoder: 2.0})
     with pytest.warns(UserWarning, match="was cut to 12"):
         assert run(world, "fox " * 25, "--k", 99, "--n", 1, "--out", tmp_path / "g.png") == 0
     error = capsys.readouterr().err
     assert "the index has 20 rows" in error and "is near nothing" in error
-    monkeypatch.setattr(sample, "NEAR", -2.0)
+    monkeypatch.setattr(sample, "NEAR", {encoder: -2.0})
     assert run(world, "fox", "--n", 1, "--out", tmp_path / "g.png") == 0
     assert capsys.readouterr().err == ""
 
@@ -211,7 +211,7 @@ def test_user_mistakes_give_status_2_and_write_nothing(world, tmp_path, capsys, 
 
 def test_weights_clip_and_index_must_belong_together(world, tmp_path, capsys):
     clip_model.save(tmp_path / "other-clip", tiny_clip(seed=4), {})
-    knn_diffusion.save(tmp_path / "any", tiny_unet(), {})
+    clip_model.save_model(tmp_path / "any", tiny_unet(), {})
     (tmp_path / "damaged").write_bytes((world / "continuous.safetensors").read_bytes()[:-9])
     for extra, words in (
         (["--clip", tmp_path / "other-clip"], "was trained with the CLIP"),
@@ -259,7 +259,7 @@ def test_the_commands_defaults_are_the_functions(world):
     (["--truncation", "1.5"], "truncation"), (["--steps", "11"], "1 to 10"),
     (["--vqvae", "other"], "VQ-VAE"), (["--vqvae", "none"], "no weights")])
 def test_discrete_contradictions_are_refused(world, tmp_path, capsys, extra, word):
-    vqvae.save(tmp_path / "other", tiny_vqvae(1), {})
+    clip_model.save_model(tmp_path / "other", tiny_vqvae(1), {})
     extra = [tmp_path / part if part in ("other", "none") else part for part in extra]
     assert run_discrete(world, *extra, "--out", tmp_path / "p.png") == 2
     error = capsys.readouterr().err

@@ -195,7 +195,7 @@ def test_resuming_takes_another_rate_but_no_other_experiment(world, tmp_path, re
     for content in (b"not a state", bytes(flipped)):
         (out / "state.pt").write_bytes(content)
         refused("can't resume", "continuous", out, "--resume")
-    vqvae.save(tmp_path / "other", tiny_vqvae(1), {})
+    clip_model.save_model(tmp_path / "other", tiny_vqvae(1), {})
     trained(world, "discrete", tmp_path / "d", 1)
     refused("vqvae was", "discrete", tmp_path / "d", "--resume", "--vqvae", tmp_path / "other")
 
@@ -482,8 +482,8 @@ def test_swaps_change_a_region_only_and_speak_of_what_was_there(world, tmp_path)
     index, clip = retrieval.open_index(world / "index"), clip_model.load(world / "clip.safetensors")
     pictures = np.load(world / "index" / "pictures-16.npy")
     partner = retrieval.neighbor_table(index, 1)[:, 0]
-    _, boxes, _ = train.edit.region_swap(train.to_x(pictures), train.to_x(pictures[partner]),
-                                         torch.Generator().manual_seed(5))
+    _, boxes = train.edit.region_swap(train.to_x(pictures), train.to_x(pictures[partner]),
+                                      torch.Generator().manual_seed(5))
     with np.load(tmp_path / "a" / "swaps.npz") as made:
         manipulated, queries = made["manipulated"], torch.from_numpy(made["queries"])
     for i, box in enumerate(boxes.tolist()):
@@ -503,10 +503,10 @@ def test_swaps_change_a_region_only_and_speak_of_what_was_there(world, tmp_path)
 def test_what_does_not_belong_together_is_refused(world, tmp_path, refused, capsys):
     out, generator = tmp_path / "out", world / "continuous.safetensors"
     for name, model, clip in (("a", tiny_unet(), "abc"), ("b", tiny_unet(embed_dim=8), "")):
-        knn_diffusion.save(tmp_path / name, model, {"clip": clip})
+        clip_model.save_model(tmp_path / name, model, {"clip": clip})
         refused("another CLIP", "continuous", out, "--init", tmp_path / name)
-    knn_diffusion.save(tmp_path / "edits", tiny_unet(edit=True), {})
-    vqvae.save(tmp_path / "gumbel", tiny_vqvae(gumbel=True), {})
+    clip_model.save_model(tmp_path / "edits", tiny_unet(edit=True), {})
+    clip_model.save_model(tmp_path / "gumbel", tiny_vqvae(gumbel=True), {})
     write_pictures(tmp_path / "few", 3)
     refused("that edits", "continuous", out, "--init", tmp_path / "edits")
     refused("holds a UNet", "discrete", out, "--init", generator)
