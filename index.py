@@ -48,10 +48,10 @@ import clip_model
 from clip_model import IMAGE_SUFFIXES, SHIPPED, reason, replacing, require
 
 LISTS = "centroids", "lists", "offsets"
-BLOCK = 4096       # rows that are read and multiplied at once
+BLOCK = 8192       # rows that are read and multiplied at once
 GROUP = 16         # rows of which the scan keeps the best score
 LISTED = 6         # groups per neighbour that are scored again
-CACHED = 256       # blocks that stay in memory: a million rows
+CACHED = 128       # blocks that stay in memory: a million rows
 TABLE_NPROBE = 64  # inverted lists per row, for the neighbour table
 
 
@@ -225,16 +225,16 @@ class Index:
 
         queries: (Q, E), any float dtype and norm. nprobe: look into so many inverted lists; None:
         exact. exclude: int64 (Q,), a row id per query that must not come back; K is min(k, N − 1)
-        then. Raises ValueError for another shape, a query that is zero or not finite, or damaged
-        rows."""
+        then. Raises ValueError for another shape, k or nprobe too small, a query that is zero or
+        not finite, or damaged rows."""
         N, E = self.rows.shape
         require(queries.shape[1:] == (E,), f"queries: {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")
         queries, wide = unit(queries, "a query embedding"), min(k + (exclude is not None), N)
         at_once = min(1024, 1 + 2**30 // N)  # `scan` holds Q·N / GROUP scores
-        found, has_lists = [], wide and nprobe and self.lists and nprobe < len(self.lists[0])
+        found, use_lists = [], wide and nprobe and self.lists and nprobe < len(self.lists[0])
         for some in queries.split(at_once):
-            if has_lists:
+            if use_lists:
                 scores, ids, is_sure = probe(self, some, wide, nprobe)
             elif 0 < 16 * GROUP * LISTED * wide < N:  # else it is no faster
                 scores, ids, is_sure = scan(self.rows, some, wide)

@@ -3,7 +3,7 @@
 The discrete backbone of kNN-Diffusion Sec. 3.2 draws tokens, not pixels:
 
     encode   z = encoder(x),  token of a place = argmin_v ‖z − e_v‖²
-    decode   x̂ = decoder(e_token)
+    decode   x̂ = decoder(e_token),  a 1x1 convolution between each of them and the codes
     loss     |x − x̂| + (x − x̂)² + ‖sg[z] − e‖² + β ‖z − sg[e]‖²,   sg: no gradient
 
 Every term is a mean over its entries, as in taming: ‖·‖² is the squared length over Z.

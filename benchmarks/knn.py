@@ -192,7 +192,7 @@ def growth(args: argparse.Namespace, folder: Path) -> None:
     per_row = [float(np.polyfit(sizes, times, 1)[0]) for times in (many, one)]
     print(f"a row costs {per_row[0] / 1024 * 1e12:.2f} ps a query where 1,024 share a scan, and "
           f"{per_row[1] * 1e9:.3f} ns for a single one (slopes)")
-    print("\nComputed from that, exact, rows in memory:\n| rows | bytes | one query | table |\n"
+    print("\nComputed from that, exact, files in memory:\n| rows | bytes | one query | table |\n"
           "|---|---|---|---|")
     for n in (69_000_000, 400_000_000):
         print(f"| {n / 1e6:.0f}M | {2 * n * args.dim / 1e9:.0f} GB | {n * per_row[1]:.1f} s | "
