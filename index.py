@@ -51,8 +51,7 @@ LISTS = "centroids", "lists", "offsets"
 BLOCK = 8192       # rows that are read and multiplied at once
 GROUP = 16         # rows of which the scan keeps the best score
 LISTED = 6         # groups per neighbour that are scored again
-CACHED = 128       # blocks that stay in memory: a million rows
-TABLE_NPROBE = 64  # inverted lists per row, for the neighbour table
+CACHED = 128       # blocks of an index that stay in memory: a million rows
 
 
 # ---------------- kNN(·), the definition
@@ -116,13 +115,14 @@ def low_block(rows: Rows, start: int, device: torch.device) -> tuple[Tensor, Ten
     return low, (block - low).norm(dim=1).max()
 
 
-def score_again(rows: Rows, queries: Tensor, ids: Tensor, k: int) -> list[Tensor]:
-    """The k best of each query's rows `ids`, int64 (Q, n), scored as defined."""
-    found, size = [], max(1, 1024 // ids.shape[1])
-    for some, its_ids in zip(queries.split(size), ids.split(size)):
-        its_rows = torch.from_numpy(rows[its_ids.cpu()]).to(ids.device).double()  # (q, n, E)
-        found.append(best((its_rows @ some[:, :, None])[..., 0], its_ids, k))
-    return [torch.cat(part) for part in zip(*found)]
+def score_again(rows: Rows, queries: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of each query's rows `ids`, int64 (Q, n), scored as defined. `ids` is used up:
+    results that are made between blocks of rows would leave holes in memory."""
+    scores = queries.new_empty(len(ids), k)
+    for some in torch.arange(len(ids)).split(max(1, 1024 // ids.shape[1])):
+        its = torch.from_numpy(rows[ids[some].cpu()]).to(ids.device).double()  # (q, n, E)
+        scores[some], ids[some, :k] = best((its @ queries[some, :, None])[..., 0], ids[some], k)
+    return scores, ids[:, :k]
 
 
 def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,15 +133,16 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     The differences are measured. bfloat16 rounds a score between −1 and 1 by at most 2⁻⁹, and
     q·r is no further out (`stored`). A GPU's float32 may be TF32: 2⁻¹⁰ each for row and query.
     Sums of E products err by less than E·2⁻²²."""
-    (N, E), Q, device, maxima, loss = rows.shape, len(queries), queries.device, [], 0
+    (N, E), Q, device, loss = rows.shape, len(queries), queries.device, 0
     columns = queries.to(scan_dtype(device)).T.contiguous()             # (E, Q)
+    read = low_block if N <= CACHED * BLOCK else low_block.__wrapped__
+    maxima = columns.new_empty(N // GROUP, Q)                           # of each group
     for start in range(0, N, BLOCK):
-        read = low_block if start < CACHED * BLOCK else low_block.__wrapped__
         low, its_loss = read(rows, start, device)                       # (P, E)
         scores = low[: len(low) // GROUP * GROUP] @ columns             # (P, Q)
-        maxima.append(scores.view(-1, GROUP, Q).amax(1))                # (P / GROUP, Q)
+        maxima[start // GROUP:(start + BLOCK) // GROUP] = scores.view(-1, GROUP, Q).amax(1)
         loss = max(loss, its_loss)
-    top, groups = torch.cat(maxima).T.topk(LISTED * k + 1)              # (Q, LISTED·k + 1)
+    top, groups = maxima.T.topk(LISTED * k + 1)                         # (Q, LISTED·k + 1)
     members = groups[:, :-1, None] * GROUP + torch.arange(GROUP, device=device)
     tail = torch.arange(N - N % GROUP, N, device=device).expand(Q, -1)  # rows of no group
     scores, ids = score_again(rows, queries, torch.cat([members.flatten(1), tail], dim=1), k)
@@ -231,12 +232,12 @@ class Index:
         require(queries.shape[1:] == (E,), f"queries: {tuple(queries.shape)}, not (Q, {E})")
         require(k >= 0 and (nprobe is None or nprobe >= 1), f"k is {k}, nprobe {nprobe}: too small")
         queries, wide = unit(queries, "a query embedding"), min(k + (exclude is not None), N)
-        at_once = min(1024, 1 + 2**30 // N)  # `scan` holds Q·N / GROUP scores
+        at_once = min(1024, 1 + 2**34 // N)  # `scan` holds Q·N / GROUP scores
         found, use_lists = [], wide and nprobe and self.lists and nprobe < len(self.lists[0])
         for some in queries.split(at_once):
             if use_lists:
                 scores, ids, is_sure = probe(self, some, wide, nprobe)
-            elif 0 < 16 * GROUP * LISTED * wide < N:  # else it is no faster
+            elif 0 < 64 * GROUP * LISTED * wide < N:  # else it is no faster
                 scores, ids, is_sure = scan(self.rows, some, wide)
             else:
                 scores, ids, is_sure = *exact_search(self.rows, some, wide), torch.tensor(True)
@@ -266,8 +267,8 @@ def check_encoder(index: Index, name: str, fingerprint: str, dim: int) -> None:
 def neighbor_table(index: Index, k: int, device: torch.device | str = "cpu") -> np.ndarray:
     """int32 (N, min(k, N−1)): the nearest rows of every row, itself excluded by its id.
     Read from neighbors-<k>.npy, or computed on `device` and kept there: N²·E multiplications, or,
-    with inverted lists, a search of TABLE_NPROBE lists per row."""
-    blocks = (index.search(torch.from_numpy(index.rows[own]).to(device), k, TABLE_NPROBE, own)[1]
+    with inverted lists, a search of 64 lists per row."""
+    blocks = (index.search(torch.from_numpy(index.rows[own]).to(device), k, 64, own)[1]
               .int().cpu().numpy()
               for own in torch.arange(len(index)).split(1024))
     return np.array(cached(index.folder / f"neighbors-{k}.npy", rows_digest(index.rows), blocks))
@@ -491,7 +492,7 @@ def build(args: argparse.Namespace) -> None:
     if path:
         clip = clip_model.load(path).to(clip_model.pick_device(args.device))
         encoder = clip.describe(), clip.fingerprint()
-        print(f"CLIP {path} ({encoder[0]}, {encoder[1]}, {clip.config.embed_dim} dimensions)")
+        print(f"CLIP {path}: {encoder[0]}, {encoder[1]}")
     if args.images:
         embeddings, names, bad = embed_folder(clip, args.images)
         others = list_images(args.images, others=True)

@@ -30,7 +30,6 @@ import knn_diffusion
 import vqvae
 from clip_model import SHIPPED, require
 
-DEFAULT_BACKBONE = "continuous"
 # What the samplers take from the command.
 OPTIONS = {"continuous": {"steps": 20, "guidance": 2.0, "sampler": "dpm"},
            "discrete": {"steps": 25, "guidance": 2.0, "sampler": "ancestral", "truncation": 0.6}}
@@ -145,10 +144,9 @@ def tell_neighbors(prompt: str, scores: list[float], ids: list[int], index: retr
     """Say on stderr where nothing is near a prompt. List its neighbours."""
     names = [str(index.paths[row]) for row in ids]  # flat/fox_face-3.png
     if scores and scores[0] < NEAR.get(index.manifest.get("encoder_hash"), -1):
-        things = [Path(name).stem.rsplit("-", 1)[0].replace("_", " ")
-                  for name in names]
+        things = {Path(name).stem.rsplit("-", 1)[0].replace("_", " "): None for name in names}
         print(f"{prompt!r} is near nothing in the index (best score {scores[0]:.2f}); nearest: "
-              + ", ".join(list(dict.fromkeys(things))[:3]), file=sys.stderr)
+              + ", ".join(list(things)[:3]), file=sys.stderr)
     if listing:
         with open(listing, "a") as file:
             for rank, (score, row, name) in enumerate(zip(scores, ids, names), start=1):
@@ -192,7 +190,7 @@ def run(args: argparse.Namespace) -> None:
     require(args.out != args.prompts, f"{args.out} would replace the prompts")
 
     # Open what belongs together, settle what was left open.
-    weights = args.weights or SHIPPED / f"{args.backbone or DEFAULT_BACKBONE}.safetensors"
+    weights = args.weights or SHIPPED / f"{args.backbone or 'continuous'}.safetensors"
     model, condition, clip, index, codec = open_models(args, weights, edits=False)
     defaults = OPTIONS["discrete" if codec else "continuous"]
     options = defaults | {name: value for name, value in vars(args).items()

@@ -64,7 +64,7 @@ def test_search_equals_a_float64_sort_on_100_problems(tmp_path, scan_dtype):
             assert (ids.numpy() == wanted)[is_sure].all()
 
 
-@pytest.mark.parametrize("n", [5003, 5 * 1024 + 3])                        # 3: no whole group
+@pytest.mark.parametrize("n", [20003, 20 * 1024 + 3])                      # 3: no whole group
 def test_the_scan_proves_what_the_definition_finds(tmp_path, scan_dtype, monkeypatch, n):
     """Blocks smaller than the index; a tail that fills no group."""
     monkeypatch.setattr(retrieval, "BLOCK", 1024)
@@ -87,7 +87,7 @@ def test_the_scan_proves_what_the_definition_finds(tmp_path, scan_dtype, monkeyp
     (254, 1 + 2**-7, 1, 155, 130)])               # scores below -1, where bfloat16 is coarser
 def test_each_part_of_the_bound_is_needed(tmp_path, scan_dtype, n, large, small, others, best):
     """All low scores are alike. Row 800 is the best, by less than what rounding takes away."""
-    rows = torch.full((1600, 257), -small / 16)
+    rows = torch.full((6400, 257), -small / 16)
     rows[:, :others] = -large / 16
     rows[800, best:others] = -small / 16
     rows[:, 254 if large > 1 else n:] = 0
