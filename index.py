@@ -130,8 +130,8 @@ def scan(rows: Rows, queries: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     The bound: with q̂ and r̂ the rounded vectors, Cauchy and Schwarz give
         |q·r − q̂·r̂| ≤ ‖q − q̂‖ ‖r‖ + ‖q̂‖ ‖r − r̂‖,   all norms below 1.01.
-    The differences are measured. bfloat16 rounds a score between −1 and 1 by at most 2⁻⁹, and
-    q·r is no further out (`stored`). A GPU's float32 may be TF32: 2⁻¹⁰ each for row and query.
+    The differences are measured. Between −1 and 1 bfloat16 rounds a score by at most 2⁻⁹, and
+    |q·r| is below 1 + 2⁻⁹ (`stored`). A GPU's float32 may be TF32: 2⁻¹⁰ each for row and query.
     Sums of E products err by less than E·2⁻²²."""
     (N, E), Q, device, loss = rows.shape, len(queries), queries.device, 0
     columns = queries.to(scan_dtype(device)).T.contiguous()             # (E, Q)

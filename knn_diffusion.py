@@ -491,7 +491,7 @@ def guided(model: UNet | TokenTransformer, xt: Tensor, t: int, guide: Guide) -> 
     edit and the text's condition c there are two scales, s_I and s_T (InstructPix2Pix, 2211.09800
     Eq. 3); e is the model's output, ∅ a null:
         e(∅,∅) + s_I·[e(I,∅) − e(∅,∅)] + s_T·[e(I,c) − e(I,∅)]"""
-    require(guide.picture is None or model.config.edit, "weights of `train.py edit` are wanted")
+    require(guide.picture is None or model.config.edit, "a picture needs `train.py edit` weights")
     steps = torch.full((len(xt),), t, device=xt.device)
     out = model(xt, steps, guide.query, guide.neighbors, picture=guide.picture)
     if guide.scale != 1 or guide.picture_scale != 1:
